@@ -1,0 +1,224 @@
+"""The public op: validate, choose a backend, one autograd.Function around the backend's two ops.
+
+Shape suffixes: M rows of the flattened x, K in, N out, E experts, k experts a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from fedms.kernels import plan, validate
+from fedms.kernels import stacked as _stacked  # noqa: F401  (defines its ops)
+from fedms.kernels.dropout import draw_seed
+from fedms.kernels.segments import Segments
+
+
+class _Spec(NamedTuple):
+    """What a call is, apart from its tensors."""
+
+    backend: str
+    num_experts: int
+    runs: list[int] | None
+    scale: list[float]
+    dropout_p: float
+    seed: int
+    has_base: bool
+
+
+def gated_lora_linear(
+    x: Tensor,
+    weight: Tensor | Callable[[Tensor], Tensor],
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    *,
+    gates: Tensor | None = None,
+    expert_idxs: Tensor | None = None,
+    segments: Segments | None = None,
+    bias: Tensor | None = None,
+    scaling: float | Sequence[float] | Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Frozen linear layer plus a gated mixture of LoRA experts.
+
+        y = base(x) + sum over e of  g_e * s_e * (drop_e(x) A_eᵀ) B_eᵀ
+
+    x: [..., K]; the leading dims are flattened to M rows.
+    weight: [N, K] in x's dtype, or a callable base [..., K] -> [..., N] (a quantised layer). A
+        weight or bias that requires a gradient gets it through plain `F.linear`.
+    lora_A, lora_B: for each active expert [r_e, K] and [N, r_e], one floating dtype (fp32 adapters
+        on a bf16 base are usual: then products and sum are fp32, with one rounding). Leave an
+        inactive expert out: it costs nothing. A frozen one (requires_grad False) gets no gradient
+        work.
+    gates: None (ones), [E], [..., E], or [..., k] beside expert_idxs. Differentiable, zeros included.
+    expert_idxs: int64 [..., k]: only the listed (token, expert) pairs exist (a pair listed twice
+        counts twice).
+    segments: only these rows use these experts; an expert without rows gets no gradient (None).
+    bias: [N].
+    scaling: s_e: None (ones), a float, or one an expert.
+    dropout_p, seed: dropout on the experts' input, a mask of its own for each expert, a function
+        of the seed alone (fedms.kernels.dropout); None draws one from torch's default generator.
+    backend: None (by fedms.kernels.plan), "stacked" or "native".
+
+    Returns [..., N] in the base result's dtype. M = 0, E = 0 and ranks of 0 equal the base. Under
+    autocast x and the weight are cast to the autocast dtype and the adapters stay as they are.
+    Raises ValueError or TypeError that names the argument.
+    """
+    validate.check_base(x, weight, bias)
+    if torch.is_autocast_enabled(x.device.type):
+        return _under_autocast(
+            x, weight, lora_A, lora_B, gates, expert_idxs, segments, bias, scaling, dropout_p, seed,
+            backend,
+        )  # fmt: skip
+    base = None
+    if not isinstance(weight, Tensor):
+        base = weight(x)
+    elif torch.is_grad_enabled() and (
+        weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        base = F.linear(x, weight, bias)
+    n = base.shape[-1] if base is not None else weight.shape[0]  # type: ignore[union-attr]
+
+    e = len(lora_A)
+    validate.check_experts(x, n, lora_A, lora_B)
+    scale = validate.check_scaling(scaling, e)
+    validate.check_routing(x, e, gates, expert_idxs, segments)
+    validate.check_dropout(dropout_p, seed)
+    if base is not None and base.shape[:-1] != x.shape[:-1]:
+        raise ValueError(
+            f"weight(x) must be [..., N] with leading dims {list(x.shape[:-1])}, "
+            f"got {list(base.shape)}"
+        )
+    if sum(a.shape[0] for a in lora_A) == 0:
+        return base if base is not None else F.linear(x, weight, bias)  # type: ignore[arg-type]
+    if dropout_p > 0.0 and seed is None:
+        seed = draw_seed()
+
+    k = x.shape[-1]
+    x_MK = x.reshape(-1, k)
+    base_MN = None if base is None else base.reshape(-1, n)
+    if gates is not None and gates.dim() > 1:
+        gates = gates.reshape(-1, gates.shape[-1])
+    if expert_idxs is not None:
+        expert_idxs = expert_idxs.reshape(-1, expert_idxs.shape[-1])
+    out_dtype = x.dtype if base is None else base.dtype
+    spec = _Spec(
+        backend=plan.choose(x.device, x.dtype, lora_A[0].dtype, out_dtype, backend),
+        num_experts=e,
+        runs=None if segments is None else segments.runs(),
+        scale=scale,
+        dropout_p=dropout_p,
+        seed=seed or 0,
+        has_base=base is not None,
+    )
+    weight_NK = None if base is not None else weight
+    y_MN = _GatedLora.apply(
+        spec, x_MK, weight_NK, bias if base is None else None, base_MN, gates, expert_idxs,
+        *lora_A, *lora_B,
+    )  # fmt: skip
+    return y_MN.reshape(*x.shape[:-1], n)  # type: ignore[union-attr]
+
+
+class _GatedLora(torch.autograd.Function):
+    """forward and backward each call one op of the chosen backend."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, spec: _Spec, x: Tensor, weight: Tensor | None, bias: Tensor | None,
+        base: Tensor | None, gates: Tensor | None, expert_idxs: Tensor | None, *experts: Tensor,
+    ) -> Tensor:  # fmt: skip
+        e = spec.num_experts
+        A, B = experts[:e], experts[e:]
+        need_A, need_B = _trainable(ctx.needs_input_grad, spec)
+        need_dg = gates is not None and ctx.needs_input_grad[5]
+        save_h = need_dg or any(need_B)
+        y, h = _op(spec.backend, "forward")(
+            x, weight, bias, base, A, B, gates, expert_idxs, spec.runs, spec.scale, spec.dropout_p,
+            spec.seed, save_h,
+        )  # fmt: skip
+        ctx.spec = spec
+        ctx.x_dtype = x.dtype
+        # x is for dA alone, h for dB and dg: what nobody needs is not kept.
+        ctx.save_for_backward(
+            x if any(need_A) else None, weight if ctx.needs_input_grad[1] else None,
+            h if save_h else None, gates, expert_idxs, *experts,
+        )  # fmt: skip
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple:  # type: ignore[override]
+        spec: _Spec = ctx.spec
+        x, weight, h, gates, expert_idxs, *experts = ctx.saved_tensors
+        e = spec.num_experts
+        need_A, need_B = _trainable(ctx.needs_input_grad, spec)
+        need_dx = ctx.needs_input_grad[1]
+        need_dg = gates is not None and ctx.needs_input_grad[5]
+        dbase = dy if spec.has_base and ctx.needs_input_grad[4] else None
+        if not (need_dx or need_dg or any(need_A) or any(need_B)):
+            return (None, None, None, None, dbase, None, None, *(None,) * (2 * e))
+        dx, dg, dA, dB = _op(spec.backend, "backward")(
+            dy, weight, x, h, experts[:e], experts[e:], gates, expert_idxs, spec.runs, spec.scale,
+            spec.dropout_p, spec.seed, need_dx, need_dg, need_A, need_B,
+        )  # fmt: skip
+        return (
+            None,
+            dx.to(ctx.x_dtype) if need_dx else None,
+            None,
+            None,
+            dbase,
+            dg if need_dg else None,
+            None,
+            *(g if need else None for g, need in zip(dA, need_A, strict=True)),
+            *(g if need else None for g, need in zip(dB, need_B, strict=True)),
+        )
+
+
+def _trainable(needs: Sequence[bool], spec: _Spec) -> tuple[list[bool], list[bool]]:
+    """Which A and B get a gradient: those that require one and, with segments, have any row."""
+    e = spec.num_experts
+    need_A, need_B = list(needs[7 : 7 + e]), list(needs[7 + e : 7 + 2 * e])
+    if spec.runs is not None:
+        used: set[int] = set()
+        for i in range(0, len(spec.runs), 4):
+            used.update(range(spec.runs[i + 2], spec.runs[i + 3]))
+        need_A = [need and i in used for i, need in enumerate(need_A)]
+        need_B = [need and i in used for i, need in enumerate(need_B)]
+    return need_A, need_B
+
+
+def _op(backend: str, direction: str) -> Callable[..., Any]:
+    return getattr(torch.ops.fedms, f"{backend}_{direction}").default
+
+
+def _under_autocast(
+    x: Tensor, weight: Tensor | Callable[[Tensor], Tensor], lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor], gates: Tensor | None, expert_idxs: Tensor | None,
+    segments: Segments | None, bias: Tensor | None,
+    scaling: float | Sequence[float] | Tensor | None, dropout_p: float, seed: int | None, backend: str | None,
+) -> Tensor:  # fmt: skip
+    """The same call with the casts autocast would make, and autocast off inside.
+
+    A callable base still runs under autocast, on the x it was given.
+    """
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device)
+    if isinstance(weight, Tensor):
+        weight = weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    else:
+        result = weight(x)
+        weight = lambda _: result  # noqa: E731
+    with torch.autocast(device, enabled=False):
+        return gated_lora_linear(
+            x.to(dtype), weight, lora_A, lora_B, gates=gates, expert_idxs=expert_idxs,
+            segments=segments, bias=bias, scaling=scaling, dropout_p=dropout_p, seed=seed,
+            backend=backend,
+        )  # fmt: skip

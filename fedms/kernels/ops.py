@@ -1,0 +1,80 @@
+"""torch.library schemas and fakes. A backend calls `define_backend` once, when it is imported.
+
+Shape suffixes: M rows, K in, N out, R the sum of the experts' ranks, E experts, k experts a token.
+
+    fedms::<backend>_forward   (x_MK, W_NK | base_MN, A_e, B_e, gates) -> y_MN, h
+    fedms::<backend>_backward  (dy_MN, W_NK, x_MK, h, A_e, B_e, gates) -> dx_MK, dg, dA_e, dB_e
+
+`runs` are `Segments.runs()` (None: every row uses every expert). An output that was not asked for
+is an empty tensor. h is the backend's own: its layout and dtype are read by nothing but its backward.
+One op per direction, and one autograd.Function around them (functional.py), because a call through
+`torch.library.custom_op` with `register_autograd` costs about 31 us and this costs about 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ROUTING = (
+    "Tensor[] A, Tensor[] B, Tensor? gates, Tensor? expert_idxs, int[]? runs, float[] scale, "
+    "float dropout_p, int seed"
+)
+_FORWARD = (
+    f"(Tensor x, Tensor? weight, Tensor? bias, Tensor? base, {_ROUTING}, bool save_h)"
+    " -> (Tensor, Tensor)"
+)
+_BACKWARD = (
+    f"(Tensor dy, Tensor? weight, Tensor? x, Tensor? h, {_ROUTING}, bool need_dx, bool need_dg,"
+    " bool[] need_dA, bool[] need_dB) -> (Tensor, Tensor, Tensor[], Tensor[])"
+)
+_LIBRARY = torch.library.Library("fedms", "FRAGMENT")
+
+
+def define_backend(
+    name: str,
+    forward: Callable[..., tuple[Tensor, Tensor]],
+    backward: Callable[..., tuple[Tensor, Tensor, list[Tensor], list[Tensor]]],
+    *,
+    dispatch_key: str,
+    h_like: Callable[[Tensor, Sequence[Tensor], Tensor | None], tuple[int, torch.dtype]],
+) -> None:
+    """Register a backend's two ops and their fakes.
+
+    dispatch_key: "CPU", "CUDA", or "CompositeExplicitAutograd" for any device.
+    h_like(x, A, expert_idxs) -> (row width, dtype) of the h this backend saves.
+    """
+
+    def fake_forward(
+        x: Tensor, weight: Tensor | None, bias: Any, base: Tensor | None, A: Sequence[Tensor],
+        B: Sequence[Tensor], gates: Any, expert_idxs: Tensor | None, runs: Any, scale: Any,
+        dropout_p: float, seed: int, save_h: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        like = weight if base is None else base
+        assert like is not None
+        n = like.shape[0] if base is None else like.shape[1]
+        width, dtype = h_like(x, A, expert_idxs)
+        h = x.new_empty((x.shape[0], width) if save_h else (0,), dtype=dtype)
+        return like.new_empty((x.shape[0], n)), h
+
+    def fake_backward(
+        dy: Tensor, weight: Any, x: Any, h: Any, A: Sequence[Tensor], B: Sequence[Tensor],
+        gates: Tensor | None, expert_idxs: Any, runs: Any, scale: Any, dropout_p: float, seed: int,
+        need_dx: bool, need_dg: bool, need_dA: Sequence[bool], need_dB: Sequence[bool],
+    ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
+        dx = dy.new_empty((dy.shape[0], A[0].shape[1]) if need_dx else (0,))
+        dg = dy.new_empty(0) if gates is None or not need_dg else gates.new_empty(gates.shape)
+        dA = [a.new_empty(a.shape if need else (0,)) for a, need in zip(A, need_dA, strict=True)]
+        dB = [b.new_empty(b.shape if need else (0,)) for b, need in zip(B, need_dB, strict=True)]
+        return dx, dg, dA, dB
+
+    for suffix, schema, kernel, fake in (
+        ("forward", _FORWARD, forward, fake_forward),
+        ("backward", _BACKWARD, backward, fake_backward),
+    ):
+        _LIBRARY.define(f"{name}_{suffix}{schema}")
+        _LIBRARY.impl(f"{name}_{suffix}", kernel, dispatch_key)
+        torch.library.register_fake(f"fedms::{name}_{suffix}", fake, lib=_LIBRARY)

@@ -1,0 +1,97 @@
+"""The definition of the op in plain PyTorch: one expert at a time, any dtype, autograd.
+
+Shape suffixes: M rows of the flattened x, K in, N out, E experts, k experts a token, r one rank.
+
+    y[m] = base(x)[m] + sum over the pairs (m, e) that exist of
+           g[m, e] * s_e * (drop_e(x[m]) A_eᵀ) B_eᵀ
+
+Every backend is tested against this in float64. It is not fast and saves everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedms.kernels.dropout import draw_seed, keep_mask
+from fedms.kernels.segments import Segments
+
+
+def gated_lora_linear_reference(
+    x: Tensor,
+    weight: Tensor | Callable[[Tensor], Tensor],
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    *,
+    gates: Tensor | None = None,
+    expert_idxs: Tensor | None = None,
+    segments: Segments | None = None,
+    bias: Tensor | None = None,
+    scaling: float | Sequence[float] | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+) -> Tensor:
+    """Frozen linear plus gated LoRA experts; arguments as in `fedms.kernels.gated_lora_linear`.
+
+    x [..., K] -> [..., N] in the base result's dtype. Products and the sum are taken in the widest
+    of x's, the adapters' and the gates' dtypes and rounded once. No validation.
+    """
+    y = weight(x) if callable(weight) else F.linear(x, weight, bias)
+    x_MK = x.reshape(-1, x.shape[-1])
+    scales = _scales(scaling, len(lora_A))
+    if dropout_p > 0.0 and seed is None:
+        seed = draw_seed()
+
+    y_MN = y.reshape(-1, y.shape[-1])
+    for e, (A_rK, B_Nr) in enumerate(zip(lora_A, lora_B, strict=True)):
+        dtype = torch.promote_types(x.dtype, A_rK.dtype)
+        for begin, end in _row_ranges(segments, e, x_MK.shape[0]):
+            xs_MK = x_MK[begin:end].to(dtype)
+            if dropout_p > 0.0:
+                keep = keep_mask(seed or 0, e, begin, end, xs_MK.shape[1], dropout_p, x.device)
+                xs_MK = xs_MK * keep / (1.0 - dropout_p)
+            h_Mr = xs_MK @ A_rK.to(dtype).t()
+            delta_MN = (h_Mr * scales[e]) @ B_Nr.to(dtype).t()
+            g_M = _gate(gates, expert_idxs, e, begin, end)
+            if g_M is not None:
+                delta_MN = delta_MN * g_M
+            rows = torch.arange(begin, end, device=x.device)
+            y_MN = y_MN.index_add(0, rows, delta_MN) if dtype == y.dtype == delta_MN.dtype else (
+                y_MN.to(delta_MN.dtype).index_add(0, rows, delta_MN)
+            )  # fmt: skip
+    return y_MN.to(y.dtype).reshape(y.shape)
+
+
+def _scales(scaling: float | Sequence[float] | None, num_experts: int) -> list[float]:
+    if scaling is None:
+        return [1.0] * num_experts
+    if isinstance(scaling, (int, float)):
+        return [float(scaling)] * num_experts
+    return [float(s) for s in scaling]
+
+
+def _row_ranges(segments: Segments | None, expert: int, m: int) -> list[tuple[int, int]]:
+    """Row ranges in which the expert takes part."""
+    if segments is None:
+        return [(0, m)]
+    runs = segments.runs()
+    quads = zip(runs[0::4], runs[1::4], runs[2::4], runs[3::4], strict=True)
+    return [(begin, end) for begin, end, first, last in quads if first <= expert < last]
+
+
+def _gate(
+    gates: Tensor | None, expert_idxs: Tensor | None, expert: int, begin: int, end: int
+) -> Tensor | None:
+    """The expert's gate as [rows, 1], a 0-dim tensor, or None for ones."""
+    if expert_idxs is not None:
+        listed = expert_idxs.reshape(-1, expert_idxs.shape[-1]) == expert
+        g_Mk = listed if gates is None else gates.reshape(listed.shape)
+        return torch.where(listed, g_Mk, 0).sum(-1, keepdim=True)
+    if gates is None:
+        return None
+    if gates.dim() == 1:
+        return gates[expert]
+    return gates.reshape(-1, gates.shape[-1])[begin:end, expert].unsqueeze(1)

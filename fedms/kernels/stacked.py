@@ -1,0 +1,247 @@
+"""The plain-torch backend: all experts as one [R, K] and one [N, R] matrix. Any device, any dtype.
+
+Shape suffixes: M rows, K in, N out, R the sum of the experts' ranks, E experts, k experts a token.
+Products are taken in c = promote_types(x, A), and rounded once into the base result's dtype; where
+that is c already, the expand is one GEMM with beta = 1 into the base result.
+
+Each `Segments` run is a slice of rows and of ranks, so a pair that does not exist costs nothing.
+Top-k routing is the dense form with zero gates here: E * r columns are cheap against the gathers
+that torch would need to skip them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedms.kernels.dropout import keep_mask
+from fedms.kernels.ops import define_backend
+from fedms.kernels.packing import stack_columns, stack_rows
+
+
+def _h_like(x: Tensor, A: Sequence[Tensor], expert_idxs: Tensor | None) -> tuple[int, torch.dtype]:
+    return sum(a.shape[0] for a in A), torch.promote_types(x.dtype, A[0].dtype)
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    base: Tensor | None,
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    gates: Tensor | None,
+    expert_idxs: Tensor | None,
+    runs: Sequence[int] | None,
+    scale: Sequence[float],
+    dropout_p: float,
+    seed: int,
+    save_h: bool,
+) -> tuple[Tensor, Tensor]:
+    if base is None:
+        assert weight is not None
+        y_MN = F.linear(x, weight, bias)
+    else:
+        y_MN = base.clone()  # a custom op's output must not be its input
+    width, dtype = _h_like(x, A, expert_idxs)
+    h_MR = x.new_empty((x.shape[0], width), dtype=dtype)
+    coef = _coefficients(gates, expert_idxs, scale, x)
+    ranks = _rank_offsets(A)
+    for rows, first, last in _walk(runs, x.shape[0], len(A)):
+        columns = slice(ranks[first], ranks[last])
+        xs_MK = x[rows].to(dtype)
+        if dropout_p > 0.0:
+            for e in range(first, last):
+                dropped = _drop(xs_MK, seed, e, rows.start, dropout_p)
+                h_MR[rows, ranks[e] : ranks[e + 1]] = dropped @ A[e].to(dtype).t()
+        else:
+            A_RK = stack_rows(A[first:last]).to(dtype)
+            torch.mm(xs_MK, A_RK.t(), out=h_MR[rows, columns])
+        hg_MR = _gated(h_MR[rows, columns], coef, rows, first, last, ranks)
+        B_NR = stack_columns(B[first:last]).to(dtype)
+        _accumulate(y_MN[rows], hg_MR, B_NR.t())
+    return y_MN, h_MR if save_h else h_MR.new_empty(0)
+
+
+def _backward(
+    dy: Tensor,
+    weight: Tensor | None,
+    x: Tensor | None,
+    h: Tensor | None,
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    gates: Tensor | None,
+    expert_idxs: Tensor | None,
+    runs: Sequence[int] | None,
+    scale: Sequence[float],
+    dropout_p: float,
+    seed: int,
+    need_dx: bool,
+    need_dg: bool,
+    need_dA: Sequence[bool],
+    need_dB: Sequence[bool],
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    m, k = dy.shape[0], A[0].shape[1]
+    dtype = torch.promote_types(dy.dtype, A[0].dtype)
+    ranks = _rank_offsets(A)
+    coef = _coefficients(gates, expert_idxs, scale, dy)
+    dx_MK = dy.new_empty(0)
+    if need_dx:
+        dx_MK = dy.new_zeros((m, k)) if weight is None else dy @ weight
+    dg_ME = dy.new_zeros((m, len(A)), dtype=dtype) if need_dg else None
+    need_u = need_dx or need_dg or any(need_dA)
+    runs_list = list(_walk(runs, m, len(A)))
+    # Several runs add into one expert's gradient; a single one writes it.
+    dA: list[Tensor | None] = [None] * len(A)
+    dB: list[Tensor | None] = [None] * len(A)
+
+    for rows, first, last in runs_list:
+        dys_MN = dy[rows].to(dtype)
+        local = [r - ranks[first] for r in ranks[first : last + 1]]
+        columns = slice(ranks[first], ranks[last])
+        h_MR = None if h is None else h[rows, columns]
+        if h_MR is not None and any(need_dB[first:last]):
+            hg_MR = _gated(h_MR, coef, rows, first, last, ranks)
+            # (hᵀ dy)ᵀ: MKL's dyᵀ h with n = 8 columns is about 3x slower than the roles swapped
+            for e, part in _products(need_dB, hg_MR, dys_MN, local, first, last):
+                dB[e] = _plus(dB[e], part.t())
+        if not need_u:
+            continue
+        B_NR = stack_columns(B[first:last]).to(dtype)
+        u_MR = dys_MN @ B_NR
+        if dg_ME is not None and h_MR is not None:
+            products = h_MR * u_MR
+            for e in range(first, last):
+                span = slice(local[e - first], local[e - first + 1])
+                dg_ME[rows, e] = products[:, span].sum(1) * scale[e]
+        ug_MR = _gated(u_MR, coef, rows, first, last, ranks)
+        if x is not None and any(need_dA[first:last]):
+            xs_MK = x[rows].to(dtype)
+            if dropout_p > 0.0:
+                for e in filter(need_dA.__getitem__, range(first, last)):
+                    part = ug_MR[:, local[e - first] : local[e - first + 1]]
+                    dropped = _drop(xs_MK, seed, e, rows.start, dropout_p)
+                    dA[e] = _plus(dA[e], part.t() @ dropped)
+            else:
+                for e, part in _products(need_dA, ug_MR, xs_MK, local, first, last):
+                    dA[e] = _plus(dA[e], part)
+        if need_dx and dropout_p > 0.0:
+            for e in range(first, last):
+                span = slice(local[e - first], local[e - first + 1])
+                part_MK = ug_MR[:, span] @ A[e].to(dtype)
+                dx_MK[rows] += _drop(part_MK, seed, e, rows.start, dropout_p)
+        elif need_dx:
+            _accumulate(dx_MK[rows], ug_MR, stack_rows(A[first:last]).to(dtype))
+
+    dg = dy.new_empty(0)
+    if dg_ME is not None and gates is not None:
+        if expert_idxs is not None:
+            dg = dg_ME.gather(1, expert_idxs)
+        else:
+            dg = dg_ME.sum(0) if gates.dim() == 1 else dg_ME
+        dg = dg.to(gates.dtype)
+    return (
+        dx_MK,
+        dg,
+        [_result(g, a, need) for g, a, need in zip(dA, A, need_dA, strict=True)],
+        [_result(g, b, need) for g, b, need in zip(dB, B, need_dB, strict=True)],
+    )
+
+
+def _walk(runs: Sequence[int] | None, m: int, e: int) -> Iterator[tuple[slice, int, int]]:
+    if runs is None:
+        yield slice(0, m), 0, e
+        return
+    for i in range(0, len(runs), 4):
+        yield slice(runs[i], runs[i + 1]), runs[i + 2], runs[i + 3]
+
+
+def _rank_offsets(A: Sequence[Tensor]) -> list[int]:
+    offsets = [0]
+    for a in A:
+        offsets.append(offsets[-1] + a.shape[0])
+    return offsets
+
+
+def _coefficients(
+    gates: Tensor | None, expert_idxs: Tensor | None, scale: Sequence[float], like: Tensor
+) -> Tensor | list[float]:
+    """gate * scale as [M, E] or [E]; a list of floats when there are no gates."""
+    if expert_idxs is not None:
+        ones = like.new_ones(expert_idxs.shape) if gates is None else gates
+        dense = ones.new_zeros((expert_idxs.shape[0], len(scale)))
+        gates = dense.scatter_add_(1, expert_idxs, ones)
+    if gates is None:
+        return list(scale)
+    return gates * torch.tensor(scale, dtype=gates.dtype, device=gates.device)
+
+
+def _gated(
+    h_MR: Tensor, coef: Tensor | list[float], rows: slice, first: int, last: int, ranks: list[int]
+) -> Tensor:
+    """h times expand(gate * scale), for the rows and experts of one run, in h's dtype."""
+    sizes = [ranks[e + 1] - ranks[e] for e in range(first, last)]
+    if isinstance(coef, list):
+        if len(set(coef[first:last])) == 1:
+            return h_MR if coef[first] == 1.0 else h_MR * coef[first]
+        row = [c for c, size in zip(coef[first:last], sizes, strict=True) for _ in range(size)]
+        return h_MR * torch.tensor(row, dtype=h_MR.dtype, device=h_MR.device)
+    part = coef[first:last] if coef.dim() == 1 else coef[rows, first:last]
+    if len(set(sizes)) == 1:  # a broadcast view instead of repeat_interleave's copy
+        shape = (h_MR.shape[0], last - first, sizes[0])
+        return (h_MR.reshape(shape) * part.unsqueeze(-1)).reshape(h_MR.shape).to(h_MR.dtype)
+    repeats = torch.tensor(sizes, device=coef.device)
+    wide = part.repeat_interleave(repeats, dim=-1, output_size=sum(sizes))
+    return (h_MR * wide).to(h_MR.dtype)
+
+
+def _accumulate(out_MN: Tensor, left_MR: Tensor, right_RN: Tensor) -> None:
+    """out += left @ right in place, with one rounding into out's dtype."""
+    if out_MN.dtype == left_MR.dtype:
+        out_MN.addmm_(left_MR, right_RN)
+    else:
+        out_MN.add_(left_MR @ right_RN)
+
+
+def _drop(x_MK: Tensor, seed: int, expert: int, row_begin: int, p: float) -> Tensor:
+    if p <= 0.0:
+        return x_MK
+    m, k = x_MK.shape
+    keep = keep_mask(seed, expert, row_begin, row_begin + m, k, p, x_MK.device)
+    return x_MK * keep * (1.0 / (1.0 - p))
+
+
+def _products(
+    need: Sequence[bool],
+    left_MR: Tensor,
+    right_MC: Tensor,
+    local: list[int],
+    first: int,
+    last: int,
+) -> Iterator[tuple[int, Tensor]]:
+    """left_eᵀ @ right for each expert that asks for it, in one product when all of them do."""
+    whole = left_MR.t() @ right_MC if all(need[first:last]) else None
+    for e in range(first, last):
+        span = slice(local[e - first], local[e - first + 1])
+        if whole is not None:  # a copy, because an op's outputs must not share storage
+            yield e, whole if last - first == 1 else whole[span].clone()
+        elif need[e]:
+            yield e, left_MR[:, span].t() @ right_MC
+
+
+def _plus(total: Tensor | None, part: Tensor) -> Tensor:
+    return part if total is None else total.add_(part)
+
+
+def _result(grad: Tensor | None, like: Tensor, need: bool) -> Tensor:
+    if not need:
+        return like.new_empty(0)
+    return torch.zeros_like(like) if grad is None else grad.to(like.dtype).contiguous()
+
+
+define_backend(
+    "stacked", _forward, _backward, dispatch_key="CompositeExplicitAutograd", h_like=_h_like
+)

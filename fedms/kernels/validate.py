@@ -1,0 +1,144 @@
+"""Argument checks of the op: every error names the argument, what it must be and what came."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fedms.kernels.segments import Segments
+
+
+def check_base(x: Tensor, weight: Tensor | Callable, bias: Tensor | None) -> None:
+    """x [..., K] floating, weight [N, K] or a callable, bias [N] beside a weight only."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
+    if x.dim() == 0 or not x.is_floating_point():
+        raise ValueError(f"x must be floating point with shape [..., K], got {_seen(x)}")
+    if not isinstance(weight, Tensor):
+        if not callable(weight):
+            raise TypeError(f"weight must be a Tensor or a callable, got {type(weight).__name__}")
+        if bias is not None:
+            raise ValueError("bias must be None beside a callable base, got a Tensor")
+        return
+    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(f"weight must be [N, K] with K = {x.shape[-1]}, got {_seen(weight)}")
+    if weight.dtype != x.dtype or weight.device != x.device:
+        raise ValueError(
+            f"weight must have x's dtype and device ({x.dtype}, {x.device}), got {_seen(weight)}"
+        )
+    if bias is not None and (
+        bias.shape != weight.shape[:1] or bias.dtype != x.dtype or bias.device != x.device
+    ):
+        raise ValueError(
+            f"bias must be [{weight.shape[0]}] {x.dtype} on {x.device}, got {_seen(bias)}"
+        )
+
+
+def check_experts(x: Tensor, n: int, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]) -> None:
+    """lora_A [r_e, K] and lora_B [N, r_e], one floating dtype, x's device. n: the base's width."""
+    if isinstance(lora_A, Tensor) or isinstance(lora_B, Tensor):
+        raise TypeError("lora_A and lora_B must be sequences, one Tensor an expert, got a Tensor")
+    if len(lora_A) != len(lora_B):
+        raise ValueError(
+            f"lora_B must have one entry for each of lora_A ({len(lora_A)}), got {len(lora_B)}"
+        )
+    k = x.shape[-1]
+    for e, (a, b) in enumerate(zip(lora_A, lora_B, strict=True)):
+        if a.dim() != 2 or a.shape[1] != k:
+            raise ValueError(f"lora_A[{e}] must be [r, K] with K = {k}, got {_seen(a)}")
+        if b.dim() != 2 or b.shape[0] != n or b.shape[1] != a.shape[0]:
+            raise ValueError(
+                f"lora_B[{e}] must be [N, r] = [{n}, {a.shape[0]}] as lora_A[{e}] has "
+                f"{a.shape[0]} rows, got {_seen(b)}"
+            )
+        dtype = lora_A[0].dtype
+        for name, t in (("lora_A", a), ("lora_B", b)):
+            if t.dtype != dtype or not t.is_floating_point():
+                raise ValueError(
+                    f"{name}[{e}] must have lora_A[0]'s floating dtype ({dtype}), got {t.dtype}"
+                )
+            if t.device != x.device:
+                raise ValueError(f"{name}[{e}] must be on x's device {x.device}, got {t.device}")
+
+
+def check_scaling(scaling: float | Sequence[float] | Tensor | None, e: int) -> list[float]:
+    """The scale of each expert as floats; None means ones."""
+    if scaling is None:
+        return [1.0] * e
+    if isinstance(scaling, (int, float)):
+        return [float(scaling)] * e
+    if isinstance(scaling, Tensor):
+        scaling = scaling.expand(e).tolist() if scaling.dim() == 0 else scaling.tolist()
+    values = [float(s) for s in scaling]
+    if len(values) != e:
+        raise ValueError(f"scaling must have one entry an expert ({e}), got {len(values)}")
+    return values
+
+
+def check_routing(
+    x: Tensor,
+    e: int,
+    gates: Tensor | None,
+    expert_idxs: Tensor | None,
+    segments: Segments | None,
+) -> None:
+    """gates [E], [..., E] or [..., k] beside expert_idxs [..., k]; segments that cover the rows."""
+    lead = tuple(x.shape[:-1])
+    if expert_idxs is not None:
+        if segments is not None:
+            raise ValueError("segments must be None beside expert_idxs: both say the routing")
+        if expert_idxs.dtype != torch.int64:
+            raise TypeError(f"expert_idxs must be int64, got {expert_idxs.dtype}")
+        if expert_idxs.device != x.device or tuple(expert_idxs.shape[:-1]) != lead:
+            raise ValueError(
+                f"expert_idxs must be [..., k] with leading dims {lead} on {x.device}, "
+                f"got {_seen(expert_idxs)}"
+            )
+        # Reading device values would wait for the device; there the kernel's own bounds must do.
+        if expert_idxs.device.type == "cpu" and expert_idxs.numel() and not _compiling():
+            low, high = (int(v) for v in expert_idxs.aminmax())
+            if low < 0 or high >= e:
+                raise ValueError(f"expert_idxs must be in [0, {e}), got values {low} to {high}")
+    if gates is not None:
+        if not isinstance(gates, Tensor) or not gates.is_floating_point():
+            raise TypeError(
+                f"gates must be a floating point Tensor, got {getattr(gates, 'dtype', type(gates))}"
+            )
+        if expert_idxs is not None:
+            if gates.shape != expert_idxs.shape:
+                raise ValueError(
+                    f"gates must have the shape of expert_idxs {tuple(expert_idxs.shape)}, "
+                    f"got {_seen(gates)}"
+                )
+        elif tuple(gates.shape) not in ((e,), (*lead, e)):
+            raise ValueError(f"gates must be [{e}] or {[*lead, e]}, got {_seen(gates)}")
+        if gates.device != x.device:
+            raise ValueError(f"gates must be on x's device {x.device}, got {gates.device}")
+    if segments is not None:
+        rows = math.prod(lead)
+        if segments.offsets[-1] != rows:
+            raise ValueError(
+                f"segments.offsets must cover the {rows} rows of x, the last one is "
+                f"{segments.offsets[-1]}"
+            )
+        for i, ids in enumerate(segments.experts):
+            if isinstance(ids, tuple) and ids and max(ids) >= e:
+                raise ValueError(f"segments.experts[{i}] must be in [0, {e}), got {ids}")
+
+
+def check_dropout(p: float, seed: int | None) -> None:
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1), got {p}")
+    if seed is not None and not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be in [0, 2^63), got {seed}")
+
+
+def _compiling() -> bool:
+    return torch.compiler.is_compiling()
+
+
+def _seen(t: Tensor) -> str:
+    return f"{list(t.shape)} {t.dtype} on {t.device}"
