@@ -1,7 +1,7 @@
 """Labelled texts from a table: CSV, JSON lines or Parquet.
 
-Every mistake in a file becomes one DataError that names the file and the row. Rows are counted from 1,
-without the header; JSON lines are counted as an editor counts them.
+A mistake in a file becomes a DataError that names the file and the row. Rows are counted from 1,
+header and blank lines apart; JSON lines are counted as an editor counts them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import difflib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +64,13 @@ def load_table(
 ) -> TextDataset:
     """Read a .csv, .jsonl or .parquet file (UTF-8) with one example a row.
 
-    Classes are the distinct labels of the training rows (of all rows without ``split_column``), sorted;
-    as numbers where all of them are integers. Labels and clients may be strings or integers.
+    Labels and clients are strings or integers. Classes are the distinct labels of the training rows
+    (without ``split_column``: of all rows), sorted; as numbers where all of them are integers.
 
     Args:
-        split_column: holds "train" or "test" in every row; without it the whole file may be split.
-        class_names: names in words, for the zero-shot head: one for each class in sorted order, or a
-            mapping from label to name. Default: the labels themselves.
+        split_column: holds "train" or "test"; without it the whole file can be split at will.
+        class_names: names in words, for the zero-shot head: one for each class in sorted order, or
+            a mapping from label to name. Default: the labels themselves.
 
     Raises:
         DataError: the file, a column or a cell is not what it must be; the message says which.
@@ -80,17 +80,17 @@ def load_table(
     rows = _read(path, columns)
     if not rows:
         raise DataError(f"{path} must hold at least one row, got an empty file")
-    texts = tuple(_text(path, row, text_column) for row in rows)
-    labels = [_name(path, row, label_column, "label") for row in rows]
+    texts = tuple(_cell(path, row, text_column, "a text", str) for row in rows)
+    labels = _names(path, rows, label_column, "a label")
     clients = splits = None
     if client_column is not None:
-        clients = tuple(_name(path, row, client_column, "client") for row in rows)
+        clients = tuple(_names(path, rows, client_column, "a client"))
     if split_column is not None:
-        splits = tuple(_split(path, row, split_column) for row in rows)
+        splits = tuple(_names(path, rows, split_column, "'train' or 'test'"))
         if set(splits) != {"train", "test"}:
             raise DataError(
-                f"{path}: column {split_column!r} must have rows of 'train' and of 'test', "
-                f"got only {splits[0]!r}; leave the column out to have the rows split for you"
+                f"{path}: column {split_column!r} must hold 'train' and 'test' and nothing else, "
+                f"got {sorted(set(splits))[:5]}"
             )
     classes = _classes(path, labels, splits)
     index = {label: i for i, label in enumerate(classes)}
@@ -108,7 +108,7 @@ def _read(path: Path, columns: list[str]) -> list[_Row]:
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise DataError(
-            f"a dataset must be 'icd10' or a file that ends in {', '.join(readers)}, got {str(path)!r}"
+            f"a dataset must be 'icd10' or a file ending in {', '.join(readers)}, got {str(path)!r}"
         )
     if not path.is_file():
         raise DataError(f"no such file: {path}")
@@ -136,8 +136,8 @@ def _read_csv(path: Path, columns: list[str]) -> list[_Row]:
     for number, line in enumerate(lines[1:], start=1):
         if len(line) != len(header):
             raise DataError(
-                f"{path}, row {number}: expected {len(header)} cells as in the header, got {len(line)}"
-                " (a comma inside a cell needs quotes)"
+                f"{path}, row {number}: expected {len(header)} cells as in the header, "
+                f"got {len(line)} (a comma inside a cell needs quotes)"
             )
         rows.append((f"row {number}", dict(zip(header, line, strict=True))))
     return rows
@@ -172,10 +172,11 @@ def _read_parquet(path: Path, columns: list[str]) -> list[_Row]:
             f"reading {path} needs the package pyarrow: pip install 'fedms[parquet]'"
         ) from error
     try:
-        _check_columns(path, columns, pq.read_schema(path).names)
-        cells = pq.read_table(path, columns=columns).to_pylist()
+        file = pq.ParquetFile(path)
+        _check_columns(path, columns, file.schema_arrow.names)
+        cells = file.read(columns).to_pylist()
     except pa.ArrowInvalid as error:
-        raise DataError(f"{path} is not a Parquet file: {error}") from error
+        raise DataError(f"{path} cannot be read as Parquet: {error}") from error
     return [(f"row {number}", row) for number, row in enumerate(cells, start=1)]
 
 
@@ -188,57 +189,33 @@ def _check_columns(path: Path, wanted: list[str], found: Iterable[str]) -> None:
             raise DataError(f"{path} has no column {column!r}, its columns are {found}{hint}")
 
 
-def _text(path: Path, row: _Row, column: str) -> str:
-    where, cells = row
-    text = cells.get(column)
-    if text is None or (isinstance(text, str) and not text.strip()):
-        raise DataError(f"{path}, {where}: column {column!r} must hold a text, got none")
-    if not isinstance(text, str):
-        raise DataError(
-            f"{path}, {where}: column {column!r} must hold a text, got {type(text).__name__}"
-        )
-    return text
-
-
-def _name(path: Path, row: _Row, column: str, what: str) -> str:
-    """A label or a client: a string or an integer, as a string."""
+def _cell(path: Path, row: _Row, column: str, what: str, types: Any) -> Any:
     where, cells = row
     value = cells.get(column)
-    if value is None or value == "":
-        raise DataError(f"{path}, {where}: column {column!r} must hold a {what}, got none")
-    if not isinstance(value, str | int):
-        raise DataError(
-            f"{path}, {where}: column {column!r} must hold a string or an integer, got {value!r}"
-        )
-    return str(value)
+    if value is None or not str(value).strip():
+        raise DataError(f"{path}, {where}: column {column!r} must hold {what}, got none")
+    if not isinstance(value, types):
+        got = type(value).__name__
+        raise DataError(f"{path}, {where}: column {column!r} must hold {what}, got type {got}")
+    return value
 
 
-def _split(path: Path, row: _Row, column: str) -> str:
-    split = _name(path, row, column, "split")
-    if split not in ("train", "test"):
-        raise DataError(
-            f"{path}, {row[0]}: column {column!r} must hold 'train' or 'test', got {split!r}"
-        )
-    return split
+def _names(path: Path, rows: list[_Row], column: str, what: str) -> list[str]:
+    what += " (a string or an integer)"
+    return [str(_cell(path, row, column, what, str | int)).strip() for row in rows]
 
 
 def _classes(path: Path, labels: list[str], splits: tuple[str, ...] | None) -> list[str]:
     if len(set(labels)) == 1:
         raise DataError(f"{path} must hold at least 2 classes, got only the label {labels[0]!r}")
-    train = set(_where_train(labels, splits))
+    train = {label for i, label in enumerate(labels) if splits is None or splits[i] == "train"}
     unknown = Counter(label for label in labels if label not in train)
     if unknown:
         found = ", ".join(f"{label!r} ({n} rows)" for label, n in unknown.most_common(5))
-        raise DataError(
-            f"{path}: every label of the test rows must occur in a training row, got {found}"
-        )
+        raise DataError(f"{path}: every test label must occur in a training row, got {found}")
     if all(re.fullmatch(r"[+-]?\d+", label) for label in train):
         return sorted(train, key=lambda label: (int(label), label))
     return sorted(train)
-
-
-def _where_train(labels: list[str], splits: tuple[str, ...] | None) -> Iterator[str]:
-    return (label for i, label in enumerate(labels) if splits is None or splits[i] == "train")
 
 
 def _in_words(classes: list[str], names: ClassNames | None) -> tuple[str, ...]:
@@ -251,6 +228,6 @@ def _in_words(classes: list[str], names: ClassNames | None) -> tuple[str, ...]:
         return tuple(names[label] for label in classes)
     if len(names) != len(classes):
         raise DataError(
-            f"class_names must hold {len(classes)} names, one for each of {classes}, got {len(names)}"
+            f"class_names must hold {len(classes)} names, for {classes}, got {len(names)} names"
         )
     return tuple(names)

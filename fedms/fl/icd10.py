@@ -1,8 +1,8 @@
 """The default data: short diagnoses of ICD-10-CM, to be filed under their chapter.
 
-The texts come from the package ``simple-icd-10-cm`` (MIT), which carries the public classification of
-the US CDC/CMS. A class is a chapter, a group is a 3-character category such as ``A01``. Siblings of a
-category differ by a word or two, so a split by example would leak: split by group.
+The texts come from the package ``simple-icd-10-cm`` (MIT), which carries the public classification
+of the US CDC. A class is a chapter, a group is a 3-character category such as ``A01``. Siblings of
+a category differ by a word or two, so a split by example would leak: split by group.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from fedms.fl.types import DataError, TextDataset
 
 MIN_CATEGORIES = 4
-"""A chapter with fewer categories cannot stand in train, gate, val and test at once, and is dropped."""
+"""A chapter with fewer cannot stand in train, gate, val and test at once, and is left out."""
 
 _CODE_RANGE = re.compile(r"\s*\(\w{3}-\w{3}\)$")
 
@@ -25,10 +25,10 @@ def load_icd10(*, max_per_category: int = 6, seed: int = 0) -> TextDataset:
     """Diagnoses labelled with their ICD-10-CM chapter; takes about 3 s, nearly all in the package.
 
     Texts are the descriptions and inclusion terms of a category and of all codes below it, without
-    the codes that only add a 7th character (", initial encounter" and the like). No text occurs twice,
-    upper and lower case counting as equal: the first category that has it keeps it. Chapters with fewer
-    than ``MIN_CATEGORIES`` categories are left out; in today's release that is chapter 22 (codes for
-    special purposes, 2 categories), which leaves 21 classes.
+    the codes that only add a 7th character (", initial encounter" and the like). No text occurs
+    twice, upper and lower case counting as equal: the first category that has it keeps it. Chapters
+    with fewer than ``MIN_CATEGORIES`` categories are left out; in release 1.5.0 of the package that
+    is chapter 22, codes for special purposes, with 2 categories: 21 classes remain.
 
     Args:
         max_per_category: at most so many texts a category: always the category's own description,
@@ -116,7 +116,7 @@ def _branches(icd: ModuleType, category: str, seen: set[str]) -> list[list[str]]
 
 
 def _sample(branches: list[list[str]], size: int, rng: np.random.Generator) -> list[str]:
-    """At most ``size`` texts, one of each branch in turn, in random order but for the first branch."""
+    """At most ``size`` texts, one of each branch in turn, at random but for the first branch."""
     turns = []
     for number, branch in enumerate(branches):
         order = range(len(branch)) if number == 0 else rng.permutation(len(branch))

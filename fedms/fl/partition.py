@@ -1,9 +1,9 @@
-"""How a dataset becomes clients: a split into train, gate, val and test, then a partition of each split.
+"""How a dataset becomes clients: split it into train, gate, val and test, then share it out.
 
-The split is drawn once for all clients, by group where the dataset has groups. Partitioners are named
-and behave as those of flwr-datasets: ``iid``, ``dirichlet``, ``pathological`` and ``column`` (the
-natural clients of the data). The first three draw one matrix of shares [num_classes, num_clients] and
-deal every split by it, so the label distribution of a client's train, gate, val and test is the same
+The split is drawn once for all clients, by group where the dataset has groups. Partitioners have
+the names and ways of flwr-datasets': ``iid``, ``dirichlet``, ``pathological`` and ``column`` (the
+natural clients of the data). The first three draw one matrix of shares [num_classes, num_clients]
+and deal every split by it, so a client's train, gate, val and test have the same label distribution
 up to rounding. Every example lands in exactly one split of one client.
 """
 
@@ -85,9 +85,7 @@ def make_federation(
         DataError: a setting is out of range, or a client would be left without examples.
     """
     if partitioner not in PARTITIONERS:
-        raise DataError(
-            f"partitioner must be one of {', '.join(PARTITIONERS)}, got {partitioner!r}"
-        )
+        raise DataError(f"partitioner must be one of {PARTITIONERS}, got {partitioner!r}")
     if num_clients < 1:
         raise DataError(f"num_clients must be at least 1, got {num_clients}")
     if unseen_clients < 0:
@@ -119,11 +117,11 @@ def make_federation(
         clients = _clients([f"client-{k:0{digits}d}" for k in range(total)], owner, split)
     if unseen_clients >= len(clients):
         raise DataError(
-            f"unseen_clients must be under the number of clients, {len(clients)}, got {unseen_clients}"
+            f"unseen_clients must be below the number of clients, {len(clients)}, "
+            f"got {unseen_clients}"
         )
-    held_out = set(
-        np.random.default_rng([seed, _UNSEEN]).choice(len(clients), unseen_clients, replace=False)
-    )
+    unseen_rng = np.random.default_rng([seed, _UNSEEN])
+    held_out = set(unseen_rng.choice(len(clients), unseen_clients, replace=False))
     return Federation(
         dataset=dataset,
         clients=tuple(client for k, client in enumerate(clients) if k not in held_out),
@@ -136,14 +134,14 @@ def split_dataset(
 ) -> Split:
     """Split by group, or by example where there are no groups.
 
-    Stratified by class: every class with at least four groups has some in each split, one with two has
-    train and test. ``by_client`` stratifies by client instead and spreads its classes over the splits.
-    A group of mixed classes (or clients) counts as its first example's. Fractions are of the number of
-    groups. Where ``dataset.splits`` is given its test rows are the test split, and the fractions of
-    train, gate and val are scaled to share out the others.
+    Fractions count groups. Stratified by class: a class of four groups or more has some in every
+    split, one of two has train and test, one of one has train. ``by_client`` stratifies by client
+    instead, and spreads a client's classes evenly over the splits. A group of mixed classes (or
+    clients) counts as its first example's. Where ``dataset.splits`` is given, its test rows are the
+    test split and train, gate and val share the others in proportion.
 
     Raises:
-        DataError: ``by_client`` without clients, or a group on both sides of ``dataset.splits``.
+        DataError: no clients to go by, no training rows, or ``dataset.splits`` tears a group.
     """
     if by_client and dataset.clients is None:
         raise DataError("partitioner 'column' needs a client column, the dataset has no clients")
@@ -160,6 +158,8 @@ def split_dataset(
         if len(torn):
             raise DataError(f"a group must be all train or all test, got {len(torn)} that are both")
         free, shares = free[~is_test], np.array([*shares[:3], 0]) / shares[:3].sum()
+    if len(free) == 0:
+        raise DataError("the dataset has no training rows")
 
     _, first, unit = np.unique(groups[free], return_index=True, return_inverse=True)
     strata, labels = strata[free][first], dataset.labels[free][first]  # one per group from here on
@@ -183,7 +183,7 @@ def iid_shares(num_classes: int, num_clients: int) -> np.ndarray:
 def dirichlet_shares(
     num_classes: int, num_clients: int, alpha: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """For each class, shares drawn from Dirichlet(alpha): [num_classes, num_clients], rows sum to 1."""
+    """Dirichlet(alpha) shares of every class: float64 [num_classes, num_clients], rows sum to 1."""
     if not (alpha > 0 and math.isfinite(alpha)):
         raise DataError(f"alpha must be a finite number above 0, got {alpha}")
     return rng.dirichlet(np.full(num_clients, alpha), size=num_classes)
@@ -192,7 +192,7 @@ def dirichlet_shares(
 def pathological_shares(
     num_classes: int, num_clients: int, classes_per_client: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """``classes_per_client`` random classes a client, each shared equally by the clients that have it.
+    """``classes_per_client`` random classes a client, each shared equally by those that have it.
 
     A client takes those classes that the fewest have so far, so that none is left over.
     Returns float64 [num_classes, num_clients], rows sum to 1.
@@ -216,19 +216,20 @@ def pathological_shares(
 
 def label_counts(federation: Federation) -> np.ndarray:
     """Training examples by client and class: int64 [num_clients, num_classes]."""
-    labels, num_classes = federation.dataset.labels, len(federation.dataset.class_names)
-    return np.stack(
-        [np.bincount(labels[c.train], minlength=num_classes) for c in federation.clients]
-    )
+    labels, size = federation.dataset.labels, len(federation.dataset.class_names)
+    return np.stack([np.bincount(labels[c.train], minlength=size) for c in federation.clients])
 
 
 def _split_counts(n: int, shares: np.ndarray) -> np.ndarray:
-    """n units in whole numbers: one for each share above 0 (train and test first), then by share."""
-    counts = np.zeros(4, dtype=np.int64)
-    counts[[s for s in (0, 3, 1, 2) if shares[s] > 0][:n]] = 1
-    counts += np.floor(shares * (n - counts.sum())).astype(np.int64)
+    """n units in whole numbers: one a share above 0 (train and test first), the rest by share."""
+    least = np.zeros(4, dtype=np.int64)
+    least[[s for s in (0, 3, 1, 2) if shares[s] > 0][:n]] = 1
+    exact = n * shares
+    counts = np.maximum(np.floor(exact).astype(np.int64), least)
     while counts.sum() < n:
-        counts[np.argmax(n * shares - counts)] += 1
+        counts[np.argmax(exact - counts)] += 1
+    while counts.sum() > n:
+        counts[np.argmax(np.where(counts > least, counts - exact, -np.inf))] -= 1
     return counts
 
 
@@ -259,9 +260,9 @@ def _owners(
             break
     else:
         raise DataError(
-            f"no draw of {MAX_DRAWS} gave each of {num_clients} clients at least {needed} train and 1 "
-            f"test examples, the best gave the smallest {best[0]} and {best[1]}: take fewer clients, a "
-            "larger alpha, more classes per client or a smaller min_partition_size"
+            f"none of {MAX_DRAWS} draws gave each of {num_clients} clients {needed} train and 1 "
+            f"test examples, the best gave the smallest {best[0]} and {best[1]}: take fewer "
+            "clients, a larger alpha, more classes per client or a smaller min_partition_size"
         )
     owner = np.empty(len(labels), dtype=np.int64)
     for part, part_counts in zip(pools, counts, strict=True):
@@ -304,6 +305,6 @@ def _check_natural(clients: Sequence[ClientData]) -> None:
         if train == 0 or test == 0:
             rows = train + len(client.gate) + len(client.val) + test
             raise DataError(
-                f"client {client.client_id!r} has {rows} rows, {train} of them to train and {test} to "
-                "test; a client needs at least 2 rows, 1 to train and 1 to test"
+                f"client {client.client_id!r} has {rows} rows, {train} for train and {test} for "
+                "test; a client needs at least 2 rows, 1 for train and 1 for test"
             )
