@@ -1,3 +1,132 @@
+// Python module fedms._C: pointers as integers, sizes, flags. Checks, allocation and autograd are
+// Python's (fedms/kernels/native.py); the arithmetic is gated_lora*.cpp's.
+//
+//   set_parallel_for(address)   torch's thread pool, once at import
+//   forward(call)               y += the mixture, optionally keeping h
+//   backward(call)              dx, dgates, dA, dB
+//   isa(), set_isa(name), compiler()
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
-PYBIND11_MODULE(_C, m) { m.def("abi", [] { return 1; }); }
+#include <memory>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/gated_lora.h"
+#include "cpu/pack.h"
+#include "isa.h"
+#include "parallel.h"
+
+namespace py = pybind11;
+using std::int64_t;
+using Ints = std::vector<int64_t>;
+
+namespace {
+
+template <class T>
+T* pointer(int64_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+// What both directions share. Owns the arrays that the Problem points into.
+struct Call {
+    fedms::PackedExperts experts;
+    Ints ranks, runs;
+    std::vector<float> scale;
+    fedms::Problem problem{};
+
+    Call(int64_t m, int64_t k, int64_t n, bool bf16, bool adapters_bf16, const Ints& a, const Ints& b,
+         Ints ranks_, const std::vector<double>& scale_, int64_t gates, int64_t gate_row,
+         int64_t gate_col, int64_t idxs, int64_t top_k, Ints runs_, int64_t num_runs, double p,
+         int64_t seed, int64_t x, int64_t h, int64_t h_width)
+        : experts(a, b, ranks_, k, n, adapters_bf16),
+          ranks(std::move(ranks_)),
+          runs(std::move(runs_)),
+          scale(scale_.begin(), scale_.end()) {
+        problem.m = m, problem.k = k, problem.n = n;
+        problem.num_experts = static_cast<int64_t>(scale.size());
+        problem.bf16 = bf16;
+        problem.ranks = ranks.data();
+        problem.a = experts.a_rows.data();
+        problem.bt = experts.bt_rows.data();
+        problem.scale = scale.data();
+        problem.gates = pointer<const float>(gates);
+        problem.gate_row = gate_row, problem.gate_col = gate_col;
+        problem.idxs = pointer<const int64_t>(idxs);
+        problem.top_k = top_k;
+        problem.runs = runs.data();
+        problem.num_runs = num_runs;
+        problem.dropout_p = p;
+        problem.seed = static_cast<std::uint64_t>(seed);
+        problem.x = pointer<const void>(x);
+        problem.h = pointer<float>(h);
+        problem.h_width = h_width;
+    }
+};
+
+template <class... Args>
+void forward(int64_t threads, int64_t y, Args... args) {
+    py::gil_scoped_release release;
+    Call call(std::move(args)...);
+    call.problem.y = pointer<void>(y);
+    fedms::forward(call.problem, threads);
+}
+
+// da, db: addresses, 0 where no gradient is wanted.
+template <class... Args>
+void backward(int64_t threads, int64_t dy, int64_t dx, int64_t dgates, const Ints& da, const Ints& db,
+              Args... args) {
+    py::gil_scoped_release release;
+    const bool adapters_bf16 = std::get<4>(std::tie(args...));
+    Call call(std::move(args)...);
+    const std::size_t count = da.size();
+    std::unique_ptr<bool[]> want(new bool[2 * count + 1]);
+    std::vector<void*> da_out, db_out;
+    for (std::size_t e = 0; e < count; ++e) {
+        want[e] = da[e] != 0;
+        want[count + e] = db[e] != 0;
+        da_out.push_back(pointer<void>(da[e]));
+        db_out.push_back(pointer<void>(db[e]));
+    }
+    call.problem.dy = pointer<const void>(dy);
+    call.problem.dx = pointer<void>(dx);
+    call.problem.dgates = pointer<float>(dgates);
+    call.problem.want_da = want.get();
+    call.problem.want_db = want.get() + count;
+    fedms::backward(call.problem, threads, da_out.data(), db_out.data(), adapters_bf16);
+}
+
+// The shared arguments' types, in Call's order.
+template <template <class...> class Holder>
+using Shared = Holder<int64_t, int64_t, int64_t, bool, bool, Ints, Ints, Ints, std::vector<double>,
+                      int64_t, int64_t, int64_t, int64_t, int64_t, Ints, int64_t, double, int64_t,
+                      int64_t, int64_t, int64_t>;
+
+template <class... Args>
+struct Bind {
+    static void into(py::module_& m) {
+        m.def("forward", &forward<Args...>);
+        m.def("backward", &backward<Args...>);
+    }
+};
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "CPU kernels of fedms on raw pointers; use fedms.kernels instead.";
+    m.def("set_parallel_for", [](int64_t address) {
+        fedms::parallel_for_slot() = reinterpret_cast<fedms::ParallelFor>(address);
+    });
+    m.def("isa", [] { return std::string(fedms::rows_slot()->isa); });
+    m.def("set_isa", [](const std::string& name) { return fedms::set_isa(name.c_str()); });
+    m.def("compiler", [] { return std::string(__VERSION__); });
+    // Throws inside a parallel body, for the test that an error on a worker thread arrives.
+    m.def("parallel_for_throws", [](int64_t n) {
+        py::gil_scoped_release release;
+        fedms::parallel_for(n, [n](int64_t i) {
+            if (i == n - 1) throw std::runtime_error("thrown in a parallel body");
+        });
+    });
+    Shared<Bind>::into(m);
+}

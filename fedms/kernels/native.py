@@ -1,20 +1,207 @@
-"""The C++ backend. Placeholder until the extension's kernels are bound: nothing is supported."""
+"""The C++ backend on CPU tensors, fp32 and bf16: base GEMM by torch, everything else in one pass.
+
+Shape suffixes: M rows, K in, N out, R the sum of the experts' ranks, E experts, k experts a token.
+
+Forward after the base GEMM: x is read once, y read and written once, h [M, R] kept in fp32. Backward
+after `dx = dy W`: dy and x are read once, dx read and written once. The kernels are in csrc/cpu; they
+take addresses, so the checks are all on this side. x, the base result and dy share one dtype (fp32 or
+bf16), the adapters are fp32 or bf16, products and sums are fp32 with one rounding.
+
+The extension is optional at import: without it `available()` is False and naming this backend is an
+error.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
 import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedms.kernels.ops import define_backend
+
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def _load(name: str) -> tuple[ModuleType | None, str]:
+    """The compiled module, or None and why not."""
+    try:
+        return importlib.import_module(name), ""
+    except ImportError as error:
+        return None, str(error)
+
+
+def _torch_parallel_for() -> int:
+    """Address of torch's own parallel_for, 0 when this torch does not export it."""
+    suffix = "dylib" if sys.platform == "darwin" else "so"
+    library = Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{suffix}"
+    try:
+        symbol = ctypes.CDLL(str(library)).torch_parallel_for
+    except (OSError, AttributeError):
+        return 0
+    return ctypes.cast(symbol, ctypes.c_void_p).value or 0
+
+
+_C, _why_not = _load("fedms._C")
+_threaded = False
+if _C is not None:
+    _address = _torch_parallel_for()
+    _threaded = _address != 0
+    _C.set_parallel_for(_address)
 
 
 def available() -> bool:
     """True when the compiled extension could be loaded."""
-    return False
+    return _C is not None
 
 
 def supports(x: torch.dtype, adapter: torch.dtype, base: torch.dtype) -> bool:
-    """True when the extension has kernels for these dtypes."""
-    return False
+    """True when there are kernels for x, adapters and base result of these dtypes."""
+    return x in _DTYPES and adapter in _DTYPES and base == x
 
 
 def require(device: torch.device, x: torch.dtype, adapter: torch.dtype, base: torch.dtype) -> None:
-    """Raise RuntimeError when the backend cannot run a call."""
-    raise RuntimeError("backend='native' needs the compiled extension")
+    """Raise RuntimeError, or ValueError for the call's own part in it, unless the backend can run."""
+    if _C is None:
+        raise RuntimeError(
+            f"backend='native' needs the compiled extension fedms._C, which could not be loaded: "
+            f"{_why_not}"
+        )
+    if device.type != "cpu" or not supports(x, adapter, base):
+        raise ValueError(
+            f"backend='native' must have CPU tensors, x and base result both float32 or both "
+            f"bfloat16 and adapters in either, got x {x} on {device}, base {base}, "
+            f"adapters {adapter}"
+        )
+
+
+def build_info() -> dict[str, str]:
+    """What `fedms doctor` prints about the CPU and CUDA extensions."""
+    if _C is None:
+        cpu = {"cpu": f"not loaded ({_why_not})"}
+    else:
+        threads = "torch's pool" if _threaded else "serial: torch exports no torch_parallel_for"
+        cpu = {"cpu": "loaded", "compiler": _C.compiler(), "isa": _C.isa(), "threads": threads}
+    return {**cpu, "cuda": _cuda_state()}
+
+
+def _cuda_state() -> str:
+    module, why_not = _load("fedms._C_cuda")
+    if module is None:
+        return f"not built ({why_not})"
+    return module.state()
+
+
+def _h_like(x: Tensor, A: Sequence[Tensor], expert_idxs: Tensor | None) -> tuple[int, torch.dtype]:
+    sizes = [a.shape[0] for a in A]
+    width = sum(sizes) if expert_idxs is None else expert_idxs.shape[1] * max(sizes)
+    return width, torch.float32
+
+
+def _shared(
+    m: int,
+    k: int,
+    n: int,
+    dtype: torch.dtype,
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    gates: Tensor | None,
+    expert_idxs: Tensor | None,
+    runs: Sequence[int] | None,
+    scale: Sequence[float],
+    dropout_p: float,
+    seed: int,
+    x: Tensor | None,
+    h: Tensor | None,
+    h_width: int,
+) -> tuple:
+    """The arguments both directions share, in the binding's order. The caller keeps the tensors alive."""
+    ranks = [0]
+    for a in A:
+        ranks.append(ranks[-1] + a.shape[0])
+    row = column = 0
+    if gates is not None:
+        column = gates.stride(-1)
+        row = gates.stride(0) if gates.dim() == 2 else 0
+    return (
+        m, k, n, dtype == torch.bfloat16, A[0].dtype == torch.bfloat16,
+        [a.data_ptr() for a in A], [b.data_ptr() for b in B], ranks, scale,
+        0 if gates is None else gates.data_ptr(), row, column,
+        0 if expert_idxs is None else expert_idxs.data_ptr(),
+        0 if expert_idxs is None else expert_idxs.shape[1],
+        [] if runs is None else runs, -1 if runs is None else len(runs) // 4,
+        dropout_p, seed, 0 if x is None else x.data_ptr(), 0 if h is None else h.data_ptr(), h_width,
+    )  # fmt: skip
+
+
+def _forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, base: Tensor | None,
+    A: Sequence[Tensor], B: Sequence[Tensor], gates: Tensor | None, expert_idxs: Tensor | None,
+    runs: Sequence[int] | None, scale: Sequence[float], dropout_p: float, seed: int, save_h: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if base is not None:
+        y_MN = base.clone(memory_format=torch.contiguous_format)
+    else:
+        assert weight is not None
+        y_MN = F.linear(x, weight, bias)
+    m, k = x.shape
+    x = x.contiguous()
+    A, B = [a.contiguous() for a in A], [b.contiguous() for b in B]
+    gates = None if gates is None else gates.to(torch.float32)
+    expert_idxs = None if expert_idxs is None else expert_idxs.contiguous()
+    width, _ = _h_like(x, A, expert_idxs)
+    h = x.new_empty((m, width) if save_h else (0,), dtype=torch.float32)
+    shared = _shared(m, k, y_MN.shape[1], x.dtype, A, B, gates, expert_idxs, runs, scale, dropout_p,
+                     seed, x, h if save_h else None, width)  # fmt: skip
+    _C.forward(torch.get_num_threads(), y_MN.data_ptr(), *shared)  # type: ignore[union-attr]
+    return y_MN, h
+
+
+def _backward(
+    dy: Tensor, weight: Tensor | None, x: Tensor | None, h: Tensor | None, A: Sequence[Tensor],
+    B: Sequence[Tensor], gates: Tensor | None, expert_idxs: Tensor | None,
+    runs: Sequence[int] | None, scale: Sequence[float], dropout_p: float, seed: int, need_dx: bool,
+    need_dg: bool, need_dA: Sequence[bool], need_dB: Sequence[bool],
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
+    (m, n), k = dy.shape, A[0].shape[1]
+    dy = dy.contiguous()
+    if need_dx:
+        dx_MK = dy.new_zeros((m, k)) if weight is None else dy @ weight
+    else:
+        dx_MK = dy.new_empty(0)
+    x = None if x is None else x.contiguous()
+    A, B = [a.contiguous() for a in A], [b.contiguous() for b in B]
+    dA = [
+        torch.empty_like(a) if need else a.new_empty(0) for a, need in zip(A, need_dA, strict=True)
+    ]
+    dB = [
+        torch.empty_like(b) if need else b.new_empty(0) for b, need in zip(B, need_dB, strict=True)
+    ]
+    gates32 = None if gates is None else gates.to(torch.float32)
+    expert_idxs = None if expert_idxs is None else expert_idxs.contiguous()
+    width, _ = _h_like(dy, A, expert_idxs)
+    columns = len(A) if expert_idxs is None else expert_idxs.shape[1]
+    dg = dy.new_zeros((m, columns) if need_dg else (0,), dtype=torch.float32)
+    shared = _shared(m, k, n, dy.dtype, A, B, gates32, expert_idxs, runs, scale, dropout_p, seed, x,
+                     h, width)  # fmt: skip
+    _C.backward(  # type: ignore[union-attr]
+        torch.get_num_threads(),
+        dy.data_ptr(),
+        dx_MK.data_ptr() if need_dx else 0,
+        dg.data_ptr() if need_dg else 0,
+        [g.data_ptr() if need else 0 for g, need in zip(dA, need_dA, strict=True)],
+        [g.data_ptr() if need else 0 for g, need in zip(dB, need_dB, strict=True)],
+        *shared,
+    )
+    if need_dg and gates is not None:
+        dg = (dg.sum(0) if gates.dim() == 1 else dg).to(gates.dtype)
+    return dx_MK, dg, dA, dB
+
+
+define_backend("native", _forward, _backward, dispatch_key="CPU", h_like=_h_like)

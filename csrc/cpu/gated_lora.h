@@ -1,0 +1,72 @@
+// The gated LoRA op on raw pointers: what to compute, and the entry points.
+//
+//   forward   h = drop(x) Aᵀ;  h~ = h * expand(gate * scale);  y += h~ Bᵀ
+//   backward  u = dy B;  u~ = u * expand(gate * scale);  dx += undrop(u~ A);
+//             dB = dyᵀ h~;  dA = u~ᵀ drop(x);  dgate[m, e] = scale_e <h[m, e], u[m, e]>
+//
+// M rows, K in, N out, E experts, R stacked ranks. x, y, dy, dx share one dtype (fp32 or bf16);
+// everything in between is fp32. Pairs (row, expert) exist by `runs` or by `idxs`, else all do.
+#pragma once
+
+#include <cstdint>
+
+namespace fedms {
+
+struct Problem {
+    std::int64_t m, k, n, num_experts;
+    bool bf16;                  // dtype of x, y, dy, dx
+    const std::int64_t* ranks;  // [E + 1] offsets of the experts' ranks in 0..R
+    const float* const* a;      // [R] rows of the stacked A, each K floats
+    const float* const* bt;     // [R] rows of the stacked Bᵀ, each N floats
+    const float* scale;         // [E]
+    // gate of (m, e) at gates[m * gate_row + e * gate_col]; with idxs, of (m, j) likewise
+    const float* gates;  // null: ones
+    std::int64_t gate_row, gate_col;
+    const std::int64_t* idxs;  // null or [M, top_k] expert indices
+    std::int64_t top_k;
+    const std::int64_t* runs;  // num_runs x (row_begin, row_end, expert_begin, expert_end)
+    std::int64_t num_runs;     // -1: one run over all rows and experts
+    double dropout_p;
+    std::uint64_t seed;
+    const void* x;  // [M, K]; null in a backward without dA
+    float* h;       // [M, h_width]: written by the forward (null: not kept), read by the backward
+    std::int64_t h_width;  // R, or with idxs top_k * largest rank
+    void* y;               // forward: [M, N], holds the base result
+    const void* dy;        // backward: [M, N]
+    void* dx;              // [M, K], holds the base's dx; null: not wanted
+    float* dgates;         // [M, E] or [M, top_k], zeroed by the caller; null: not wanted
+    const bool* want_da;   // [E]
+    const bool* want_db;   // [E]
+};
+
+// Memory of one thread. Sized by the driver, never shared.
+struct Scratch {
+    float* h;         // [block, R]
+    float* u;         // [block, R]
+    float* dropped;   // [block, K]; dropout only
+    float* da;        // [R, K] partial gradients; backward only
+    float* db;        // [R, N]
+    bool* da_touched;  // [E] false at the start; a partial is zeroed when first touched
+    bool* db_touched;
+    const void** rows;          // [4 * block] row pointers
+    std::int64_t* pair_row;     // [block * top_k] with idxs
+    std::int64_t* pair_slot;    // [block * top_k]
+    std::int64_t* expert_begin;  // [E + 1]
+    std::int64_t block;         // rows worked on at once
+};
+
+// Both walk rows [begin, end) block by block.
+struct RowKernels {
+    const char* isa;
+    void (*forward)(const Problem&, const Scratch&, std::int64_t begin, std::int64_t end);
+    void (*backward)(const Problem&, const Scratch&, std::int64_t begin, std::int64_t end);
+};
+
+// y += the mixture, on all threads. See Problem for what is read and written.
+void forward(const Problem& problem, std::int64_t threads);
+
+// da_out[e] [r_e, K], db_out[e] [N, r_e], fp32 or bf16 (grads_bf16); entries not wanted are ignored.
+void backward(const Problem& problem, std::int64_t threads, void* const* da_out,
+              void* const* db_out, bool grads_bf16);
+
+}  // namespace fedms

@@ -1,0 +1,308 @@
+// Row kernels of the gated LoRA op: one thread's rows, block by block. Compiled once per instruction set
+// (FEDMS_ROWS names the table it defines), so nothing here may have external linkage but that table.
+//
+// A block is worked on in items: a list of rows that all use the same consecutive experts. Dense calls
+// have one item a block, segments one a run, top-k routing one an expert. Within an item everything is
+// done while the block's rows are in the second-level cache, so x, y, dy and dx cross memory once.
+#include "cpu/dropout.h"
+#include "cpu/gated_lora.h"
+#include "cpu/micro.h"
+
+namespace {
+
+using fedms::Problem;
+using fedms::Scratch;
+
+// Rows `row(0) .. row(n - 1)` that use experts [first, last).
+struct Item {
+    int64_t n, first, last;
+    int64_t begin;         // dense: rows begin, begin + 1, ...
+    const int64_t* pairs;  // top-k: the rows
+    const int64_t* slots;  // top-k: which of the row's k entries
+    int64_t row(int64_t i) const { return pairs ? pairs[i] : begin + i; }
+};
+
+// Where an item's values of h and of the gates are; `e` counts from the item's first expert.
+struct Layout {
+    const Problem& p;
+    const Item& item;
+    int64_t largest;  // largest rank, the width of one slot of h in top-k calls
+    float* h(int64_t i) const {
+        const int64_t at = item.pairs ? item.slots[i] * largest : p.ranks[item.first];
+        return p.h + item.row(i) * p.h_width + at;
+    }
+    float coefficient(int64_t i, int64_t e) const {
+        const float s = p.scale[item.first + e];
+        if (p.gates == nullptr) return s;
+        const int64_t column = item.pairs ? item.slots[i] : item.first + e;
+        return s * p.gates[item.row(i) * p.gate_row + column * p.gate_col];
+    }
+    float* dgate(int64_t i, int64_t e) const {
+        const int64_t width = item.pairs ? p.top_k : p.num_experts;
+        const int64_t column = item.pairs ? item.slots[i] : item.first + e;
+        return p.dgates + item.row(i) * width + column;
+    }
+};
+
+template <class T>
+const T** row_pointers(const Scratch& s, int slot, const void* base, int64_t width, const Item& it) {
+    const T** rows = reinterpret_cast<const T**>(s.rows) + slot * s.block;
+    for (int64_t i = 0; i < it.n; ++i) rows[i] = static_cast<const T*>(base) + it.row(i) * width;
+    return rows;
+}
+
+template <class T>
+T** row_pointers_mut(const Scratch& s, int slot, void* base, int64_t width, const Item& it) {
+    return const_cast<T**>(row_pointers<T>(s, slot, base, width, it));
+}
+
+// out[i] = x[i] * mask(expert, row i) / (1 - p), fp32.
+template <class T>
+const float** drop_rows(const Problem& p, const Scratch& s, const T* const* x, const Item& item,
+                        int64_t expert) {
+    const std::uint64_t key = fedms::expert_key(p.seed, expert);
+    const auto threshold = static_cast<std::uint32_t>(p.dropout_p * 4294967296.0);
+    const float inverse = static_cast<float>(1.0 / (1.0 - p.dropout_p));
+    const float** rows = reinterpret_cast<const float**>(s.rows) + 3 * s.block;
+    for (int64_t i = 0; i < item.n; ++i) {
+        const std::uint64_t row = fedms::row_key(key, item.row(i));
+        const auto lo = static_cast<std::uint32_t>(row), hi = static_cast<std::uint32_t>(row >> 32);
+        float* out = s.dropped + i * p.k;
+        rows[i] = out;
+        int64_t c = 0;
+        VecU column;
+        for (int lane = 0; lane < kWidth; ++lane) column[lane] = static_cast<std::uint32_t>(lane);
+        for (; c + kWidth <= p.k; c += kWidth, column += kWidth) {
+            VecU v = column * 0x9E3779B1u + lo;
+            v = (v ^ (v >> 16)) * 0x7FEB352Du;
+            v = ((v ^ (v >> 15)) ^ hi) * 0x846CA68Bu;
+            v ^= v >> 16;
+            const VecU keep = (VecU)(v >= threshold);
+            store(out + c, (Vec)((VecU)(load(x[i] + c) * inverse) & keep));
+        }
+        if (c < p.k) {
+            float part[kWidth];
+            store(part, load_part(x[i] + c, p.k - c));
+            for (int64_t j = 0; c < p.k; ++c, ++j) {
+                const bool keep = fedms::keep_element(lo, hi, static_cast<std::uint32_t>(c), threshold);
+                out[c] = keep ? part[j] * inverse : 0.0f;
+            }
+        }
+    }
+    return rows;
+}
+
+// h~ (or u~) in place of h (or u): every rank of an expert times its gate and scale.
+void apply_gates(const Layout& at, float* h, int64_t ldh) {
+    const Problem& p = at.p;
+    const int64_t r0 = p.ranks[at.item.first];
+    for (int64_t i = 0; i < at.item.n; ++i) {
+        for (int64_t e = at.item.first; e < at.item.last; ++e) {
+            const float c = at.coefficient(i, e - at.item.first);
+            for (int64_t j = p.ranks[e]; j < p.ranks[e + 1]; ++j) h[i * ldh + j - r0] *= c;
+        }
+    }
+}
+
+template <class T>
+void forward_item(const Problem& p, const Scratch& s, const Item& item, int64_t largest) {
+    const int64_t r0 = p.ranks[item.first], r = p.ranks[item.last] - r0;
+    if (r == 0) return;
+    const Layout at{p, item, largest};
+    const T* const* x = row_pointers<T>(s, 0, p.x, p.k, item);
+    if (p.dropout_p > 0.0) {
+        for (int64_t e = item.first; e < item.last; ++e) {
+            const int64_t re = p.ranks[e + 1] - p.ranks[e];
+            if (re == 0) continue;
+            const float* const* dropped = drop_rows(p, s, x, item, e);
+            dots(dropped, item.n, p.a + p.ranks[e], re, p.k, s.h + p.ranks[e] - r0, r);
+        }
+    } else {
+        dots(x, item.n, p.a + r0, r, p.k, s.h, r);
+    }
+    if (p.h != nullptr) {
+        for (int64_t i = 0; i < item.n; ++i) std::memcpy(at.h(i), s.h + i * r, r * sizeof(float));
+    }
+    apply_gates(at, s.h, r);
+    expand(row_pointers_mut<T>(s, 1, p.y, p.n, item), item.n, s.h, r, p.bt + r0, r, p.n);
+}
+
+// Adds leftᵀ rows into the partial gradients of the wanted experts, neighbours together.
+template <class T>
+void add_outer(const Problem& p, const Item& item, const bool* want, bool* touched, float* partial,
+               int64_t columns, const float* left, const T* const* rows) {
+    const int64_t r0 = p.ranks[item.first], r = p.ranks[item.last] - r0;
+    for (int64_t e = item.first; e < item.last;) {
+        if (!want[e]) {
+            ++e;
+            continue;
+        }
+        int64_t end = e;
+        for (; end < item.last && want[end]; ++end) {
+            if (touched[end]) continue;
+            touched[end] = true;
+            const int64_t count = (p.ranks[end + 1] - p.ranks[end]) * columns;
+            std::memset(partial + p.ranks[end] * columns, 0, count * sizeof(float));
+        }
+        outer(partial + p.ranks[e] * columns, columns, left + p.ranks[e] - r0, r,
+              p.ranks[end] - p.ranks[e], rows, item.n, columns);
+        e = end;
+    }
+}
+
+bool any(const bool* want, const Item& item) {
+    for (int64_t e = item.first; e < item.last; ++e) {
+        if (want[e]) return true;
+    }
+    return false;
+}
+
+template <class T>
+void backward_item(const Problem& p, const Scratch& s, const Item& item, int64_t largest) {
+    const int64_t r0 = p.ranks[item.first], r = p.ranks[item.last] - r0;
+    if (r == 0) return;
+    const Layout at{p, item, largest};
+    const T* const* dy = row_pointers<T>(s, 0, p.dy, p.n, item);
+    const bool want_da = any(p.want_da, item), want_db = any(p.want_db, item);
+    const bool want_u = want_da || p.dx != nullptr || p.dgates != nullptr;
+
+    if (want_u) dots(dy, item.n, p.bt + r0, r, p.n, s.u, r);
+    if (want_db || p.dgates != nullptr) {
+        for (int64_t i = 0; i < item.n; ++i) std::memcpy(s.h + i * r, at.h(i), r * sizeof(float));
+    }
+    if (p.dgates != nullptr) {
+        for (int64_t i = 0; i < item.n; ++i) {
+            for (int64_t e = item.first; e < item.last; ++e) {
+                float dot = 0.0f;
+                for (int64_t j = p.ranks[e] - r0; j < p.ranks[e + 1] - r0; ++j) {
+                    dot += s.h[i * r + j] * s.u[i * r + j];
+                }
+                *at.dgate(i, e - item.first) = p.scale[e] * dot;
+            }
+        }
+    }
+    if (want_db) {
+        apply_gates(at, s.h, r);
+        add_outer(p, item, p.want_db, s.db_touched, s.db, p.n, s.h, dy);
+    }
+    if (!want_da && p.dx == nullptr) return;
+    apply_gates(at, s.u, r);
+    const T* const* x = want_da ? row_pointers<T>(s, 1, p.x, p.k, item) : nullptr;
+    T** dx = p.dx != nullptr ? row_pointers_mut<T>(s, 2, p.dx, p.k, item) : nullptr;
+    if (p.dropout_p <= 0.0) {
+        if (want_da) add_outer(p, item, p.want_da, s.da_touched, s.da, p.k, s.u, x);
+        if (dx != nullptr) expand(dx, item.n, s.u, r, p.a + r0, r, p.k);
+        return;
+    }
+    for (int64_t e = item.first; e < item.last; ++e) {
+        const int64_t re = p.ranks[e + 1] - p.ranks[e];
+        if (re == 0) continue;
+        // With dropout each expert has its own input, and u~ of one expert is a strided slice of u~.
+        float* ue = s.h;
+        for (int64_t i = 0; i < item.n; ++i) {
+            std::memcpy(ue + i * re, s.u + i * r + p.ranks[e] - r0, re * sizeof(float));
+        }
+        Item one = item;
+        one.first = e;
+        one.last = e + 1;
+        if (p.want_da[e]) {
+            add_outer(p, one, p.want_da, s.da_touched, s.da, p.k, ue, drop_rows(p, s, x, one, e));
+        }
+        if (dx == nullptr) continue;
+        std::memset(s.dropped, 0, item.n * p.k * sizeof(float));
+        float** rows = const_cast<float**>(reinterpret_cast<const float**>(s.rows)) + 3 * s.block;
+        for (int64_t i = 0; i < item.n; ++i) rows[i] = s.dropped + i * p.k;
+        expand(rows, item.n, ue, re, p.a + p.ranks[e], re, p.k);
+        drop_rows(p, s, static_cast<const float* const*>(rows), one, e);  // in place: undrop
+        for (int64_t i = 0; i < item.n; ++i) {
+            int64_t c = 0;
+            for (; c + kWidth <= p.k; c += kWidth) store(dx[i] + c, load(dx[i] + c) + load(rows[i] + c));
+            if (c < p.k) {
+                const Vec total = load_part(dx[i] + c, p.k - c) + load_part(rows[i] + c, p.k - c);
+                store_part(dx[i] + c, total, p.k - c);
+            }
+        }
+    }
+}
+
+// The (row, slot) pairs of rows [begin, end), by expert and then by row.
+void sort_pairs(const Problem& p, const Scratch& s, int64_t begin, int64_t end) {
+    int64_t* at = s.expert_begin;
+    std::memset(at, 0, (p.num_experts + 1) * sizeof(int64_t));
+    for (int64_t i = begin * p.top_k; i < end * p.top_k; ++i) ++at[p.idxs[i] + 1];
+    for (int64_t e = 0; e < p.num_experts; ++e) at[e + 1] += at[e];
+    for (int64_t row = begin; row < end; ++row) {
+        for (int64_t slot = 0; slot < p.top_k; ++slot) {
+            const int64_t to = at[p.idxs[row * p.top_k + slot]]++;
+            s.pair_row[to] = row;
+            s.pair_slot[to] = slot;
+        }
+    }
+    for (int64_t e = p.num_experts; e > 0; --e) at[e] = at[e - 1];
+    at[0] = 0;
+}
+
+template <class F>
+void for_each_item(const Problem& p, const Scratch& s, int64_t begin, int64_t end, const F& f) {
+    for (int64_t row = begin; row < end; row += s.block) {
+        const int64_t stop = row + s.block < end ? row + s.block : end;
+        if (p.idxs != nullptr) {
+            sort_pairs(p, s, row, stop);
+            for (int64_t e = 0; e < p.num_experts; ++e) {
+                int64_t i = s.expert_begin[e];
+                while (i < s.expert_begin[e + 1]) {
+                    // A row listed twice for one expert starts a new item: a tile must not hold a row twice.
+                    int64_t j = i + 1;
+                    while (j < s.expert_begin[e + 1] && j - i < s.block &&
+                           s.pair_row[j] != s.pair_row[j - 1]) {
+                        ++j;
+                    }
+                    f(Item{j - i, e, e + 1, 0, s.pair_row + i, s.pair_slot + i});
+                    i = j;
+                }
+            }
+        } else if (p.num_runs < 0) {
+            f(Item{stop - row, 0, p.num_experts, row, nullptr, nullptr});
+        } else {
+            for (int64_t i = 0; i < p.num_runs; ++i) {
+                const int64_t* run = p.runs + 4 * i;
+                const int64_t from = run[0] > row ? run[0] : row, to = run[1] < stop ? run[1] : stop;
+                if (from < to) f(Item{to - from, run[2], run[3], from, nullptr, nullptr});
+            }
+        }
+    }
+}
+
+int64_t largest_rank(const Problem& p) {
+    int64_t largest = 0;
+    for (int64_t e = 0; e < p.num_experts; ++e) {
+        const int64_t r = p.ranks[e + 1] - p.ranks[e];
+        if (r > largest) largest = r;
+    }
+    return largest;
+}
+
+void forward_rows(const Problem& p, const Scratch& s, int64_t begin, int64_t end) {
+    const int64_t largest = largest_rank(p);
+    for_each_item(p, s, begin, end, [&](const Item& item) {
+        p.bf16 ? forward_item<bf16>(p, s, item, largest) : forward_item<float>(p, s, item, largest);
+    });
+}
+
+void backward_rows(const Problem& p, const Scratch& s, int64_t begin, int64_t end) {
+    const int64_t largest = largest_rank(p);
+    for_each_item(p, s, begin, end, [&](const Item& item) {
+        p.bf16 ? backward_item<bf16>(p, s, item, largest) : backward_item<float>(p, s, item, largest);
+    });
+}
+
+}  // namespace
+
+namespace fedms {
+
+#define FEDMS_TEXT_(x) #x
+#define FEDMS_TEXT(x) FEDMS_TEXT_(x)
+extern const RowKernels FEDMS_ROWS;
+const RowKernels FEDMS_ROWS = {FEDMS_TEXT(FEDMS_ISA), forward_rows, backward_rows};
+
+}  // namespace fedms

@@ -1,0 +1,82 @@
+// One SIMD register of floats as a GCC/Clang vector type, with loads and stores for fp32 and bf16.
+//
+// Included only by gated_lora_rows.cpp, which is compiled once per instruction set: every function here
+// has internal linkage, so that no copy for a wide machine can be picked by the linker for another.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#define FEDMS_INLINE static inline __attribute__((always_inline))
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+
+struct bf16 {
+    std::uint16_t bits;
+};
+
+typedef float Vec __attribute__((vector_size(kWidth * 4)));
+typedef std::uint32_t VecU __attribute__((vector_size(kWidth * 4)));
+typedef std::uint16_t VecH __attribute__((vector_size(kWidth * 2)));
+
+FEDMS_INLINE Vec load(const float* p) {
+    Vec v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+FEDMS_INLINE Vec load(const bf16* p) {
+    VecH h;
+    std::memcpy(&h, p, sizeof h);
+    VecU u = __builtin_convertvector(h, VecU) << 16;
+    return (Vec)u;
+}
+
+FEDMS_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+
+// Round to nearest even; a NaN stays a NaN whatever its payload.
+FEDMS_INLINE void store(bf16* p, Vec v) {
+    VecU u = (VecU)v;
+    VecU rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    VecU is_nan = (VecU)((u & 0x7fffffffu) > 0x7f800000u);
+    VecU bits = (is_nan & 0x7fc0u) | (~is_nan & rounded);
+    VecH h = __builtin_convertvector(bits, VecH);
+    std::memcpy(p, &h, sizeof h);
+}
+
+// The first n < kWidth elements; the others are zero.
+template <class T>
+FEDMS_INLINE Vec load_part(const T* p, std::int64_t n) {
+    T buffer[kWidth];
+    std::memset(buffer, 0, sizeof buffer);
+    std::memcpy(buffer, p, static_cast<std::size_t>(n) * sizeof(T));
+    return load(buffer);
+}
+
+template <class T>
+FEDMS_INLINE void store_part(T* p, Vec v, std::int64_t n) {
+    T buffer[kWidth];
+    store(buffer, v);
+    std::memcpy(p, buffer, static_cast<std::size_t>(n) * sizeof(T));
+}
+
+FEDMS_INLINE Vec splat(float x) { return x - Vec{}; }
+
+FEDMS_INLINE float sum(Vec v) {
+    float lanes[kWidth];
+    std::memcpy(lanes, &v, sizeof v);
+    for (int width = kWidth / 2; width > 0; width /= 2) {
+        for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+    }
+    return lanes[0];
+}
+
+}  // namespace
