@@ -18,7 +18,7 @@ using std::int64_t;
 #if defined(__AVX512F__)  // 32 registers
 constexpr int kDotRows = 4, kDotRanks = 4;
 constexpr int kExpandRows = 6, kExpandVecs = 4;
-constexpr int kOuterRanks = 8, kOuterVecs = 2;
+constexpr int kOuterRanks = 8, kOuterVecs = 3;
 #else  // 16 registers
 constexpr int kDotRows = 2, kDotRanks = 4;
 constexpr int kExpandRows = 4, kExpandVecs = 2;
@@ -37,13 +37,13 @@ void dots(const T* const* x, int64_t m, const float* const* w, int64_t r, int64_
         for (int64_t j0 = 0; j0 < r; j0 += kDotRanks) {
             const float* wj[kDotRanks];
             for (int j = 0; j < kDotRanks; ++j) wj[j] = w[j0 + j < r ? j0 + j : r - 1];
-            Vec acc[kDotRows][kDotRanks] = {};
+            Vec acc[kDotRows * kDotRanks] = {};
             for (int64_t c = 0; c < whole; c += kWidth) {
                 Vec wv[kDotRanks];
                 for (int j = 0; j < kDotRanks; ++j) wv[j] = load(wj[j] + c);
                 for (int i = 0; i < kDotRows; ++i) {
                     Vec xv = load(xi[i] + c);
-                    for (int j = 0; j < kDotRanks; ++j) acc[i][j] += xv * wv[j];
+                    for (int j = 0; j < kDotRanks; ++j) acc[i * kDotRanks + j] += xv * wv[j];
                 }
             }
             if (whole < columns) {
@@ -52,12 +52,14 @@ void dots(const T* const* x, int64_t m, const float* const* w, int64_t r, int64_
                 for (int j = 0; j < kDotRanks; ++j) wv[j] = load_part(wj[j] + whole, n);
                 for (int i = 0; i < kDotRows; ++i) {
                     Vec xv = load_part(xi[i] + whole, n);
-                    for (int j = 0; j < kDotRanks; ++j) acc[i][j] += xv * wv[j];
+                    for (int j = 0; j < kDotRanks; ++j) acc[i * kDotRanks + j] += xv * wv[j];
                 }
             }
+            float total[kDotRows * kDotRanks];
+            for (int g = 0; g < kDotRows * kDotRanks; g += kWidth) store(total + g, sums(acc + g));
             for (int i = 0; i < kDotRows && i0 + i < m; ++i) {
                 for (int j = 0; j < kDotRanks && j0 + j < r; ++j) {
-                    out[(i0 + i) * ldo + j0 + j] = sum(acc[i][j]);
+                    out[(i0 + i) * ldo + j0 + j] = total[i * kDotRanks + j];
                 }
             }
         }
@@ -113,9 +115,9 @@ void expand(T* const* y, int64_t m, const float* h, int64_t ldh, const float* co
     }
 }
 
-template <int Vecs, class T>
-FEDMS_INLINE void outer_tile(float* const* g, const float* h, int64_t ldh,
-                             const int64_t* rank, const T* const* x, int64_t m, int64_t c) {
+template <int Vecs, bool Full, class T>
+FEDMS_INLINE void outer_tile(float* const* g, const float* h, int64_t ldh, const int64_t* rank,
+                             const T* const* x, int64_t m, int64_t c) {
     Vec acc[kOuterRanks][Vecs];
     for (int j = 0; j < kOuterRanks; ++j) {
         for (int v = 0; v < Vecs; ++v) acc[j][v] = load(g[j] + c + v * kWidth);
@@ -125,7 +127,7 @@ FEDMS_INLINE void outer_tile(float* const* g, const float* h, int64_t ldh,
         for (int v = 0; v < Vecs; ++v) xv[v] = load(x[i] + c + v * kWidth);
         const float* hi = h + i * ldh;
         for (int j = 0; j < kOuterRanks; ++j) {
-            const Vec hv = splat(hi[rank[j]]);
+            const Vec hv = splat(Full ? hi[j] : hi[rank[j]]);
             for (int v = 0; v < Vecs; ++v) acc[j][v] += hv * xv[v];
         }
     }
@@ -145,12 +147,15 @@ void outer(float* g, int64_t ldg, const float* h, int64_t ldh, int64_t r, const 
             rank[j] = j0 + j < r ? j0 + j : r - 1;
             gj[j] = g + rank[j] * ldg;
         }
+        const bool full = j0 + kOuterRanks <= r;
         int64_t c = 0;
         for (; c + kTile <= columns; c += kTile) {
-            outer_tile<kOuterVecs>(gj, h, ldh, rank, x, m, c);
+            full ? outer_tile<kOuterVecs, true>(gj, h + j0, ldh, rank, x, m, c)
+                 : outer_tile<kOuterVecs, false>(gj, h, ldh, rank, x, m, c);
         }
         for (; c + kWidth <= columns; c += kWidth) {
-            outer_tile<1>(gj, h, ldh, rank, x, m, c);
+            full ? outer_tile<1, true>(gj, h + j0, ldh, rank, x, m, c)
+                 : outer_tile<1, false>(gj, h, ldh, rank, x, m, c);
         }
         if (c < columns) {
             const int64_t n = columns - c;

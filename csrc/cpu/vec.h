@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #define FEDMS_INLINE static inline __attribute__((always_inline))
 
@@ -70,13 +71,26 @@ FEDMS_INLINE void store_part(T* p, Vec v, std::int64_t n) {
 
 FEDMS_INLINE Vec splat(float x) { return x - Vec{}; }
 
-FEDMS_INLINE float sum(Vec v) {
-    float lanes[kWidth];
-    std::memcpy(lanes, &v, sizeof v);
-    for (int width = kWidth / 2; width > 0; width /= 2) {
-        for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+// Lane i of the result: where bit `Half` of i is clear a[i] + a[i + Half], else b[i] + b[i - Half].
+template <int Half, int... I>
+FEDMS_INLINE Vec fold(Vec a, Vec b, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(a, b, ((I & Half) ? kWidth + I : I)...) +
+           __builtin_shufflevector(a, b, ((I & Half) ? kWidth + I - Half : I + Half)...);
+}
+
+// The sums of kWidth vectors as the lanes of one. Summing each by itself would cost as much as 50
+// columns of the product it ends.
+template <int Half = kWidth / 2>
+FEDMS_INLINE Vec sums(const Vec* v) {
+    Vec next[Half];
+    for (int i = 0; i < Half; ++i) {
+        next[i] = fold<Half>(v[i], v[i + Half], std::make_integer_sequence<int, kWidth>{});
     }
-    return lanes[0];
+    if constexpr (Half == 1) {
+        return next[0];
+    } else {
+        return sums<Half / 2>(next);
+    }
 }
 
 }  // namespace

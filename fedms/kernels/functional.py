@@ -57,7 +57,7 @@ def gated_lora_linear(
         on a bf16 base are usual: then products and sum are fp32, with one rounding). Leave an
         inactive expert out: it costs nothing. A frozen one (requires_grad False) gets no gradient
         work.
-    gates: None (ones), [E], [..., E], or [..., k] beside expert_idxs. Differentiable, zeros included.
+    gates: None (ones), [E], [..., E], or [..., k] beside expert_idxs. Differentiable, also at zero.
     expert_idxs: int64 [..., k]: only the listed (token, expert) pairs exist (a pair listed twice
         counts twice).
     segments: only these rows use these experts; an expert without rows gets no gradient (None).
@@ -71,12 +71,14 @@ def gated_lora_linear(
     autocast x and the weight are cast to the autocast dtype and the adapters stay as they are.
     Raises ValueError or TypeError that names the argument.
     """
+    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
+        x, weight, bias = _cast(x, weight, bias)
+        with torch.autocast(x.device.type, enabled=False):
+            return gated_lora_linear(
+                x, weight, lora_A, lora_B, gates=gates, expert_idxs=expert_idxs, segments=segments,
+                bias=bias, scaling=scaling, dropout_p=dropout_p, seed=seed, backend=backend,
+            )  # fmt: skip
     validate.check_base(x, weight, bias)
-    if torch.is_autocast_enabled(x.device.type):
-        return _under_autocast(
-            x, weight, lora_A, lora_B, gates, expert_idxs, segments, bias, scaling, dropout_p, seed,
-            backend,
-        )  # fmt: skip
     base = None
     if not isinstance(weight, Tensor):
         base = weight(x)
@@ -198,27 +200,15 @@ def _op(backend: str, direction: str) -> Callable[..., Any]:
     return getattr(torch.ops.fedms, f"{backend}_{direction}").default
 
 
-def _under_autocast(
-    x: Tensor, weight: Tensor | Callable[[Tensor], Tensor], lora_A: Sequence[Tensor],
-    lora_B: Sequence[Tensor], gates: Tensor | None, expert_idxs: Tensor | None,
-    segments: Segments | None, bias: Tensor | None,
-    scaling: float | Sequence[float] | Tensor | None, dropout_p: float, seed: int | None, backend: str | None,
-) -> Tensor:  # fmt: skip
-    """The same call with the casts autocast would make, and autocast off inside.
+def _cast(
+    x: Tensor, weight: Tensor | Callable[[Tensor], Tensor], bias: Tensor | None
+) -> tuple[Tensor, Tensor | Callable[[Tensor], Tensor], Tensor | None]:
+    """x, weight and bias as autocast would give them to a linear layer.
 
-    A callable base still runs under autocast, on the x it was given.
+    A callable base runs here, under autocast, on the x it was given; its result stands in for it.
     """
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device)
-    if isinstance(weight, Tensor):
-        weight = weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    else:
+    dtype = torch.get_autocast_dtype(x.device.type)
+    if not isinstance(weight, Tensor):
         result = weight(x)
-        weight = lambda _: result  # noqa: E731
-    with torch.autocast(device, enabled=False):
-        return gated_lora_linear(
-            x.to(dtype), weight, lora_A, lora_B, gates=gates, expert_idxs=expert_idxs,
-            segments=segments, bias=bias, scaling=scaling, dropout_p=dropout_p, seed=seed,
-            backend=backend,
-        )  # fmt: skip
+        return x.to(dtype), lambda _: result, bias
+    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)

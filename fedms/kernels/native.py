@@ -2,10 +2,11 @@
 
 Shape suffixes: M rows, K in, N out, R the sum of the experts' ranks, E experts, k experts a token.
 
-Forward after the base GEMM: x is read once, y read and written once, h [M, R] kept in fp32. Backward
-after `dx = dy W`: dy and x are read once, dx read and written once. The kernels are in csrc/cpu; they
-take addresses, so the checks are all on this side. x, the base result and dy share one dtype (fp32 or
-bf16), the adapters are fp32 or bf16, products and sums are fp32 with one rounding.
+Forward after the base GEMM: x is read once, y read and written once, h [M, R] kept in fp32.
+Backward after `dx = dy W`: dy and x are read once, dx read and written once. The kernels are in
+csrc/cpu; they take addresses, so the checks are all on this side. x, the base result and dy share
+one dtype (fp32 or bf16), the adapters are fp32 or bf16, products and sums are fp32 with one
+rounding.
 
 The extension is optional at import: without it `available()` is False and naming this backend is an
 error.
@@ -67,7 +68,7 @@ def supports(x: torch.dtype, adapter: torch.dtype, base: torch.dtype) -> bool:
 
 
 def require(device: torch.device, x: torch.dtype, adapter: torch.dtype, base: torch.dtype) -> None:
-    """Raise RuntimeError, or ValueError for the call's own part in it, unless the backend can run."""
+    """Raise RuntimeError (no extension) or ValueError (this call) unless the backend can run."""
     if _C is None:
         raise RuntimeError(
             f"backend='native' needs the compiled extension fedms._C, which could not be loaded: "
@@ -121,7 +122,7 @@ def _shared(
     h: Tensor | None,
     h_width: int,
 ) -> tuple:
-    """The arguments both directions share, in the binding's order. The caller keeps the tensors alive."""
+    """What both directions pass, in the binding's order. The caller keeps the tensors alive."""
     ranks = [0]
     for a in A:
         ranks.append(ranks[-1] + a.shape[0])
@@ -177,12 +178,7 @@ def _backward(
         dx_MK = dy.new_empty(0)
     x = None if x is None else x.contiguous()
     A, B = [a.contiguous() for a in A], [b.contiguous() for b in B]
-    dA = [
-        torch.empty_like(a) if need else a.new_empty(0) for a, need in zip(A, need_dA, strict=True)
-    ]
-    dB = [
-        torch.empty_like(b) if need else b.new_empty(0) for b, need in zip(B, need_dB, strict=True)
-    ]
+    dA, dB = _outputs(A, need_dA), _outputs(B, need_dB)
     gates32 = None if gates is None else gates.to(torch.float32)
     expert_idxs = None if expert_idxs is None else expert_idxs.contiguous()
     width, _ = _h_like(dy, A, expert_idxs)
@@ -202,6 +198,10 @@ def _backward(
     if need_dg and gates is not None:
         dg = (dg.sum(0) if gates.dim() == 1 else dg).to(gates.dtype)
     return dx_MK, dg, dA, dB
+
+
+def _outputs(like: Sequence[Tensor], need: Sequence[bool]) -> list[Tensor]:
+    return [t.new_empty(t.shape if want else (0,)) for t, want in zip(like, need, strict=True)]
 
 
 define_backend("native", _forward, _backward, dispatch_key="CPU", h_like=_h_like)
