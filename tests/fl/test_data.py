@@ -2,6 +2,7 @@ import builtins
 import csv
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from fedms.fl.types import DataError, FedMSError
 
 ROWS = [
     {"text": "Fieber, erhöht", "label": "b", "site": "Köln", "split": "train"},
-    {"text": 'zwei\nZeilen, "zitiert"', "label": "a", "site": "Ulm", "split": "train"},
+    {"text": 'drei\nZeilen,\r\n"zitiert"', "label": "a", "site": "Ulm", "split": "train"},
     {"text": "発熱と咳 🤒", "label": "a", "site": "Köln", "split": "test"},
 ]
 
@@ -133,7 +134,7 @@ def test_missing_cell(tmp_path, end, column, value, parts):
 
 def test_missing_cell_in_csv(tmp_path):
     path = write(tmp_path / "a.csv", [*ROWS, {**ROWS[0], "label": ""}])
-    refuse(path, "row 4", "'label'", "got none")  # row 2 has two lines; rows are counted
+    refuse(path, "row 4", "'label'", "got none")  # row 2 has three lines; rows are counted
 
 
 def test_a_cell_of_another_type(tmp_path):
@@ -231,7 +232,8 @@ def test_load_dataset_by_name_or_path(tmp_path):
 
 @pytest.fixture(scope="module")
 def icd10():
-    pytest.importorskip("simple_icd_10_cm")
+    if find_spec("simple_icd_10_cm") is None:  # importorskip would import it, with its warning
+        pytest.skip("simple-icd-10-cm is not installed")
     return load_icd10()
 
 

@@ -244,6 +244,44 @@ def test_unseen_clients_change_no_split():
         assert of_few == of_many
 
 
+def test_the_seed_draws_the_shares():
+    counts = [label_counts(make_federation(BIG, num_clients=5, seed=seed)) for seed in (0, 1)]
+    assert counts[0].sum(axis=0).tolist() == counts[1].sum(axis=0).tolist()
+    assert np.abs(counts[0] - counts[1]).max() > 10
+
+
+def test_a_class_is_dealt_at_random():
+    """Neighbours in a file, which are alike, go to different clients; so does a remainder."""
+    data, larger = dataset([0] * 21), set()
+    for seed in range(8):
+        a, b = make_federation(
+            data, partitioner="iid", num_clients=2, min_partition_size=1, seed=seed
+        ).clients
+        assert a.train.max() > b.train.min()
+        assert b.train.max() > a.train.min()
+        larger.add(len(a.train) > len(b.train))
+    assert larger == {True, False}
+
+
+def test_a_small_clients_class_may_land_in_any_split():
+    data = dataset(range(5), clients=("a",) * 5)
+    with_class_0 = set()
+    for seed in range(40):
+        (client,) = make_federation(data, partitioner="column", seed=seed).clients
+        with_class_0 |= {part for part in PARTS if 0 in getattr(client, part)}
+    assert with_class_0 == set(PARTS)
+
+
+def test_a_draw_that_leaves_a_client_untested_is_drawn_again():
+    data = dataset(np.arange(100) % 2)
+    few = Fractions(train=0.9, gate=0, val=0, test=0.1)
+    for seed in range(20):
+        federation = make_federation(
+            data, num_clients=3, alpha=0.5, min_partition_size=1, fractions=few, seed=seed
+        )
+        assert min(len(client.test) for client in federation.clients) >= 1
+
+
 def test_a_client_of_one_class_is_legal():
     data = dataset([0] * 20 + [1] * 20, clients=("a",) * 20 + ("b",) * 20)
     federation = make_federation(data, partitioner="column")
