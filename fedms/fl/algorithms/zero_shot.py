@@ -1,0 +1,12 @@
+"""The foundation model as it is, scored once: the lower bound."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fedms.fl.algorithms.stage import Stage
+from fedms.fl.config import Config
+
+
+def stages(config: Config) -> tuple[Stage, ...]:
+    return (Stage(name="zero_shot", settings=replace(config.stage1, rounds=1), trains=(), predicts="base"),)

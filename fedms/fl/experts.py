@@ -1,0 +1,92 @@
+"""The Mixture of Foundation Models (MoFM): two experts and the gate network that weighs them.
+
+FedMS, arXiv 2312.15926: a global and a local expert are joined by a gate network with an inserted gate adapter, and that adapter
+takes part in the aggregation of every round of stage 2. What the gate reads and where the experts meet is this library's
+reading; see DESIGN.md.
+
+Shapes: B examples, C classes, D features. Weights are [B, 2], column 0 the global expert, column 1 the local one.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NUM_STATISTICS = 10
+
+
+class Gate(nn.Module):
+    """Adapter (bottleneck, residual), then a linear and a softmax over the two experts.
+
+    Parameters named ``adapter.*`` are the gate adapter: sent and averaged. ``linear.*`` stays on its client.
+    Starts at one half each.
+    """
+
+    def __init__(self, num_inputs: int, bottleneck: int) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # clients must agree on the start of the adapter, or its average means nothing
+            self.adapter = nn.Sequential(
+                nn.Linear(num_inputs, bottleneck), nn.GELU(), nn.Linear(bottleneck, num_inputs)
+            )
+            self.linear = nn.Linear(num_inputs, 2)
+            nn.init.normal_(self.linear.weight, std=0.01)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """inputs [B, F] -> weights [B, 2] that sum to one."""
+        return self.linear(inputs + self.adapter(inputs)).softmax(-1)
+
+
+def gate_width(gate_input: str, num_features: int) -> int:
+    """F, the number of inputs of the gate for a setting of ``mofm.gate_input``."""
+    return {"experts": NUM_STATISTICS, "base": num_features, "both": NUM_STATISTICS + num_features}[gate_input]
+
+
+def statistics(log_g: Tensor, log_l: Tensor, log_prior: Tensor) -> Tensor:
+    """What the two experts say about an example, in a form that clients with different labels can share a rule on.
+
+    Args:
+        log_g, log_l: log-probabilities of the global and local expert, [B, C].
+        log_prior: the client's own log label frequencies, smoothed, [C]. They never leave it.
+
+    Returns:
+        [B, 10], each about -1..1: per expert the entropy over log C, the two largest probabilities, and how familiar the
+        client is with what the expert predicts (expected log prior against the uniform one); then whether the two agree on the
+        class, and the Bhattacharyya overlap of their distributions.
+    """
+    scale = math.log(log_g.shape[-1])
+    columns: list[Tensor] = []
+    for log_p in (log_g, log_l):
+        p = log_p.exp()
+        columns += [-(p * log_p).sum(-1) / scale, *p.topk(2, dim=-1).values.unbind(-1), (p @ log_prior) / scale + 1.0]
+    agree = (log_g.argmax(-1) == log_l.argmax(-1)).to(log_g.dtype)
+    return torch.stack([*columns, agree, (0.5 * (log_g + log_l)).exp().sum(-1)], dim=-1)
+
+
+def log_label_frequency(labels: Tensor, num_classes: int) -> Tensor:
+    """Log of the smoothed label frequencies (one extra count per class), [C]."""
+    counts = torch.bincount(labels, minlength=num_classes) + 1.0
+    return (counts / counts.sum()).log()
+
+
+def combine(how: str, weights: Tensor, z_g: Tensor, z_l: Tensor, head: Tensor) -> Tensor:
+    """Log-probabilities [B, C] of the mixture.
+
+    Args:
+        how: "probabilities": w_g p_g + w_l p_l; "logits": softmax of the weighted logits; "features": the weighted features,
+            normalised, through the head.
+        weights: [B, 2].
+        z_g, z_l: the experts' normalised features, [B, D].
+        head: class features times the logit scale, [C, D].
+    """
+    w_g, w_l = weights[:, :1], weights[:, 1:]
+    if how == "features":
+        return F.log_softmax(F.normalize(w_g * z_g + w_l * z_l, dim=-1) @ head.T, dim=-1)
+    if how == "logits":
+        return F.log_softmax((w_g * z_g + w_l * z_l) @ head.T, dim=-1)
+    log_g, log_l = F.log_softmax(z_g @ head.T, dim=-1), F.log_softmax(z_l @ head.T, dim=-1)
+    return torch.logaddexp(w_g.log() + log_g, w_l.log() + log_l)

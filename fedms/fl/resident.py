@@ -1,0 +1,129 @@
+"""One resident model: every client's visit and every evaluation runs on it; clients are states swapped into it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedms.fl.config import Config
+from fedms.fl.experts import Gate, combine, gate_width, statistics
+from fedms.fl.foundation import Foundation
+from fedms.fl.prefix import PrefixCache
+from fedms.fl.types import State, TextDataset
+
+Path = tuple[str, ...]
+
+
+class Resident:
+    """The foundation model, the data in tokens, and what about them does not change from round to round.
+
+    Attributes:
+        head: class features times the logit scale, [C, D].
+        labels: int64 [N].
+    """
+
+    def __init__(self, foundation: Foundation, dataset: TextDataset, config: Config) -> None:
+        self.foundation = foundation
+        self.config = config
+        self.cache = PrefixCache(
+            foundation, foundation.tokenize(dataset.texts), config.engine.prefix_cache_mb * 2**20
+        )
+        self.head = foundation.encode_classes(dataset.class_names) * config.model.logit_scale
+        self.labels = torch.from_numpy(dataset.labels)
+        self.gate = Gate(gate_width(config.mofm.gate_input, self.head.shape[1]), config.mofm.bottleneck).requires_grad_(False)
+        self._kept: dict[Path, tuple[Tensor, Tensor]] = {}
+
+    # States ----------------------------------------------------------------------------------------------------------
+
+    def parameters(self, prefixes: Sequence[str]) -> dict[str, torch.nn.Parameter]:
+        """Live parameters whose names start with one of ``prefixes``: ``global.``, ``local.`` (awake ones), ``gate.``."""
+        live = {
+            **self.foundation.expert_parameters("global", awake_only=True),
+            **self.foundation.expert_parameters("local", awake_only=True),
+            **{f"gate.{name}": parameter for name, parameter in self.gate.named_parameters()},
+        }
+        return {name: parameter for name, parameter in live.items() if name.startswith(tuple(prefixes))}
+
+    @torch.no_grad()
+    def load(self, state: State) -> None:
+        """Copy every parameter of ``state`` into the model; others stay as they are."""
+        live = self.parameters(("global.", "local.", "gate."))
+        for name, tensor in state.items():
+            if name in live:
+                live[name].copy_(tensor)
+
+    def forget_outputs(self) -> None:
+        """The global expert or the awake blocks changed: outputs of the frozen paths are to be computed anew."""
+        self._kept.clear()
+
+    # Outputs ---------------------------------------------------------------------------------------------------------
+
+    def features(self, indices: np.ndarray, path: Path) -> Tensor:
+        """Features [B, D] of examples through the base and the experts of ``path``."""
+        tokens, hidden, depth = self.cache.batch(indices)
+        with self.foundation.route(path):
+            return self.foundation.features(tokens, hidden, depth)
+
+    @torch.no_grad()
+    def frozen_features(self, indices: np.ndarray, path: Path) -> Tensor:
+        """The same for a path that is frozen for now: each example is computed once, if ``engine.cache_global``."""
+        if not self.config.engine.cache_global:
+            return self.all_features(indices, path)
+        if path not in self._kept:
+            self._kept[path] = (torch.zeros(len(self.labels), self.head.shape[1]), torch.zeros(len(self.labels), dtype=torch.bool))
+        store, known = self._kept[path]
+        missing = indices[~known[indices].numpy()]
+        if len(missing):
+            store[missing] = self.all_features(missing, path)
+            known[missing] = True
+        return store[indices]
+
+    @torch.no_grad()
+    def all_features(self, indices: np.ndarray, path: Path) -> Tensor:
+        """Features of any number of examples, in batches of ``eval.batch_size``."""
+        size = self.config.eval.batch_size
+        parts = [self.features(indices[start : start + size], path) for start in range(0, len(indices), size)]
+        return torch.cat(parts) if parts else self.head.new_zeros(0, self.head.shape[1])
+
+    def expert_pair(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Features of the global expert, which never needs a gradient, and of the local expert, [B, D] each."""
+        if self.config.engine.cache_global or not self.config.engine.shared_trunk or torch.is_grad_enabled():
+            return self.frozen_features(indices, ("global",)), self.features(indices, ("local",))
+        tokens, hidden, depth = self.cache.batch(indices)
+        with self.foundation.route(("global",), ("local",)):
+            z = self.foundation.features(tokens.repeat(2), None if hidden is None else hidden.repeat(2, 1, 1), depth)
+        return z[: len(indices)], z[len(indices) :]
+
+    def log_probs(self, z: Tensor) -> Tensor:
+        """Features [B, D] -> log-probabilities [B, C] of the zero-shot head."""
+        return F.log_softmax(z @ self.head.T, dim=-1)
+
+    def gate_weights(self, indices: np.ndarray, log_prior: Tensor, z_g: Tensor | None, z_l: Tensor | None) -> Tensor:
+        """Weights [B, 2] of the two experts. Their features are read only where ``mofm.gate_input`` asks for them."""
+        mofm = self.config.mofm
+        if mofm.gate == "fixed":
+            return self.head.new_full((len(indices), 2), 0.5)
+        inputs: list[Tensor] = []
+        if z_g is not None and z_l is not None and mofm.gate_input != "base":
+            inputs.append(statistics(self.log_probs(z_g), self.log_probs(z_l.detach()), log_prior))
+        if mofm.gate_input != "experts":
+            inputs.append(self.frozen_features(indices, ()))
+        return self.gate(torch.cat(inputs, dim=-1))
+
+    def mixture(self, indices: np.ndarray, log_prior: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities [B, C] of the mixture and its weights [B, 2]."""
+        if self.config.mofm.combine == "layer":
+            weights = self.gate_weights(indices, log_prior, None, None)
+            tokens, hidden, depth = self.cache.batch(indices)
+            with self.foundation.route(("global", "local"), gates=weights):
+                return self.log_probs(self.foundation.features(tokens, hidden, depth)), weights
+        return self.mixture_of(indices, log_prior, *self.expert_pair(indices))
+
+    def mixture_of(self, indices: np.ndarray, log_prior: Tensor, z_g: Tensor, z_l: Tensor) -> tuple[Tensor, Tensor]:
+        """The same from the experts' features, for every ``mofm.combine`` but "layer"."""
+        weights = self.gate_weights(indices, log_prior, z_g, z_l)
+        return combine(self.config.mofm.combine, weights, z_g, z_l, self.head), weights

@@ -1,0 +1,39 @@
+"""Randomness that depends on names, not on history: the same (seed, purpose, round, client) draws the same numbers,
+so a run that was stopped and resumed draws what a run without a stop would have drawn.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+
+def generator(seed: int, *names: str | int) -> np.random.Generator:
+    """A generator of its own for ``names``, e.g. ``generator(seed, "cohort", round)``."""
+    words = [name if isinstance(name, int) else zlib.crc32(name.encode()) for name in names]
+    return np.random.default_rng([seed, *words])
+
+
+def torch_generator(seed: int, *names: str | int) -> torch.Generator:
+    """The same for draws made by torch, on the CPU."""
+    return torch.Generator().manual_seed(int(generator(seed, *names).integers(2**63 - 1)))
+
+
+def draw_cohort(client_ids: Sequence[str], fraction: float, seed: int, round: int) -> list[str]:
+    """The clients of one round, without replacement, at least one, in the order of ``client_ids``."""
+    size = max(1, math.ceil(fraction * len(client_ids)))
+    chosen = generator(seed, "cohort", round).choice(len(client_ids), size=size, replace=False)
+    return [client_ids[i] for i in sorted(chosen)]
+
+
+def draw_batches(indices: np.ndarray, batch_size: int, steps: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """``steps`` mini-batches of at most ``batch_size`` indices; every index is seen once before any is seen again."""
+    batches: list[np.ndarray] = []
+    while len(batches) < steps:
+        order = rng.permutation(indices)
+        batches += [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    return batches[:steps]
