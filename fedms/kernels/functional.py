@@ -157,6 +157,13 @@ class _GatedLora(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple:  # type: ignore[override]
+        if torch.is_autocast_enabled(dy.device.type):  # backward called inside the context
+            with torch.autocast(dy.device.type, enabled=False):
+                return _GatedLora._backward(ctx, dy)
+        return _GatedLora._backward(ctx, dy)
+
+    @staticmethod
+    def _backward(ctx: Any, dy: Tensor) -> tuple:
         spec: _Spec = ctx.spec
         x, weight, h, gates, expert_idxs, *experts = ctx.saved_tensors
         e = spec.num_experts

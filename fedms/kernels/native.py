@@ -137,7 +137,8 @@ def _shared(
         0 if expert_idxs is None else expert_idxs.data_ptr(),
         0 if expert_idxs is None else expert_idxs.shape[1],
         [] if runs is None else runs, -1 if runs is None else len(runs) // 4,
-        dropout_p, seed, 0 if x is None else x.data_ptr(), 0 if h is None else h.data_ptr(), h_width,
+        dropout_p, seed,
+        0 if x is None else x.data_ptr(), 0 if h is None else h.data_ptr(), h_width,
     )  # fmt: skip
 
 

@@ -1,0 +1,210 @@
+"""Values and gradients of every backend against the float64 definition."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from lora_problem import BACKENDS, assert_close, errors, make_problem
+from torch.nn import functional as F
+
+from fedms.kernels import Segments, gated_lora_linear
+
+FP32 = 1e-5
+pytestmark = pytest.mark.parametrize("backend", BACKENDS)
+
+
+@pytest.mark.parametrize(
+    ("m", "k", "n", "ranks"),
+    [
+        (0, 40, 56, (8,)),  # no tokens
+        (1, 40, 56, (8,)),  # decoding one token
+        (15, 16, 16, (8,)),  # one below a vector
+        (16, 16, 16, (16,)),
+        (17, 17, 17, (17,)),  # one above, in every dimension
+        (127, 100, 600, (4, 4)),  # neither K nor N a multiple of the width
+        (129, 64, 2049, (8,)),  # a last column alone
+        (197, 768, 100, (8, 8)),  # ViT-B's tokens, more rows than a block
+        (257, 33, 96, (24,)),  # ViT-L's tokens
+        (33, 40, 56, (1,)),
+        (33, 40, 56, (3, 1)),  # ranks below a tile, mixed
+        (33, 40, 56, (256,)),  # R larger than K and N
+        (33, 40, 56, (64, 0, 3, 16)),  # an expert of rank 0 among others
+        (19, 40, 56, (8,) * 8),
+        (19, 40, 56, (2,) * 32),
+    ],
+)
+def test_shapes(backend, m, k, n, ranks):
+    problem = make_problem(m, k, n, ranks)
+    assert_close(problem.to(torch.float32).run(backend), problem.truth(), FP32)
+
+
+@pytest.mark.parametrize("gates", [None, "layer", "token"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_gates_and_dropout(backend, gates, dropout_p):
+    problem = make_problem(150, ranks=(8, 3, 16), gates=gates, dropout_p=dropout_p)
+    assert_close(problem.to(torch.float32).run(backend), problem.truth(), FP32)
+
+
+@pytest.mark.parametrize("gates", [None, "listed"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("top_k", [1, 2, 5])
+def test_listed_experts(backend, gates, dropout_p, top_k):
+    idxs = torch.randint(0, 6, (150, top_k))
+    idxs[3] = 2  # one pair listed top_k times counts top_k times
+    problem = make_problem(
+        150, ranks=(8, 3, 16, 0, 4, 4), gates=gates, expert_idxs=idxs, dropout_p=dropout_p
+    )
+    assert_close(problem.to(torch.float32).run(backend), problem.truth(), FP32)
+
+
+def test_listed_experts_equal_dense_gates_with_zeros(backend):
+    idxs = torch.stack([torch.randperm(4)[:2] for _ in range(50)])
+    listed = make_problem(50, ranks=(8,) * 4, gates="listed", expert_idxs=idxs).to(torch.float32)
+    dense_gates = torch.zeros(50, 4).scatter(1, idxs, listed.gates.detach()).requires_grad_()
+    dense = replace(listed, gates=dense_gates, expert_idxs=None)
+    got, want = listed.run(backend), dense.run(backend)
+    want["dgates"] = want["dgates"].gather(1, idxs)
+    assert_close(got, want, 1e-6)
+
+
+def test_an_expert_nobody_lists_changes_nothing(backend):
+    idxs = torch.randint(0, 2, (50, 2))
+    problem = make_problem(50, ranks=(8, 8, 8), gates="listed", expert_idxs=idxs).to(torch.float32)
+    broken = replace(problem, A=[*problem.A[:2], torch.full_like(problem.A[2], 1e30)])
+    assert torch.equal(problem.run(backend)["y"], broken.run(backend)["y"])
+
+
+@pytest.mark.parametrize("gates", [None, "layer", "token"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_segments(backend, gates, dropout_p):
+    segments = Segments([0, 5, 5, 90, 140, 150], [0, 3, (3, 0), (), (2, 1, 0)])
+    problem = make_problem(
+        150, ranks=(8, 3, 16, 4), gates=gates, segments=segments, dropout_p=dropout_p
+    )
+    assert_close(problem.to(torch.float32).run(backend), problem.truth(), FP32)
+
+
+def test_segments_equal_one_call_a_segment(backend):
+    problem = make_problem(70, ranks=(8, 8, 4), gates=None).to(torch.float32)
+    cuts, experts = [0, 20, 31, 70], [(0, 2), 1, (0, 1)]
+    whole = replace(problem, segments=Segments(cuts, experts)).run(backend)["y"]
+    for i, ids in enumerate(experts):
+        ids = (ids,) if isinstance(ids, int) else ids
+        part = replace(
+            problem,
+            x=problem.x[cuts[i] : cuts[i + 1]],
+            A=[problem.A[e] for e in ids],
+            B=[problem.B[e] for e in ids],
+            scaling=[problem.scaling[e] for e in ids],
+        ).run(backend)["y"]
+        assert torch.allclose(whole[cuts[i] : cuts[i + 1]], part, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        ([0.0, 0.0], "a zero gate still has its gradient"),
+        ([-1.5, 2.0], "negative, not summing to one"),
+        ([1.0, 0.0], "one closed"),
+    ],
+)
+def test_gate_values(backend, values, why):
+    problem = make_problem(gates="token")
+    problem = replace(problem, gates=torch.tensor([values] * 37).double().requires_grad_())
+    got = problem.to(torch.float32).run(backend)
+    assert_close(got, problem.truth(), FP32)
+    assert got["dgates"].abs().min() > 0, why
+
+
+def test_expanded_gates_and_upstream(backend):
+    """Stride-0 gates (one per sample) and a stride-0 dy, as a mean or a sum gives it."""
+    problem = make_problem(24).to(torch.float32)
+    per_sample = torch.rand(4, 1, 2, requires_grad=True)
+    gates = per_sample.expand(4, 6, 2)
+    results = []
+    for view in (gates, gates.contiguous()):
+        y = gated_lora_linear(
+            problem.x.view(4, 6, -1), problem.weight, problem.A, problem.B, gates=view,
+            backend=backend,
+        )  # fmt: skip
+        assert y.shape == (4, 6, 56)
+        results.append(torch.autograd.grad(y.sum(), [problem.x, per_sample, *problem.A]))
+    for a, b in zip(*results, strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_non_contiguous_x_and_parameters(backend):
+    problem = make_problem(40).to(torch.float32)
+    tied = [a.detach().t().contiguous().t().requires_grad_() for a in problem.A]
+    strided = problem.x.detach().t().contiguous().t().requires_grad_()
+    assert not strided.is_contiguous()
+    assert not tied[0].is_contiguous()
+    got = replace(problem, x=strided, A=tied).run(backend)
+    assert_close(got, problem.truth(), FP32)
+
+
+def test_no_experts_equals_the_base_bit_for_bit(backend):
+    problem = make_problem(ranks=(8,)).to(torch.float32)
+    base = F.linear(problem.x, problem.weight, problem.bias)
+    for A, B in (([], []), ([torch.empty(0, 40)], [torch.empty(56, 0)])):
+        y = gated_lora_linear(problem.x, problem.weight, A, B, bias=problem.bias, backend=backend)
+        assert torch.equal(y, base)
+    everyone_out = replace(problem, gates=None, segments=Segments([0, 37], [()]))
+    assert torch.equal(everyone_out.run(backend)["y"], base)
+
+
+def test_callable_base_and_trainable_base(backend):
+    problem = make_problem(30).to(torch.float32)
+    weight = problem.weight.clone().requires_grad_()
+    calls = []
+
+    def base(x):
+        calls.append(x.shape)
+        return torch.relu(F.linear(x, weight, problem.bias))  # relu saves its own output
+
+    args = (problem.A, problem.B)
+    y = gated_lora_linear(problem.x, base, *args, gates=problem.gates, backend=backend)
+    want = torch.relu(F.linear(problem.x, weight, problem.bias)) + (
+        gated_lora_linear(problem.x, problem.weight, *args, gates=problem.gates, backend=backend)
+        - F.linear(problem.x, problem.weight)
+    )
+    assert calls == [(30, 40)]
+    assert torch.allclose(y, want, atol=1e-5)
+    got = torch.autograd.grad(y.square().sum(), [problem.x, weight])
+    right = torch.autograd.grad(want.square().sum(), [problem.x, weight])
+    for a, b in zip(got, right, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-3)
+    plain = gated_lora_linear(problem.x, weight, *args, bias=problem.bias, backend=backend)
+    assert torch.autograd.grad(plain.sum(), weight)[0].norm() > 0
+
+
+def test_the_comparison_can_fail(backend):
+    """Negative controls: a swapped gate and a wrong expert are wrong by O(1), not by rounding."""
+    problem = make_problem(ranks=(8, 8))
+    truth = problem.truth()
+    single = problem.to(torch.float32)
+    swapped = replace(single, gates=single.gates.detach().flip(1).requires_grad_())
+    assert errors(swapped.run(backend), truth)["y"] > 0.1
+    wrong = replace(single, A=single.A[::-1])
+    assert errors(wrong.run(backend), truth)["dx"] > 0.1
+
+
+def test_outputs_do_not_depend_on_uninitialised_memory(backend):
+    """Every torch.empty is filled with NaN; C++ scratch is dirtied by a larger call before."""
+    big = make_problem(200, 96, 130, (16, 16), dropout_p=0.2).to(torch.float32)
+    replace(big, x=(big.x.detach() * 1e20).requires_grad_()).run(backend)
+    segments = Segments([0, 10, 37], [1, ()])
+    cases = [
+        make_problem(ranks=(8, 3)),
+        make_problem(ranks=(8, 3), dropout_p=0.2),
+        make_problem(ranks=(8, 3), segments=segments),
+        make_problem(ranks=(8, 3), gates="listed", expert_idxs=torch.randint(0, 2, (37, 1))),
+    ]
+    torch.use_deterministic_algorithms(True)  # fill_uninitialized_memory is on by default
+    try:
+        for problem in cases:
+            assert_close(problem.to(torch.float32).run(backend), problem.truth(), FP32)
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -1,0 +1,128 @@
+"""Accuracy against float64 beside the arithmetic people use now, and bit-equal repetition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lora_problem import BACKENDS, Problem, errors, make_problem
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedms.kernels import Segments, native
+
+needs_native = pytest.mark.skipif(not native.available(), reason="the extension is not built")
+
+
+def peft_arithmetic(x, weight, A, B, *, bias, gates, scaling, **_) -> Tensor:
+    """What peft computes, gate included: adapter by adapter, x cast to the adapters' dtype."""
+    y = F.linear(x, weight, bias)
+    dtype = y.dtype
+    for e, (a, b) in enumerate(zip(A, B, strict=True)):
+        delta = F.linear(F.linear(x.to(a.dtype), a), b) * scaling[e]
+        y = y + delta * gates[:, e : e + 1]
+    return y.to(dtype)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("base", "adapter"),
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+    ],
+)
+@pytest.mark.parametrize("shape", [(197, 384, 384), (100, 100, 600)])
+def test_error_is_not_worse_than_pefts(base, adapter, shape):
+    problem = make_problem(*shape, ranks=(8, 16, 3))
+    truth = problem.truth()
+    cast = problem.to(base, adapter)
+    ours, theirs = errors(cast.run("native"), truth), errors(cast.run(peft_arithmetic), truth)
+    stacked = errors(cast.run("stacked"), truth)
+    for name, error in ours.items():
+        bound = 2 * max(theirs[name], stacked[name], torch.finfo(torch.float32).eps)
+        assert error <= bound, f"{name}: {error:.2e}, peft {theirs[name]:.2e}"
+    limit = 1e-5 if base is torch.float32 else 6e-3
+    assert max(ours.values()) < limit
+
+
+@needs_native
+def test_fp32_adapters_on_bf16_round_once():
+    """y must be the correctly rounded sum of the rounded base and the fp32 mixture."""
+    problem = make_problem(64, 64, 96, ranks=(8,)).to(torch.bfloat16, torch.float32)
+    y = problem.run("native")["y"]
+    base = F.linear(problem.x, problem.weight, problem.bias).double()
+    h = problem.x.double() @ problem.A[0].double().t()
+    delta = (h * problem.gates.double() * problem.scaling[0]) @ problem.B[0].double().t()
+    exact = (base + delta).float().bfloat16()
+    assert (y != exact).double().mean() < 0.01  # only where fp32 sums fall on the other side
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize("routing", ["dense", "segments", "listed"])
+def test_two_runs_are_bit_equal(backend, dropout_p, routing):
+    def build() -> Problem:
+        torch.manual_seed(5)
+        extra: dict = {}
+        if routing == "segments":
+            extra["segments"] = Segments([0, 100, 300, 600], [0, (0, 1), 2])
+        if routing == "listed":
+            extra |= {"expert_idxs": torch.randint(0, 3, (600, 2)), "gates": "listed"}
+        return make_problem(600, 64, 96, (8, 8, 8), dropout_p=dropout_p, **extra)
+
+    first, second = (build().to(torch.float32).run(backend) for _ in range(2))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ["generic", "x86-64-v3", "x86-64-v4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_instruction_set(isa, dtype):
+    """The row kernels are compiled once per instruction set: run each one this CPU has."""
+    best = native._C.isa()
+    if not native._C.set_isa(isa):
+        pytest.skip(f"no {isa} here")
+    try:
+        assert native._C.isa() == isa
+        problem = make_problem(61, 77, 83, (8, 3, 5), dropout_p=0.1)
+        bound = 1e-5 if dtype is torch.float32 else 6e-3
+        worst = max(
+            errors(problem.to(dtype, torch.float32).run("native"), problem.truth()).values()
+        )
+        assert worst < bound
+    finally:
+        assert native._C.set_isa(best)
+
+
+@needs_native
+def test_threads_follow_torch_and_agree():
+    problem = make_problem(500, 64, 96, (8, 8))
+    truth = problem.truth()
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            worst = max(errors(problem.to(torch.float32).run("native"), truth).values())
+            assert worst < 1e-5
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_native
+def test_an_error_on_a_worker_thread_arrives():
+    with pytest.raises(RuntimeError, match="thrown in a parallel body"):
+        native._C.parallel_for_throws(8)
+
+
+@needs_native
+def test_bf16_keeps_nan_and_infinity():
+    problem = make_problem(5, 32, 40, (8,), gates=None).to(torch.bfloat16, torch.float32)
+    with torch.no_grad():
+        problem.x[1, 3] = float("nan")
+        problem.x[2, 3] = float("inf")
+    y = problem.run("native")["y"]
+    assert y[1].isnan().all()
+    assert not y[2].isfinite().any()
+    assert y[[0, 3, 4]].isfinite().all()

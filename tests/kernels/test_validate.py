@@ -1,0 +1,109 @@
+"""Every error names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fedms.kernels import Segments, gated_lora_linear, native, plan
+
+X = torch.zeros(2, 5, 4)
+W = torch.zeros(3, 4)
+A = [torch.zeros(2, 4), torch.zeros(1, 4)]
+B = [torch.zeros(3, 2), torch.zeros(3, 1)]
+GOOD = {"x": X, "weight": W, "lora_A": A, "lora_B": B}
+IDXS = torch.zeros(2, 5, 1, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": [1.0]}, TypeError, r"x must be a Tensor, got list"),
+        ({"x": torch.zeros(2, 4, dtype=torch.int32)}, ValueError, r"x must be floating .*int32"),
+        ({"weight": 3}, TypeError, r"weight must be a Tensor or a callable, got int"),
+        (
+            {"weight": torch.zeros(3, 5)},
+            ValueError,
+            r"weight must be \[N, K\] with K = 4, got \[3, 5\]",
+        ),
+        ({"weight": W.double()}, ValueError, r"weight must have x's dtype .*float64"),
+        ({"weight": lambda x: x[..., :3], "bias": W[:, 0]}, ValueError, r"bias must be None"),
+        ({"weight": lambda x: torch.zeros(9, 3)}, ValueError, r"weight\(x\) must be .* \[9, 3\]"),
+        ({"bias": torch.zeros(4)}, ValueError, r"bias must be \[3\] .* got \[4\]"),
+        ({"lora_A": torch.zeros(2, 2, 4)}, TypeError, r"lora_A and lora_B must be sequences"),
+        ({"lora_B": B[:1]}, ValueError, r"lora_B must have one entry .* \(2\), got 1"),
+        ({"lora_A": [A[0], torch.zeros(1, 5)]}, ValueError, r"lora_A\[1\] must be .* \[1, 5\]"),
+        ({"lora_B": [B[0], torch.zeros(3, 2)]}, ValueError, r"lora_B\[1\] must be .* \[3, 2\]"),
+        ({"lora_A": [A[0], A[1].double()]}, ValueError, r"lora_A\[1\] must have .*float64"),
+        ({"lora_A": [a.int() for a in A]}, ValueError, r"lora_A\[0\] must have .*int32"),
+        ({"scaling": [1.0]}, ValueError, r"scaling must have one entry an expert \(2\), got 1"),
+        ({"gates": torch.zeros(3)}, ValueError, r"gates must be \[2\] or \[2, 5, 2\], got \[3\]"),
+        ({"gates": torch.zeros(10, 2)}, ValueError, r"gates must be \[2\] or \[2, 5, 2\]"),
+        (
+            {"gates": torch.zeros(2, dtype=torch.int64)},
+            TypeError,
+            r"gates must be a floating .*int64",
+        ),
+        ({"gates": 0.5}, TypeError, r"gates must be a floating point Tensor, got .*float"),
+        ({"expert_idxs": IDXS.int()}, TypeError, r"expert_idxs must be int64, got torch.int32"),
+        ({"expert_idxs": IDXS[0]}, ValueError, r"expert_idxs must be .* \(2, 5\)"),
+        (
+            {"expert_idxs": IDXS + 2},
+            ValueError,
+            r"expert_idxs must be in \[0, 2\), got values 2 to 2",
+        ),
+        ({"expert_idxs": IDXS - 1}, ValueError, r"expert_idxs must be in \[0, 2\), got values -1"),
+        ({"expert_idxs": IDXS, "gates": torch.zeros(2, 5, 2)}, ValueError, r"shape of expert_idxs"),
+        (
+            {"expert_idxs": IDXS, "segments": Segments([0, 10], [0])},
+            ValueError,
+            r"segments must be None beside expert_idxs",
+        ),
+        (
+            {"segments": Segments([0, 9], [0])},
+            ValueError,
+            r"cover the 10 rows of x, the last one is 9",
+        ),
+        (
+            {"segments": Segments([0, 10], [2])},
+            ValueError,
+            r"segments.experts\[0\] must be in \[0, 2\)",
+        ),
+        ({"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\), got 1.0"),
+        ({"seed": -1}, ValueError, r"seed must be in \[0, 2\^63\), got -1"),
+        ({"backend": "magic"}, ValueError, r"backend must be None or one of .*'magic'"),
+    ],
+)
+def test_errors(change, error, message):
+    with pytest.raises(error, match=message):
+        gated_lora_linear(**{**GOOD, **change})
+
+
+def test_native_refuses_what_it_cannot_run(monkeypatch):
+    if native.available():
+        double = [t.double() for t in (*A, *B)]
+        with pytest.raises(ValueError, match=r"backend='native' must have CPU tensors.*float64"):
+            gated_lora_linear(X.double(), W.double(), double[:2], double[2:], backend="native")
+    monkeypatch.setattr(native, "_C", None)
+    monkeypatch.setattr(native, "_why_not", "no such file")
+    with pytest.raises(RuntimeError, match=r"needs the compiled extension .* no such file"):
+        gated_lora_linear(**GOOD, backend="native")
+    assert native.build_info()["cpu"] == "not loaded (no such file)"
+    assert gated_lora_linear(**GOOD).shape == (2, 5, 3)  # the plan goes on without it
+
+
+def test_plan():
+    cpu, f32, bf16 = torch.device("cpu"), torch.float32, torch.bfloat16
+    usual = "native" if native.available() else "stacked"
+    assert plan.choose(cpu, f32, f32, f32, None) == usual
+    assert plan.choose(cpu, bf16, f32, bf16, None) == usual
+    assert plan.choose(cpu, torch.float64, torch.float64, torch.float64, None) == "stacked"
+    assert plan.choose(torch.device("cuda"), bf16, f32, bf16, None) == "stacked"
+
+
+def test_build_info_says_what_runs():
+    info = native.build_info()
+    assert "cuda" in info
+    if native.available():
+        assert info["isa"] in ("generic", "x86-64-v3", "x86-64-v4")
+        assert info["threads"]
