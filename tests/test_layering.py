@@ -28,6 +28,7 @@ KERNELS = {
     "kernels.stacked": {"kernels.dropout", "kernels.ops", "kernels.packing"},
     "kernels.native": {"kernels.ops", "_C", "_C_cuda"},
     "kernels.ops": set(),
+    "kernels.cuda": {"kernels.packing", "", "_C_cuda"},
     "kernels.packing": set(),
     "kernels.segments": set(),
     "kernels.dropout": set(),

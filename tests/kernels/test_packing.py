@@ -37,5 +37,10 @@ def test_columns():
     parts = [whole[:, :2], whole[:, 2:3], whole[:, 3:]]
     assert stack_columns(parts).data_ptr() == whole.data_ptr()
     assert torch.equal(stack_columns(parts), whole)
-    for others in ([whole[:, 3:], whole[:, :3]], [whole[:, :2], whole[:, 3:]], [whole, whole]):
+    for others in (
+        [whole[:, 3:], whole[:, :3]],
+        [whole[:, :2], whole[:, 3:], whole[:, 2:3]],  # starts right, goes on wrong
+        [whole[:, :2], whole[:, 3:]],
+        [whole, whole],
+    ):
         assert torch.equal(stack_columns(others), torch.cat(others, dim=1))
