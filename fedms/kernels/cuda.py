@@ -6,6 +6,9 @@ Shape suffixes: M rows, K in, N out, R the sum of the experts' ranks.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,12 +17,8 @@ from fedms.kernels.packing import stack_columns, stack_rows
 
 
 def available() -> bool:
-    """True when fedms._C_cuda was built and could be loaded (a driver is not needed for that)."""
-    try:
-        import fedms._C_cuda  # type: ignore[import-not-found]  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    """True when fedms._C_cuda was built."""
+    return find_spec("fedms._C_cuda") is not None
 
 
 def add_mixture(
@@ -32,11 +31,11 @@ def add_mixture(
 ) -> Tensor:
     """y += sum over e of g_e * s_e * (x A_eᵀ) B_eᵀ in place, on the current stream; no autograd.
 
-    x [M, K], y [M, N] (the base result): fp32 or bf16, contiguous. A_e [r_e, K], B_e [N, r_e]: fp32.
+    x [M, K], y [M, N] (the base result): fp32 or bf16, contiguous; A_e [r_e, K], B_e [N, r_e] fp32;
     gates None, [E] or [M, E], fp32. Sums in fp32. Returns y.
     Raises ImportError when the module was not built and RuntimeError when no GPU can run it.
     """
-    from fedms import _C_cuda  # type: ignore[attr-defined]
+    module: Any = import_module("fedms._C_cuda")
 
     if not (x_MK.is_contiguous() and y_MN.is_contiguous()) or x_MK.dtype != y_MN.dtype:
         raise ValueError(
@@ -50,7 +49,7 @@ def add_mixture(
     h_MR = x_MK.new_empty((x_MK.shape[0], A_RK.shape[0]), dtype=torch.float32)
     stream = torch.cuda.current_stream(x_MK.device).cuda_stream if x_MK.is_cuda else 0
     row = gates.stride(0) if gates is not None and gates.dim() == 2 else 0
-    _C_cuda.forward(
+    module.forward(
         stream, x_MK.data_ptr(), y_MN.data_ptr(), A_RK.data_ptr(), B_NR.data_ptr(),
         h_MR.data_ptr(), 0 if gates is None else gates.data_ptr(), row,
         0 if gates is None else gates.stride(-1), expert_of_rank.data_ptr(),

@@ -1,0 +1,112 @@
+"""Shapes and rows of the gated LoRA benchmark, shared by the pytest file and the table.
+
+Rows, all forward + backward of one layer, all gradients but the frozen weight's:
+
+    frozen   the base linear alone: forward and dx. The floor: every ratio is over this.
+    peft     what peft computes, adapter by adapter in plain torch; with a gate, X-LoRA-style
+    stacked  fedms' plain-torch backend: one [R, K] and one [N, R] matrix, beta = 1 into the base
+    native   fedms' C++ backend
+
+Shape suffixes: M rows, K in, N out, E experts, r one rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedms.kernels import gated_lora_linear, native
+
+# (M, K, N): MiniLM projections at 512 tokens, ViT-B/16 at 8 images
+SHAPES = [(512, 384, 384), (512, 384, 1536), (1576, 768, 768), (1576, 768, 3072), (1576, 3072, 768)]
+SMOKE = [(512, 384, 384), (512, 384, 1536)]
+# (r, E, gated per token)
+MIXTURES = [(8, 1, False), (16, 1, False), (8, 2, True), (8, 4, True), (16, 4, True)]
+SCALE = 2.0
+
+
+@dataclass(frozen=True)
+class Case:
+    m: int
+    k: int
+    n: int
+    r: int
+    experts: int
+    gated: bool
+    bf16: bool
+    dropout_p: float = 0.0
+
+    def __str__(self) -> str:
+        dtype = "bf16" if self.bf16 else "fp32"
+        gate = " gated" if self.gated else ""
+        drop = f" p={self.dropout_p}" if self.dropout_p else ""
+        return f"{self.m}x{self.k}x{self.n} {dtype} r{self.r} E{self.experts}{gate}{drop}"
+
+
+def cases(shapes: list[tuple[int, int, int]]) -> list[Case]:
+    """fp32, and a bf16 base with fp32 adapters (peft's default)."""
+    return [Case(*s, *mix, bf16) for bf16 in (False, True) for s in shapes for mix in MIXTURES]
+
+
+def peft_style(
+    x: Tensor, weight: Tensor, A: list[Tensor], B: list[Tensor], gates: Tensor | None, p: float
+) -> Tensor:
+    """peft's arithmetic: x cast once to the adapters' dtype, then one adapter after another."""
+    y = F.linear(x, weight)
+    dtype = y.dtype
+    x = x.to(A[0].dtype)
+    for e, (a, b) in enumerate(zip(A, B, strict=True)):
+        delta = F.linear(F.linear(F.dropout(x, p), a), b) * SCALE
+        y = y + (delta if gates is None else delta * gates[:, e : e + 1])
+    return y.to(dtype)
+
+
+def rows(case: Case) -> dict[str, Callable[[], list[Tensor]]]:
+    """For each row a function that runs forward and backward once and gives [y, *gradients]."""
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if case.bf16 else torch.float32
+    x = torch.randn(case.m, case.k, dtype=dtype, requires_grad=True)
+    weight = (torch.randn(case.n, case.k) / case.k**0.5).to(dtype)
+    A = [torch.randn(case.r, case.k) / case.k**0.5 for _ in range(case.experts)]
+    B = [torch.randn(case.n, case.r) for _ in range(case.experts)]
+    gates = torch.rand(case.m, case.experts, requires_grad=True) if case.gated else None
+    leaves = [x, *(t.requires_grad_() for t in (*A, *B)), *([gates] if gates is not None else [])]
+    dy = torch.randn(case.m, case.n, dtype=dtype)
+
+    def step(forward: Callable[[], Tensor], inputs: list[Tensor]) -> Callable[[], list[Tensor]]:
+        def run() -> list[Tensor]:
+            y = forward()
+            return [y, *torch.autograd.grad(y, inputs, dy)]
+
+        return run
+
+    def ours(backend: str) -> Callable[[], Tensor]:
+        return lambda: gated_lora_linear(
+            x, weight, A, B, gates=gates, scaling=SCALE, dropout_p=case.dropout_p, backend=backend
+        )
+
+    found = {
+        "frozen": step(lambda: F.linear(x, weight), [x]),
+        "peft": step(lambda: peft_style(x, weight, A, B, gates, case.dropout_p), leaves),
+        "stacked": step(ours("stacked"), leaves),
+    }
+    if native.available():
+        found["native"] = step(ours("native"), leaves)
+    return found
+
+
+def check(found: dict[str, Callable[[], list[Tensor]]], case: Case) -> None:
+    """The rows compute the same thing. With dropout peft draws masks of its own and is left out."""
+    right = found["stacked"]() if case.dropout_p else found["peft"]()
+    bound = 2e-2 if case.bf16 else 1e-4
+    for name in ("stacked", "native"):
+        if name not in found:
+            continue
+        for value, want in zip(found[name](), right, strict=True):
+            error = (value.double() - want.double()).norm() / want.double().norm()
+            if not error < bound:
+                raise AssertionError(f"{case}: {name} is off by {error:.1e}")

@@ -1,0 +1,79 @@
+"""Ratios to the frozen layer as a markdown table: `python bench/table.py [--smoke] [--seconds S]`.
+
+The rows of a case run in turn, round after round, so that a machine that speeds up or slows down
+does so for all of them; the table has the median over rounds of each row's time divided by the frozen
+row's in the same round. `--threads 1 --cpu` counts one thread's processor time, for a busy machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from gated_lora_cases import SHAPES, SMOKE, Case, cases, check, rows
+
+ROWS = ["peft", "stacked", "native"]
+
+
+def measure(
+    found: dict[str, Callable[[], object]], seconds: float, clock: Callable[[], float]
+) -> dict[str, list[float]]:
+    """Seconds of every round of every row, at least 9 rounds."""
+    times: dict[str, list[float]] = {name: [] for name in found}
+    start = time.perf_counter()
+    while len(times["frozen"]) < 9 or time.perf_counter() - start < seconds:
+        for name, run in found.items():
+            begin = clock()
+            run()
+            times[name].append(clock() - begin)
+    return times
+
+
+def line(case: Case, times: dict[str, list[float]]) -> str:
+    frozen = times["frozen"]
+    cells = [str(case), f"{statistics.median(frozen) * 1e3:.2f}"]
+    ratios = {}
+    for name in ROWS:
+        if name not in times:
+            cells.append("-")
+            continue
+        each = [t / f for t, f in zip(times[name], frozen, strict=True)]
+        ratios[name] = statistics.median(each)
+        low, _, high = statistics.quantiles(each, n=4)
+        cells.append(f"{ratios[name]:.2f} ({low:.2f}-{high:.2f})")
+    if "native" in ratios:
+        cells.append(f"{ratios['stacked'] / ratios['native']:.2f}")
+        cells.append(f"{(ratios['native'] - 1) / (ratios['peft'] - 1):.2f}")
+    return "| " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--smoke", action="store_true", help="two small shapes")
+    parser.add_argument("--seconds", type=float, default=2.0, help="time a case")
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--cpu", action="store_true", help="processor time of this thread")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.cpu:
+        torch.autograd.set_multithreading_enabled(False)
+    clock = time.thread_time if args.cpu else time.perf_counter
+    print(
+        "| case | frozen, ms | peft | stacked | native | stacked / native | extra, native / peft |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    listed = cases(SMOKE if args.smoke else SHAPES)
+    if not args.smoke:
+        listed += [Case(1576, 768, 768, 8, 1, False, bf16, 0.1) for bf16 in (False, True)]
+    for case in listed:
+        found = rows(case)
+        check(found, case)
+        print(line(case, measure(found, args.seconds, clock)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
