@@ -1,8 +1,9 @@
 """Ratios to the frozen layer as a markdown table: `python bench/table.py [--smoke] [--seconds S]`.
 
 The rows of a case run in turn, round after round, so that a machine that speeds up or slows down
-does so for all of them; the table has the median over rounds of each row's time divided by the frozen
-row's in the same round. `--threads 1 --cpu` counts one thread's processor time, for a busy machine.
+does so for all of them; the table has the median over rounds of each row's time divided by the
+frozen row's in the same round.
+`--threads 1 --cpu` counts one thread's processor time, for a busy machine.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ Shape suffixes: M rows of the flattened x, K in, N out, E experts, k experts a t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,13 @@ from fedms.kernels import plan, validate
 from fedms.kernels import stacked as _stacked  # noqa: F401  (defines its ops)
 from fedms.kernels.dropout import draw_seed
 from fedms.kernels.segments import Segments
+
+# Looked up once: an attribute chain through torch.ops costs more than the autograd.Function's call.
+_OPS: Mapping[tuple[str, str], Callable[..., Any]] = {
+    (backend, direction): getattr(torch.ops.fedms, f"{backend}_{direction}").default
+    for backend in plan.BACKENDS
+    for direction in ("forward", "backward")
+}
 
 
 class _Spec(NamedTuple):
@@ -98,7 +105,7 @@ def gated_lora_linear(
             f"weight(x) must be [..., N] with leading dims {list(x.shape[:-1])}, "
             f"got {list(base.shape)}"
         )
-    if sum(a.shape[0] for a in lora_A) == 0:
+    if not any(a.shape[0] for a in lora_A):
         return base if base is not None else F.linear(x, weight, bias)  # type: ignore[arg-type]
     if dropout_p > 0.0 and seed is None:
         seed = draw_seed()
@@ -138,25 +145,28 @@ class _GatedLora(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         e = spec.num_experts
         A, B = experts[:e], experts[e:]
-        need_A, need_B = _trainable(ctx.needs_input_grad, spec)
-        need_dg = gates is not None and ctx.needs_input_grad[5]
-        save_h = need_dg or any(need_B)
-        y, h = _op(spec.backend, "forward")(
+        needs = ctx.needs_input_grad
+        need_A, need_B = _trainable(needs, spec)
+        need_dg = gates is not None and needs[5]
+        save_h = need_dg or True in need_B
+        y, h = _OPS[spec.backend, "forward"](
             x, weight, bias, base, A, B, gates, expert_idxs, spec.runs, spec.scale, spec.dropout_p,
             spec.seed, save_h,
         )  # fmt: skip
         ctx.spec = spec
         ctx.x_dtype = x.dtype
+        ctx.wanted = (needs[1], need_dg, need_A, need_B)
         # x is for dA alone, h for dB and dg: what nobody needs is not kept.
         ctx.save_for_backward(
-            x if any(need_A) else None, weight if ctx.needs_input_grad[1] else None,
+            x if True in need_A else None, weight if needs[1] else None,
             h if save_h else None, gates, expert_idxs, *experts,
         )  # fmt: skip
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple:  # type: ignore[override]
+        if torch.is_grad_enabled():  # create_graph: a second derivative must raise, not be wrong
+            return once_differentiable(_GatedLora._backward)(ctx, dy)
         if torch.is_autocast_enabled(dy.device.type):  # backward called inside the context
             with torch.autocast(dy.device.type, enabled=False):
                 return _GatedLora._backward(ctx, dy)
@@ -167,13 +177,11 @@ class _GatedLora(torch.autograd.Function):
         spec: _Spec = ctx.spec
         x, weight, h, gates, expert_idxs, *experts = ctx.saved_tensors
         e = spec.num_experts
-        need_A, need_B = _trainable(ctx.needs_input_grad, spec)
-        need_dx = ctx.needs_input_grad[1]
-        need_dg = gates is not None and ctx.needs_input_grad[5]
+        need_dx, need_dg, need_A, need_B = ctx.wanted
         dbase = dy if spec.has_base and ctx.needs_input_grad[4] else None
-        if not (need_dx or need_dg or any(need_A) or any(need_B)):
+        if not (need_dx or need_dg or True in need_A or True in need_B):
             return (None, None, None, None, dbase, None, None, *(None,) * (2 * e))
-        dx, dg, dA, dB = _op(spec.backend, "backward")(
+        dx, dg, dA, dB = _OPS[spec.backend, "backward"](
             dy, weight, x, h, experts[:e], experts[e:], gates, expert_idxs, spec.runs, spec.scale,
             spec.dropout_p, spec.seed, need_dx, need_dg, need_A, need_B,
         )  # fmt: skip
@@ -185,8 +193,8 @@ class _GatedLora(torch.autograd.Function):
             dbase,
             dg if need_dg else None,
             None,
-            *(g if need else None for g, need in zip(dA, need_A, strict=True)),
-            *(g if need else None for g, need in zip(dB, need_B, strict=True)),
+            *[g if need else None for g, need in zip(dA, need_A, strict=True)],
+            *[g if need else None for g, need in zip(dB, need_B, strict=True)],
         )
 
 
@@ -201,10 +209,6 @@ def _trainable(needs: Sequence[bool], spec: _Spec) -> tuple[list[bool], list[boo
         need_A = [need and i in used for i, need in enumerate(need_A)]
         need_B = [need and i in used for i, need in enumerate(need_B)]
     return need_A, need_B
-
-
-def _op(backend: str, direction: str) -> Callable[..., Any]:
-    return getattr(torch.ops.fedms, f"{backend}_{direction}").default
 
 
 def _cast(

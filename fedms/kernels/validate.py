@@ -46,6 +46,9 @@ def check_experts(x: Tensor, n: int, lora_A: Sequence[Tensor], lora_B: Sequence[
             f"lora_B must have one entry for each of lora_A ({len(lora_A)}), got {len(lora_B)}"
         )
     k = x.shape[-1]
+    if not lora_A:
+        return
+    dtype, device = lora_A[0].dtype, x.device
     for e, (a, b) in enumerate(zip(lora_A, lora_B, strict=True)):
         if a.dim() != 2 or a.shape[1] != k:
             raise ValueError(f"lora_A[{e}] must be [r, K] with K = {k}, got {_seen(a)}")
@@ -54,14 +57,13 @@ def check_experts(x: Tensor, n: int, lora_A: Sequence[Tensor], lora_B: Sequence[
                 f"lora_B[{e}] must be [N, r] = [{n}, {a.shape[0]}] as lora_A[{e}] has "
                 f"{a.shape[0]} rows, got {_seen(b)}"
             )
-        dtype = lora_A[0].dtype
         for name, t in (("lora_A", a), ("lora_B", b)):
-            if t.dtype != dtype or not t.is_floating_point():
+            if t.dtype != dtype or not dtype.is_floating_point:
                 raise ValueError(
                     f"{name}[{e}] must have lora_A[0]'s floating dtype ({dtype}), got {t.dtype}"
                 )
-            if t.device != x.device:
-                raise ValueError(f"{name}[{e}] must be on x's device {x.device}, got {t.device}")
+            if t.device != device:
+                raise ValueError(f"{name}[{e}] must be on x's device {device}, got {t.device}")
 
 
 def check_scaling(scaling: float | Sequence[float] | Tensor | None, e: int) -> list[float]:
