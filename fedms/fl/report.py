@@ -102,10 +102,7 @@ def write_report(folder: Path) -> list[Path]:
         FedMSError: the folder is no run, has no round yet, or matplotlib is not installed.
     """
     runs = _methods(folder)
-    counts = folder / "label_counts.json"
-    labels = None
-    if counts.exists():
-        labels = LabelCounts(**json.loads(counts.read_text(encoding="utf-8")))
+    labels = _label_counts(folder / "label_counts.json")
     pictures = draw(runs, labels, folder)
     page = folder / "report.html"
     config = (folder / "config.toml").read_text(encoding="utf-8")
@@ -140,6 +137,17 @@ def _read(folder: Path, name: str, what: str, build: Callable[[Any], T]) -> list
     return records
 
 
+def _has_lines(path: Path) -> bool:
+    return path.exists() and "\n" in path.read_text(encoding="utf-8", errors="replace")
+
+
+def _label_counts(path: Path) -> LabelCounts | None:
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return LabelCounts(found["class_names"], found["clients"], found["counts"])
+
+
 def _round(entry: dict[str, Any]) -> RoundRecord:
     spreads = {
         key: None if entry[key] is None else Spread(**entry[key])
@@ -155,13 +163,13 @@ def _methods(folder: Path) -> list[MethodRun]:
     config = load_config(folder / "config.toml")
     runs = [_method(folder, config.method, config, rounds)]
     for path in sorted(folder.glob("rivals/*/metrics.jsonl")):
-        if path.read_text(encoding="utf-8", errors="replace").count("\n"):
+        if _has_lines(path):
             runs.append(_method(path.parent, path.parent.name, config, read_rounds(path.parent)))
     return sorted(runs, key=lambda run: (run.method != "fedms", -(_own_mean(run) or 0.0)))
 
 
 def _method(folder: Path, method: str, config: Config, rounds: list[RoundRecord]) -> MethodRun:
-    clients = read_clients(folder) if (folder / "clients.jsonl").exists() else []
+    clients = read_clients(folder) if _has_lines(folder / "clients.jsonl") else []
     planned = len(rounds)
     if method in NAMES:
         stages = stages_of(replace(config, method=method))  # type: ignore[arg-type]
