@@ -13,6 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, TypeVar
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
@@ -40,12 +41,12 @@ CAPTIONS = {
     "blocks_and_gate.png": "Blocks that sparsely activated LoRA has woken, and the gate's choice.",
 }
 COLUMNS = (
-    "method", "rounds", "own data", "worst 10 %", "everyone's data", "unseen clients",
-    "trainable share", "MB up", "MB down", "seconds",
+    "method", "rounds", "own\ndata", "worst\n10 %", "everyone's\ndata", "unseen\nclients",
+    "share\ntrained", "MB\nup", "MB\ndown", "time\n(s)",
 )  # fmt: skip
 LEGEND = (
     "Accuracies in %, mean over clients (own data: ± standard deviation), after the last scored "
-    "round. Trainable share: the largest of any round, in %. MB: 10⁶ bytes, all clients and rounds."
+    "round. Share trained: the largest of any round, in %. MB: 10⁶ bytes, all clients and rounds."
 )
 ROUND_COLUMNS = (
     "round", "stage", "seconds", "clients", "awake blocks", "trainable, %", "MB up", "MB down",
@@ -87,9 +88,13 @@ def read_clients(folder: Path) -> list[ClientRecord]:
 
 def comparison_table(folder: Path, *, title: str) -> Table:
     """One row per method that has a round: FedMS, then the others by their accuracy on own data."""
-    table = Table(title=Text(title, style="bold"), caption=LEGEND, caption_justify="left")
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column == "method" else "right")
+    table = Table(
+        title=Text(title, style="bold"), caption=LEGEND, caption_justify="left",
+        box=SIMPLE_HEAD, padding=0, show_edge=False,
+    )  # fmt: skip
+    table.add_column(COLUMNS[0], overflow="fold")
+    for column in COLUMNS[1:]:  # headers break where they say, so that 80 columns are enough
+        table.add_column(column, justify="right", no_wrap=True)
     for row in _rows(_methods(folder)):
         table.add_row(*(Text(text, style="bold" if bold else "") for text, bold in row))
     return table
@@ -219,7 +224,7 @@ def _rows(runs: Sequence[MethodRun]) -> list[list[Cell]]:
         done = run.rounds[-1].round
         rows.append([
             (run.label, False),
-            (f"{done}" if run.finished else f"{done} of {run.planned}", False),
+            (f"{done}" if run.finished else f"{done}/{run.planned}", False),
             *((t, v is not None and v == b) for t, v, b in zip(texts, values, best, strict=True)),
             (_percent(max(r.trainable_share for r in run.rounds), 2), False),
             (_megabytes(sum(r.bytes_up for r in run.rounds)), False),

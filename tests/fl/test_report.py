@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import re
 import struct
@@ -10,6 +11,7 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import matplotlib
 import pytest
 from rich.console import Console
 from rich.table import Table
@@ -77,8 +79,9 @@ def run(tmp_path: Path) -> Path:
     settings = StageConfig(rounds=1, local_steps=1)
     save_config(Config(stage1=settings, stage2=settings), tmp_path / "config.toml")
     second = record(
-        2, spread(0.8, 0.6), stage="stage2", seconds=65.0, awake_blocks=[4, 5], bytes_up=2_500_000,
-        bytes_down=500_000, trainable_share=0.0025, pooled_accuracy=spread(0.5), gate_local_mean=0.7,
+        2, spread(0.8, 0.6), stage="stage2", seconds=65.0, awake_blocks=[4, 5],
+        bytes_up=2_500_000, bytes_down=500_000, trainable_share=0.0025,
+        pooled_accuracy=spread(0.5), gate_local_mean=0.7,
     )  # fmt: skip
     write(tmp_path, [record(1, spread(0.7, 0.5)), second])
     labels(tmp_path, ["x", "y", "z"], ["a", "b"])
@@ -191,7 +194,7 @@ def test_an_unfinished_rival_says_so_and_one_without_a_round_is_left_out(run):
     rows = cells(comparison_table(run, title="t"))
     assert [row[:2] for row in rows] == [
         ["FedMS", "2"],
-        ["FedAvg-LoRA + fine-tuning (unfinished)", "1 of 2"],
+        ["FedAvg-LoRA + fine-tuning (unfinished)", "1/2"],
     ]
 
 
@@ -202,10 +205,14 @@ def test_nothing_measured_is_a_dash(run):
     assert bold(table) == [[]]
 
 
-def test_the_title_is_printed_as_it_stands(run):
-    console = Console(width=160, record=True, file=sys.stderr)
+def test_eighty_columns_are_enough_and_the_title_stands_as_it_is(run):
+    write(run / "rivals/fedavg_ft", [record(1, spread(0.6))])
+    console = Console(width=80, record=True, file=io.StringIO())
     console.print(comparison_table(run, title="runs [bold]x[/bold]"))
-    assert "runs [bold]x[/bold]" in console.export_text()
+    text = console.export_text()
+    assert "runs [bold]x[/bold]" in text
+    assert "…" not in text
+    assert "(unfinished)" in text
 
 
 # The files --------------------------------------------------------------------------------------
@@ -213,7 +220,9 @@ def test_the_title_is_printed_as_it_stands(run):
 
 def test_all_files_are_written_and_the_page_holds_the_pictures(run):
     write(run / "rivals/zero_shot", [record(1, spread(0.4), trainable_parameters=0, bytes_up=0)])
+    settings = dict(matplotlib.rcParams.copy())
     written = write_report(run)
+    assert dict(matplotlib.rcParams.copy()) == settings  # a notebook's own are left alone
     assert [path.relative_to(run).as_posix() for path in written] == [*ALL, "report.html"]
     # inches times 130 dots
     assert png_size(run / "accuracy.png") == (1235, 598)
@@ -266,11 +275,3 @@ def test_without_matplotlib_the_error_says_what_to_install(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(FedMSError, match=r'pip install "fedms\[demo\]"'):
         write_report(run)
-
-
-def test_matplotlib_is_left_as_it_was(run):
-    import matplotlib
-
-    before = dict(matplotlib.rcParams.copy())
-    write_report(run)
-    assert dict(matplotlib.rcParams.copy()) == before
