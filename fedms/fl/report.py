@@ -35,8 +35,8 @@ NAMES = {
 }
 CAPTIONS = {
     "accuracy.png": "Accuracy of the clients' models, on their own and on everyone's test data.",
-    "bytes.png": "The same against what all clients together had sent and received.",
-    "clients.png": "The clients one by one, after the last scored round.",
+    "bytes.png": "Accuracy on own data against what all clients together sent and received.",
+    "clients.png": "The clients' accuracies on their own data, after the last scored round.",
     "labels.png": "How the training examples are shared out.",
     "blocks_and_gate.png": "Blocks that sparsely activated LoRA has woken, and the gate's choice.",
 }
