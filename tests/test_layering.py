@@ -1,6 +1,7 @@
 """Imports go one way: an `ast` walk over every module against a table of allowed edges.
 
-fl/cli -> fl/experiment -> fl/engines, fl/report -> measures -> fl/server, fl/client -> fl's parts -> fl/types
+fl/cli -> fl/experiment -> fl/engines, fl/report -> measures -> fl/server, fl/client
+           -> fl's parts -> fl/types
                                  peft -> layers -> kernels (public names only)
 kernels: functional -> plan -> native; functional, native, stacked -> ops; backends never import
          one another; nothing in kernels knows layers, peft or fl

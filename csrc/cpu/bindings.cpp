@@ -36,10 +36,10 @@ struct Call {
     std::vector<float> scale;
     fedms::Problem problem{};
 
-    Call(int64_t m, int64_t k, int64_t n, bool bf16, bool adapters_bf16, const Ints& a, const Ints& b,
-         Ints ranks_, const std::vector<double>& scale_, int64_t gates, int64_t gate_row,
-         int64_t gate_col, int64_t idxs, int64_t top_k, Ints runs_, int64_t num_runs, double p,
-         int64_t seed, int64_t x, int64_t h, int64_t h_width)
+    Call(int64_t m, int64_t k, int64_t n, bool bf16, bool adapters_bf16, const Ints& a,
+         const Ints& b, Ints ranks_, const std::vector<double>& scale_, int64_t gates,
+         int64_t gate_row, int64_t gate_col, int64_t idxs, int64_t top_k, Ints runs_,
+         int64_t num_runs, double p, int64_t seed, int64_t x, int64_t h, int64_t h_width)
         : experts(a, b, ranks_, k, n, adapters_bf16),
           ranks(std::move(ranks_)),
           runs(std::move(runs_)),
@@ -75,8 +75,8 @@ void forward(int64_t threads, int64_t y, Args... args) {
 
 // da, db: addresses, 0 where no gradient is wanted.
 template <class... Args>
-void backward(int64_t threads, int64_t dy, int64_t dx, int64_t dgates, const Ints& da, const Ints& db,
-              Args... args) {
+void backward(int64_t threads, int64_t dy, int64_t dx, int64_t dgates, const Ints& da,
+              const Ints& db, Args... args) {
     py::gil_scoped_release release;
     const bool adapters_bf16 = std::get<4>(std::tie(args...));
     Call call(std::move(args)...);

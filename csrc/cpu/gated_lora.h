@@ -41,18 +41,18 @@ struct Problem {
 
 // Memory of one thread. Sized by the driver, never shared.
 struct Scratch {
-    float* h;         // [block, R]
-    float* u;         // [block, R]
-    float* dropped;   // [block, K]; dropout only
-    float* da;        // [R, K] partial gradients; backward only
-    float* db;        // [R, N]
+    float* h;          // [block, R]
+    float* u;          // [block, R]
+    float* dropped;    // [block, K]; dropout only
+    float* da;         // [R, K] partial gradients; backward only
+    float* db;         // [R, N]
     bool* da_touched;  // [E] false at the start; a partial is zeroed when first touched
     bool* db_touched;
-    const void** rows;          // [4 * block] row pointers
-    std::int64_t* pair_row;     // [block * top_k] with idxs
-    std::int64_t* pair_slot;    // [block * top_k]
+    const void** rows;           // [4 * block] row pointers
+    std::int64_t* pair_row;      // [block * top_k] with idxs
+    std::int64_t* pair_slot;     // [block * top_k]
     std::int64_t* expert_begin;  // [E + 1]
-    std::int64_t block;         // rows worked on at once
+    std::int64_t block;          // rows worked on at once
 };
 
 // Both walk rows [begin, end) block by block.
@@ -65,7 +65,8 @@ struct RowKernels {
 // y += the mixture, on all threads. See Problem for what is read and written.
 void forward(const Problem& problem, std::int64_t threads);
 
-// da_out[e] [r_e, K], db_out[e] [N, r_e], fp32 or bf16 (grads_bf16); entries not wanted are ignored.
+// da_out[e] [r_e, K], db_out[e] [N, r_e], fp32 or bf16 (grads_bf16); entries not wanted are
+// ignored.
 void backward(const Problem& problem, std::int64_t threads, void* const* da_out,
               void* const* db_out, bool grads_bf16);
 

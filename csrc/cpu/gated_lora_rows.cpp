@@ -1,9 +1,11 @@
-// Row kernels of the gated LoRA op: one thread's rows, block by block. Compiled once per instruction set
-// (FEDMS_ROWS names the table it defines), so nothing here may have external linkage but that table.
+// Row kernels of the gated LoRA op: one thread's rows, block by block. Compiled once per
+// instruction set (FEDMS_ROWS names the table it defines), so nothing here may have external
+// linkage but that table.
 //
-// A block is worked on in items: a list of rows that all use the same consecutive experts. Dense calls
-// have one item a block, segments one a run, top-k routing one an expert. Within an item everything is
-// done while the block's rows are in the second-level cache, so x, y, dy and dx cross memory once.
+// A block is worked on in items: a list of rows that all use the same consecutive experts. Dense
+// calls have one item a block, segments one a run, top-k routing one an expert. Within an item
+// everything is done while the block's rows are in the second-level cache, so x, y, dy and dx cross
+// memory once.
 #include "cpu/dropout.h"
 #include "cpu/gated_lora.h"
 #include "cpu/micro.h"
@@ -45,7 +47,8 @@ struct Layout {
 };
 
 template <class T>
-const T** row_pointers(const Scratch& s, int slot, const void* base, int64_t width, const Item& it) {
+const T** row_pointers(const Scratch& s, int slot, const void* base, int64_t width,
+                       const Item& it) {
     const T** rows = reinterpret_cast<const T**>(s.rows) + slot * s.block;
     for (int64_t i = 0; i < it.n; ++i) rows[i] = static_cast<const T*>(base) + it.row(i) * width;
     return rows;
@@ -84,7 +87,8 @@ const float** drop_rows(const Problem& p, const Scratch& s, const T* const* x, c
             float part[kWidth];
             store(part, load_part(x[i] + c, p.k - c));
             for (int64_t j = 0; c < p.k; ++c, ++j) {
-                const bool keep = fedms::keep_element(lo, hi, static_cast<std::uint32_t>(c), threshold);
+                const bool keep =
+                    fedms::keep_element(lo, hi, static_cast<std::uint32_t>(c), threshold);
                 out[c] = keep ? part[j] * inverse : 0.0f;
             }
         }
@@ -197,7 +201,8 @@ void backward_item(const Problem& p, const Scratch& s, const Item& item, int64_t
     for (int64_t e = item.first; e < item.last; ++e) {
         const int64_t re = p.ranks[e + 1] - p.ranks[e];
         if (re == 0) continue;
-        // With dropout each expert has its own input, and u~ of one expert is a strided slice of u~.
+        // With dropout each expert has its own input, and u~ of one expert is a strided slice of
+        // u~.
         float* ue = s.h;
         for (int64_t i = 0; i < item.n; ++i) {
             std::memcpy(ue + i * re, s.u + i * r + p.ranks[e] - r0, re * sizeof(float));
@@ -216,7 +221,8 @@ void backward_item(const Problem& p, const Scratch& s, const Item& item, int64_t
         drop_rows(p, s, static_cast<const float* const*>(rows), one, e);  // in place: undrop
         for (int64_t i = 0; i < item.n; ++i) {
             int64_t c = 0;
-            for (; c + kWidth <= p.k; c += kWidth) store(dx[i] + c, load(dx[i] + c) + load(rows[i] + c));
+            for (; c + kWidth <= p.k; c += kWidth)
+                store(dx[i] + c, load(dx[i] + c) + load(rows[i] + c));
             if (c < p.k) {
                 const Vec total = load_part(dx[i] + c, p.k - c) + load_part(rows[i] + c, p.k - c);
                 store_part(dx[i] + c, total, p.k - c);
@@ -251,7 +257,8 @@ void for_each_item(const Problem& p, const Scratch& s, int64_t begin, int64_t en
             for (int64_t e = 0; e < p.num_experts; ++e) {
                 int64_t i = s.expert_begin[e];
                 while (i < s.expert_begin[e + 1]) {
-                    // A row listed twice for one expert starts a new item: a tile must not hold a row twice.
+                    // A row listed twice for one expert starts a new item: a tile must not hold a
+                    // row twice.
                     int64_t j = i + 1;
                     while (j < s.expert_begin[e + 1] && j - i < s.block &&
                            s.pair_row[j] != s.pair_row[j - 1]) {
@@ -266,7 +273,8 @@ void for_each_item(const Problem& p, const Scratch& s, int64_t begin, int64_t en
         } else {
             for (int64_t i = 0; i < p.num_runs; ++i) {
                 const int64_t* run = p.runs + 4 * i;
-                const int64_t from = run[0] > row ? run[0] : row, to = run[1] < stop ? run[1] : stop;
+                const int64_t from = run[0] > row ? run[0] : row,
+                              to = run[1] < stop ? run[1] : stop;
                 if (from < to) f(Item{to - from, run[2], run[3], from, nullptr, nullptr});
             }
         }
@@ -292,7 +300,8 @@ void forward_rows(const Problem& p, const Scratch& s, int64_t begin, int64_t end
 void backward_rows(const Problem& p, const Scratch& s, int64_t begin, int64_t end) {
     const int64_t largest = largest_rank(p);
     for_each_item(p, s, begin, end, [&](const Item& item) {
-        p.bf16 ? backward_item<bf16>(p, s, item, largest) : backward_item<float>(p, s, item, largest);
+        p.bf16 ? backward_item<bf16>(p, s, item, largest)
+               : backward_item<float>(p, s, item, largest);
     });
 }
 

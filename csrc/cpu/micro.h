@@ -26,40 +26,56 @@ constexpr int kOuterRanks = 4, kOuterVecs = 2;
 #endif
 // Columns walked before the next row tile: keeps R x kStrip floats of w in the first-level cache.
 constexpr int64_t kStrip = 512;
+// Columns of a dot product before the next ranks: a tile's rows of x stay in the first-level cache.
+constexpr int64_t kChunk = 1024;
+// Column tiles of an outer product before the next ranks. One tile alone (rows 12 KB apart fall
+// into the same cache sets) and whole rows (a block of x then passes the second-level cache) are
+// both slower.
+constexpr int64_t kOuterTiles = 8;
+
+// Columns [begin, end) of one tile; `total` gets kDotRows x kDotRanks sums.
+template <class T>
+FEDMS_INLINE void dot_tile(const T* const* x, const float* const* w, int64_t begin, int64_t end,
+                           float* total) {
+    Vec acc[kDotRows * kDotRanks] = {};
+    int64_t c = begin;
+    for (; c + kWidth <= end; c += kWidth) {
+        Vec wv[kDotRanks];
+        for (int j = 0; j < kDotRanks; ++j) wv[j] = load(w[j] + c);
+        for (int i = 0; i < kDotRows; ++i) {
+            const Vec xv = load(x[i] + c);
+            for (int j = 0; j < kDotRanks; ++j) acc[i * kDotRanks + j] += xv * wv[j];
+        }
+    }
+    if (c < end) {
+        Vec wv[kDotRanks];
+        for (int j = 0; j < kDotRanks; ++j) wv[j] = load_part(w[j] + c, end - c);
+        for (int i = 0; i < kDotRows; ++i) {
+            const Vec xv = load_part(x[i] + c, end - c);
+            for (int j = 0; j < kDotRanks; ++j) acc[i * kDotRanks + j] += xv * wv[j];
+        }
+    }
+    for (int g = 0; g < kDotRows * kDotRanks; g += kWidth) store(total + g, sums(acc + g));
+}
 
 template <class T>
 void dots(const T* const* x, int64_t m, const float* const* w, int64_t r, int64_t columns,
           float* out, int64_t ldo) {
-    const int64_t whole = columns - columns % kWidth;
     for (int64_t i0 = 0; i0 < m; i0 += kDotRows) {
         const T* xi[kDotRows];
         for (int i = 0; i < kDotRows; ++i) xi[i] = x[i0 + i < m ? i0 + i : m - 1];
-        for (int64_t j0 = 0; j0 < r; j0 += kDotRanks) {
-            const float* wj[kDotRanks];
-            for (int j = 0; j < kDotRanks; ++j) wj[j] = w[j0 + j < r ? j0 + j : r - 1];
-            Vec acc[kDotRows * kDotRanks] = {};
-            for (int64_t c = 0; c < whole; c += kWidth) {
-                Vec wv[kDotRanks];
-                for (int j = 0; j < kDotRanks; ++j) wv[j] = load(wj[j] + c);
-                for (int i = 0; i < kDotRows; ++i) {
-                    Vec xv = load(xi[i] + c);
-                    for (int j = 0; j < kDotRanks; ++j) acc[i * kDotRanks + j] += xv * wv[j];
-                }
-            }
-            if (whole < columns) {
-                const int64_t n = columns - whole;
-                Vec wv[kDotRanks];
-                for (int j = 0; j < kDotRanks; ++j) wv[j] = load_part(wj[j] + whole, n);
-                for (int i = 0; i < kDotRows; ++i) {
-                    Vec xv = load_part(xi[i] + whole, n);
-                    for (int j = 0; j < kDotRanks; ++j) acc[i * kDotRanks + j] += xv * wv[j];
-                }
-            }
-            float total[kDotRows * kDotRanks];
-            for (int g = 0; g < kDotRows * kDotRanks; g += kWidth) store(total + g, sums(acc + g));
-            for (int i = 0; i < kDotRows && i0 + i < m; ++i) {
-                for (int j = 0; j < kDotRanks && j0 + j < r; ++j) {
-                    out[(i0 + i) * ldo + j0 + j] = total[i * kDotRanks + j];
+        for (int64_t begin = 0; begin < columns; begin += kChunk) {
+            const int64_t end = begin + kChunk < columns ? begin + kChunk : columns;
+            for (int64_t j0 = 0; j0 < r; j0 += kDotRanks) {
+                const float* wj[kDotRanks];
+                for (int j = 0; j < kDotRanks; ++j) wj[j] = w[j0 + j < r ? j0 + j : r - 1];
+                float total[kDotRows * kDotRanks];
+                dot_tile(xi, wj, begin, end, total);
+                for (int i = 0; i < kDotRows && i0 + i < m; ++i) {
+                    for (int j = 0; j < kDotRanks && j0 + j < r; ++j) {
+                        float& to = out[(i0 + i) * ldo + j0 + j];
+                        to = total[i * kDotRanks + j] + (begin > 0 ? to : 0.0f);
+                    }
                 }
             }
         }
@@ -140,29 +156,32 @@ template <class T>
 void outer(float* g, int64_t ldg, const float* h, int64_t ldh, int64_t r, const T* const* x,
            int64_t m, int64_t columns) {
     constexpr int64_t kTile = kOuterVecs * kWidth;
-    for (int64_t j0 = 0; j0 < r; j0 += kOuterRanks) {
-        float* gj[kOuterRanks];
-        int64_t rank[kOuterRanks];
-        for (int j = 0; j < kOuterRanks; ++j) {
-            rank[j] = j0 + j < r ? j0 + j : r - 1;
-            gj[j] = g + rank[j] * ldg;
-        }
-        const bool full = j0 + kOuterRanks <= r;
-        int64_t c = 0;
-        for (; c + kTile <= columns; c += kTile) {
-            full ? outer_tile<kOuterVecs, true>(gj, h + j0, ldh, rank, x, m, c)
-                 : outer_tile<kOuterVecs, false>(gj, h, ldh, rank, x, m, c);
-        }
-        for (; c + kWidth <= columns; c += kWidth) {
-            full ? outer_tile<1, true>(gj, h + j0, ldh, rank, x, m, c)
-                 : outer_tile<1, false>(gj, h, ldh, rank, x, m, c);
-        }
-        if (c < columns) {
-            const int64_t n = columns - c;
-            for (int j = 0; j < kOuterRanks && j0 + j < r; ++j) {
-                Vec acc = load_part(gj[j] + c, n);
-                for (int64_t i = 0; i < m; ++i) acc += splat(h[i * ldh + rank[j]]) * load_part(x[i] + c, n);
-                store_part(gj[j] + c, acc, n);
+    constexpr int64_t kOuterStrip = kOuterTiles * kTile;
+    for (int64_t strip = 0; strip < columns; strip += kOuterStrip) {
+        const int64_t end = strip + kOuterStrip < columns ? strip + kOuterStrip : columns;
+        for (int64_t j0 = 0; j0 < r; j0 += kOuterRanks) {
+            float* gj[kOuterRanks];
+            int64_t rank[kOuterRanks];
+            for (int j = 0; j < kOuterRanks; ++j) {
+                rank[j] = j0 + j < r ? j0 + j : r - 1;
+                gj[j] = g + rank[j] * ldg;
+            }
+            const bool full = j0 + kOuterRanks <= r;
+            int64_t c = strip;
+            for (; c + kTile <= end; c += kTile) {
+                full ? outer_tile<kOuterVecs, true>(gj, h + j0, ldh, rank, x, m, c)
+                     : outer_tile<kOuterVecs, false>(gj, h, ldh, rank, x, m, c);
+            }
+            for (; c + kWidth <= end; c += kWidth) {
+                full ? outer_tile<1, true>(gj, h + j0, ldh, rank, x, m, c)
+                     : outer_tile<1, false>(gj, h, ldh, rank, x, m, c);
+            }
+            for (int j = 0; c < end && j < kOuterRanks && j0 + j < r; ++j) {
+                Vec acc = load_part(gj[j] + c, end - c);
+                for (int64_t i = 0; i < m; ++i) {
+                    acc += splat(h[i * ldh + rank[j]]) * load_part(x[i] + c, end - c);
+                }
+                store_part(gj[j] + c, acc, end - c);
             }
         }
     }

@@ -8,12 +8,13 @@
 
 namespace fedms {
 
-// A [r_e, K] is used where it lies when it is fp32; B [N, r_e] is always transposed (R N elements, small
-// against the M N of y). Read again on every call: nothing is cached across calls.
+// A [r_e, K] is used where it lies when it is fp32; B [N, r_e] is always transposed (R N elements,
+// small against the M N of y). Read again on every call: nothing is cached across calls.
 class PackedExperts {
   public:
     PackedExperts(const std::vector<std::int64_t>& a, const std::vector<std::int64_t>& b,
-                  const std::vector<std::int64_t>& ranks, std::int64_t k, std::int64_t n, bool bf16) {
+                  const std::vector<std::int64_t>& ranks, std::int64_t k, std::int64_t n,
+                  bool bf16) {
         const std::int64_t total = ranks.back();
         bt_.reset(new float[static_cast<std::size_t>(total * n)]);
         if (bf16) a_.reset(new float[static_cast<std::size_t>(total * k)]);

@@ -1,7 +1,8 @@
 // One SIMD register of floats as a GCC/Clang vector type, with loads and stores for fp32 and bf16.
 //
-// Included only by gated_lora_rows.cpp, which is compiled once per instruction set: every function here
-// has internal linkage, so that no copy for a wide machine can be picked by the linker for another.
+// Included only by gated_lora_rows.cpp, which is compiled once per instruction set: every function
+// here has internal linkage, so that no copy for a wide machine can be picked by the linker for
+// another.
 #pragma once
 
 #include <cstdint>
@@ -41,7 +42,9 @@ FEDMS_INLINE Vec load(const bf16* p) {
     return (Vec)u;
 }
 
-FEDMS_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+FEDMS_INLINE void store(float* p, Vec v) {
+    std::memcpy(p, &v, sizeof v);
+}
 
 // Round to nearest even; a NaN stays a NaN whatever its payload.
 FEDMS_INLINE void store(bf16* p, Vec v) {
@@ -69,7 +72,9 @@ FEDMS_INLINE void store_part(T* p, Vec v, std::int64_t n) {
     std::memcpy(p, buffer, static_cast<std::size_t>(n) * sizeof(T));
 }
 
-FEDMS_INLINE Vec splat(float x) { return x - Vec{}; }
+FEDMS_INLINE Vec splat(float x) {
+    return x - Vec{};
+}
 
 // Lane i of the result: where bit `Half` of i is clear a[i] + a[i + Half], else b[i] + b[i - Half].
 template <int Half, int... I>

@@ -36,11 +36,21 @@ void forward(int64_t stream, int64_t x, int64_t y, int64_t a, int64_t b, int64_t
              int64_t m, int64_t k, int64_t n, int64_t r, bool bf16) {
     int devices = 0;
     check(cudaGetDeviceCount(&devices));
-    const fedms::CudaForward call{
-        pointer<const void>(x), pointer<void>(y), pointer<const float>(a), pointer<const float>(b),
-        pointer<float>(h), pointer<const float>(gates), gate_row, gate_col,
-        pointer<const std::int32_t>(expert_of_rank), pointer<const float>(scale_of_rank),
-        m, k, n, r, bf16};
+    const fedms::CudaForward call{pointer<const void>(x),
+                                  pointer<void>(y),
+                                  pointer<const float>(a),
+                                  pointer<const float>(b),
+                                  pointer<float>(h),
+                                  pointer<const float>(gates),
+                                  gate_row,
+                                  gate_col,
+                                  pointer<const std::int32_t>(expert_of_rank),
+                                  pointer<const float>(scale_of_rank),
+                                  m,
+                                  k,
+                                  n,
+                                  r,
+                                  bf16};
     check(fedms::launch_gated_lora_forward(call, reinterpret_cast<cudaStream_t>(stream)));
 }
 

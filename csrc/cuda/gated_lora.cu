@@ -10,10 +10,18 @@ constexpr int kWarp = 32;
 constexpr int kWarps = 8;      // warps a block in shrink
 constexpr int kThreads = 256;  // threads a block in expand
 
-__device__ float widen(float v) { return v; }
-__device__ float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
-__device__ void narrow(float v, float* out) { *out = v; }
-__device__ void narrow(float v, __nv_bfloat16* out) { *out = __float2bfloat16_rn(v); }
+__device__ float widen(float v) {
+    return v;
+}
+__device__ float widen(__nv_bfloat16 v) {
+    return __bfloat162float(v);
+}
+__device__ void narrow(float v, float* out) {
+    *out = v;
+}
+__device__ void narrow(float v, __nv_bfloat16* out) {
+    *out = __float2bfloat16_rn(v);
+}
 
 template <class T>
 __global__ void shrink(CudaForward call) {

@@ -4,8 +4,8 @@
 //   shrink   h[m, j] = coefficient(m, j) * sum over k of x[m, k] A[j, k]      one warp an element
 //   expand   y[m, n] += sum over j of h[m, j] B[n, j]                         one thread an element
 //
-// M rows, K in, N out, R stacked ranks; x and y are fp32 or bf16, A, B, h and gates fp32, sums fp32.
-// Not yet run on a GPU and in no plan: a kernel that has not passed there is not chosen.
+// M rows, K in, N out, R stacked ranks; x and y are fp32 or bf16, A, B, h and gates fp32, sums
+// fp32. Not yet run on a GPU and in no plan: a kernel that has not passed there is not chosen.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,11 +15,11 @@
 namespace fedms {
 
 struct CudaForward {
-    const void* x;  // [M, K]
-    void* y;        // [M, N], holds the base result
-    const float* a;  // [R, K]
-    const float* b;  // [N, R]
-    float* h;        // [M, R]
+    const void* x;       // [M, K]
+    void* y;             // [M, N], holds the base result
+    const float* a;      // [R, K]
+    const float* b;      // [N, R]
+    float* h;            // [M, R]
     const float* gates;  // null (ones), or the gate of (m, e) at m * gate_row + e * gate_col
     std::int64_t gate_row, gate_col;
     const std::int32_t* expert_of_rank;  // [R]

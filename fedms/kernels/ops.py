@@ -6,7 +6,8 @@ Shape suffixes: M rows, K in, N out, R the sum of the experts' ranks, E experts,
     fedms::<backend>_backward  (dy_MN, W_NK, x_MK, h, A_e, B_e, gates) -> dx_MK, dg, dA_e, dB_e
 
 `runs` are `Segments.runs()` (None: every row uses every expert). An output that was not asked for
-is an empty tensor. h is the backend's own: its layout and dtype are read by its backward alone.
+is an empty tensor. h is the backend's own: its layout and dtype are read by its backward alone, and
+its entries of pairs that do not exist are never written.
 One op per direction, and one autograd.Function around them (functional.py), because a call through
 `torch.library.custom_op` with `register_autograd` costs about 31 us and this costs about 4.
 """
