@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "isa.h"
@@ -137,9 +139,20 @@ void reduce(const Chunks& chunks, const Problem& p, int64_t e, bool is_a, int64_
     }
 }
 
+// A compiled graph runs no Python check, and an index out of range would write anywhere.
+void check_indices(const Problem& p) {
+    for (int64_t i = 0; p.idxs != nullptr && i < p.m * p.top_k; ++i) {
+        if (p.idxs[i] < 0 || p.idxs[i] >= p.num_experts) {
+            throw std::out_of_range("expert_idxs must be in [0, " + std::to_string(p.num_experts) +
+                                    "), got " + std::to_string(p.idxs[i]));
+        }
+    }
+}
+
 }  // namespace
 
 void forward(const Problem& p, int64_t threads) {
+    check_indices(p);
     if (p.m == 0) return;
     Chunks chunks;
     prepare(chunks, p, threads, false);
@@ -151,6 +164,7 @@ void forward(const Problem& p, int64_t threads) {
 
 void backward(const Problem& p, int64_t threads, void* const* da_out, void* const* db_out,
               bool grads_bf16) {
+    check_indices(p);
     Chunks chunks;
     prepare(chunks, p, threads, true);
     const RowKernels* rows = rows_slot();

@@ -219,6 +219,8 @@ def _cast(
     A callable base runs here, under autocast, on the x it was given; its result stands in for it.
     """
     dtype = torch.get_autocast_dtype(x.device.type)
+    if x.dtype == torch.float64:  # autocast leaves it alone
+        dtype = x.dtype
     if not isinstance(weight, Tensor):
         result = weight(x)
         return x.to(dtype), lambda _: result, bias

@@ -92,6 +92,14 @@ def test_native_refuses_what_it_cannot_run(monkeypatch):
     assert gated_lora_linear(**GOOD).shape == (2, 5, 3)  # the plan goes on without it
 
 
+@pytest.mark.skipif(not native.available(), reason="the extension is not built")
+def test_the_op_itself_refuses_indices_out_of_range():
+    """A compiled graph skips the Python check."""
+    call = (X[0], W, None, None, A, B, None, IDXS[0] + 2, None, [1.0, 1.0], 0.0, 0, False)
+    with pytest.raises(IndexError, match=r"expert_idxs must be in \[0, 2\), got 2"):
+        torch.ops.fedms.native_forward(*call)
+
+
 def test_plan():
     cpu, f32, bf16 = torch.device("cpu"), torch.float32, torch.bfloat16
     usual = "native" if native.available() else "stacked"
