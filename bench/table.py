@@ -55,6 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--smoke", action="store_true", help="two small shapes")
     parser.add_argument("--seconds", type=float, default=2.0, help="time a case")
+    parser.add_argument("--match", default="", help="only cases whose name contains this")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--cpu", action="store_true", help="processor time of this thread")
     args = parser.parse_args()
@@ -70,7 +71,7 @@ def main() -> None:
     listed = cases(SMOKE if args.smoke else SHAPES)
     if not args.smoke:
         listed += [Case(1576, 768, 768, 8, 1, False, bf16, 0.1) for bf16 in (False, True)]
-    for case in listed:
+    for case in filter(lambda c: args.match in str(c), listed):
         found = rows(case)
         check(found, case)
         print(line(case, measure(found, args.seconds, clock)), flush=True)

@@ -141,6 +141,8 @@ FEDMS_INLINE void outer_tile(float* const* g, const float* h, int64_t ldh, const
     for (int64_t i = 0; i < m; ++i) {
         Vec xv[Vecs];
         for (int v = 0; v < Vecs; ++v) xv[v] = load(x[i] + c + v * kWidth);
+        // Down the rows the hardware sees no stream: ask for the next tile's columns of this row.
+        for (int v = 0; v < Vecs; ++v) __builtin_prefetch(x[i] + c + (Vecs + v) * kWidth);
         const float* hi = h + i * ldh;
         for (int j = 0; j < kOuterRanks; ++j) {
             const Vec hv = splat(Full ? hi[j] : hi[rank[j]]);
