@@ -19,8 +19,6 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Segments": "fedms.kernels",
     "gated_lora_linear": "fedms.kernels",
-    "accelerate": "fedms.peft",
-    "restore": "fedms.peft",
 }
 
 __all__ = ["Segments", "__version__", "gated_lora_linear"]

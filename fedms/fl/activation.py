@@ -14,7 +14,9 @@ from fedms.fl.config import SalConfig
 from fedms.fl.sampling import generator
 
 
-def wake_order(config: SalConfig, num_blocks: int, seed: int, importance: Callable[[], Sequence[float]]) -> list[int]:
+def wake_order(
+    config: SalConfig, num_blocks: int, seed: int, importance: Callable[[], Sequence[float]]
+) -> list[int]:
     """The blocks in the order in which they wake, ``max_blocks`` of them at most.
 
     ``importance`` is asked only by ``order = "importance"``: one score per block, the highest wakes first.
@@ -54,7 +56,9 @@ class Activation:
     @property
     def depths(self) -> list[int]:
         """Every lowest awake block that there can be from now on: where a forward may have to start."""
-        return sorted({min(self.order[:count]) for count in range(self._count, len(self.order) + 1)})
+        return sorted(
+            {min(self.order[:count]) for count in range(self._count, len(self.order) + 1)}
+        )
 
     def observe(self, score: float | None) -> bool:
         """Take in a round's global score (None: not measured); True if blocks woke."""
@@ -83,7 +87,12 @@ class Activation:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, as JSON values."""
-        return {"order": self.order, "count": self._count, "scores": list(self._scores), "rounds": self._rounds}
+        return {
+            "order": self.order,
+            "count": self._count,
+            "scores": list(self._scores),
+            "rounds": self._rounds,
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state`."""

@@ -46,9 +46,15 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> None:
         CheckpointError: the folder cannot be written or the disk is full. Older checkpoints are untouched.
     """
     clients = sorted(checkpoint.kept)
-    kept = {f"{i}/{name}": tensor for i, client in enumerate(clients) for name, tensor in checkpoint.kept[client].items()}
+    kept = {
+        f"{i}/{name}": tensor
+        for i, client in enumerate(clients)
+        for name, tensor in checkpoint.kept[client].items()
+    }
     files = {
-        "server.safetensors": save({name: tensor.contiguous() for name, tensor in checkpoint.server.items()}),
+        "server.safetensors": save(
+            {name: tensor.contiguous() for name, tensor in checkpoint.server.items()}
+        ),
         "clients.safetensors": save({name: tensor.contiguous() for name, tensor in kept.items()}),
     }
     record = {
@@ -73,7 +79,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> None:
         for old in _folders(folder)[keep:]:
             shutil.rmtree(old)
     except OSError as error:
-        raise CheckpointError(f"the checkpoint {final} cannot be written: {error.strerror}") from error
+        raise CheckpointError(
+            f"the checkpoint {final} cannot be written: {error.strerror}"
+        ) from error
 
 
 def load_checkpoint(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
@@ -88,10 +96,12 @@ def load_checkpoint(folder: Path, warn: Callable[[str], None]) -> Checkpoint | N
     for candidate in folders:
         try:
             return _read(candidate)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, IndexError, TypeError, SafetensorError) as error:
             warn(f"checkpoint {candidate.name} is damaged ({error}); trying the one before")
     if folders:
-        raise CheckpointError(f"no checkpoint in {folder} can be read; the run must be started again")
+        raise CheckpointError(
+            f"no checkpoint in {folder} can be read; the run must be started again"
+        )
     return None
 
 
@@ -113,7 +123,9 @@ def _sync_folder(folder: Path) -> None:
 
 def _folders(folder: Path) -> list[Path]:
     """Checkpoints, the newest first."""
-    return sorted(folder.glob("round-*"), reverse=True)
+    return sorted(
+        folder.glob("round-*"), key=lambda path: (len(path.name), path.name), reverse=True
+    )
 
 
 def _read(folder: Path) -> Checkpoint:
@@ -122,10 +134,18 @@ def _read(folder: Path) -> Checkpoint:
     for name, digest in record["sha256"].items():
         content = (folder / name).read_bytes()
         if hashlib.sha256(content).hexdigest() != digest:
-            raise ValueError(f"{name} is not what was written: {len(content)} bytes with another digest")
+            raise ValueError(
+                f"{name} is not what was written: {len(content)} bytes with another digest"
+            )
         tensors[name] = load(content)
     kept: dict[str, State] = {client: {} for client in record["clients"]}
     for key, tensor in tensors["clients.safetensors"].items():
         number, _, name = key.partition("/")
         kept[record["clients"][int(number)]][name] = tensor
-    return Checkpoint(record["round"], tensors["server.safetensors"], kept, tuple(record["visited"]), record["sal"])
+    return Checkpoint(
+        record["round"],
+        tensors["server.safetensors"],
+        kept,
+        tuple(record["visited"]),
+        record["sal"],
+    )

@@ -37,7 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fedms: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("fedms: stopped; `fedms resume DIR` goes on from the last finished round", file=sys.stderr)
+        print(
+            "fedms: stopped; `fedms resume DIR` goes on from the last finished round",
+            file=sys.stderr,
+        )
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -46,20 +49,37 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fedms", description="Federated learning with a mixture of foundation models.")
+    parser = argparse.ArgumentParser(
+        prog="fedms", description="Federated learning with a mixture of foundation models."
+    )
     parser.add_argument("--version", action="version", version=f"fedms {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, function: object, summary: str, description: str = "") -> argparse.ArgumentParser:
+    def add(
+        name: str, function: object, summary: str, description: str = ""
+    ) -> argparse.ArgumentParser:
         command = commands.add_parser(
-            name, help=summary, description=description or summary, formatter_class=argparse.RawDescriptionHelpFormatter
+            name,
+            help=summary,
+            description=description or summary,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.set_defaults(command=function)
         return command
 
     run = add("run", _run, "train, and compare with rivals", RUN_HELP)
-    run.add_argument("settings", nargs="*", metavar="CONFIG.toml | key=value", help="a settings file first, then single settings")
-    run.add_argument("--out", type=Path, metavar="DIR", help="folder of the run; it must not exist (default: runs/<method>-<time>)")
+    run.add_argument(
+        "settings",
+        nargs="*",
+        metavar="CONFIG.toml | key=value",
+        help="a settings file first, then single settings",
+    )
+    run.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder of the run; it must not exist (default: runs/<method>-<time>)",
+    )
     run.add_argument("--quiet", action="store_true", help="no progress, only the table")
     resume = add("resume", _resume, "go on with a run that was stopped")
     resume.add_argument("folder", type=Path, metavar="DIR")
@@ -111,7 +131,11 @@ def _predict(args: argparse.Namespace) -> None:
     from fedms.fl.progress import Progress
 
     for found in predict(args.folder, args.client, args.texts, Progress(quiet=True)):
-        weights = "" if found.weight_local is None else f"   global expert {found.weight_global:.2f}, local expert {found.weight_local:.2f}"
+        weights = (
+            ""
+            if found.weight_local is None
+            else f"   global expert {found.weight_global:.2f}, local expert {found.weight_local:.2f}"
+        )
         print(f"{found.text}\n  {found.class_name}  {100 * found.probability:.1f} %{weights}")
 
 
@@ -126,5 +150,7 @@ def _doctor(args: argparse.Namespace) -> None:
 def _print_table(folder: Path) -> None:
     from fedms.fl.report import comparison_table
 
-    Console(width=None if sys.stdout.isatty() else 140).print(comparison_table(folder, title="the last round of each method"))
+    Console(width=None if sys.stdout.isatty() else 140).print(
+        comparison_table(folder, title="the last round of each method")
+    )
     print(folder)

@@ -23,10 +23,20 @@ def initial_kept(resident: Resident, stage: Stage, server_state: State) -> State
     if "local." in stage.trains:
         fresh = resident.foundation.fresh_expert("local")
         for name in resident.parameters(("local.",)):
-            source = server_state.get(name.replace("local.", "global.", 1)) if stage.local_from == "global" else None
+            source = (
+                server_state.get(name.replace("local.", "global.", 1))
+                if stage.local_from == "global"
+                else None
+            )
             kept[name] = fresh[name] if source is None else source
     if "gate." in stage.trains:
-        kept.update({name: tensor for name, tensor in fresh_gate(resident).items() if not name.startswith(stage.shares)})
+        kept.update(
+            {
+                name: tensor
+                for name, tensor in fresh_gate(resident).items()
+                if not name.startswith(stage.shares)
+            }
+        )
     return kept
 
 
@@ -44,7 +54,13 @@ def log_prior(resident: Resident, client: ClientData) -> Tensor:
 
 
 def visit(
-    resident: Resident, stage: Stage, client: ClientData, received: State, kept: State, blocks: Iterable[int], round: int
+    resident: Resident,
+    stage: Stage,
+    client: ClientData,
+    received: State,
+    kept: State,
+    blocks: Iterable[int],
+    round: int,
 ) -> Update:
     """Train one client for one round.
 
@@ -67,27 +83,53 @@ def visit(
         for name, parameter in resident.parameters(stage.trains).items()
         if name.startswith("gate.") or resident.foundation.block_of(name) in trained_blocks
     }
-    examples = client.train if stage.holds_out_gate else np.sort(np.concatenate([client.train, client.gate]))
+    examples = (
+        client.train
+        if stage.holds_out_gate
+        else np.sort(np.concatenate([client.train, client.gate]))
+    )
     if not len(examples):
         raise ClientFailure("it has no training examples")
     batches = draw_batches(
-        examples, stage.settings.batch_size, stage.settings.local_steps, generator(seed, "batches", round, client.client_id)
+        examples,
+        stage.settings.batch_size,
+        stage.settings.local_steps,
+        generator(seed, "batches", round, client.client_id),
     )
     prior = log_prior(resident, client)
-    experts = {name: parameter for name, parameter in trained.items() if not name.startswith("gate.")}
+    experts = {
+        name: parameter for name, parameter in trained.items() if not name.startswith("gate.")
+    }
     gate = {name: parameter for name, parameter in trained.items() if name.startswith("gate.")}
     joint = gate if resident.config.mofm.combine == "layer" else {}
-    with learning([*experts.values(), *joint.values()]):
-        loss = _train_experts(resident, stage, list(experts.values()), list(joint.values()), batches, prior)
+    with (
+        learning([*experts.values(), *joint.values()]),
+        resident.foundation.dropping_out(generator(seed, "dropout", round, client.client_id)),
+    ):
+        loss = _train_experts(
+            resident, stage, list(experts.values()), list(joint.values()), batches, prior
+        )
     if gate and not joint:
         with learning(gate.values()):
-            _train_gate(resident, client.gate if stage.holds_out_gate else examples, list(gate.values()), prior)
+            _train_gate(
+                resident,
+                client.gate if stage.holds_out_gate else examples,
+                list(gate.values()),
+                prior,
+            )
     state = {name: parameter.detach().clone() for name, parameter in trained.items()}
     return Update(
         client_id=client.client_id,
         num_examples=len(examples),
-        shared={name: tensor for name, tensor in state.items() if name.startswith(stage.shares)} if stage.shares else {},
-        kept={**kept, **{n: t for n, t in state.items() if not stage.shares or not n.startswith(stage.shares)}},
+        shared={name: tensor for name, tensor in state.items() if name.startswith(stage.shares)}
+        if stage.shares
+        else {},
+        kept={
+            **kept,
+            **{
+                n: t for n, t in state.items() if not stage.shares or not n.startswith(stage.shares)
+            },
+        },
         train_loss=loss,
         steps=len(batches),
     )
@@ -96,7 +138,7 @@ def visit(
 class learning:
     """Within the block these parameters, and no others, require a gradient."""
 
-    def __init__(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
         self._parameters = list(parameters)
 
     def __enter__(self) -> None:
@@ -112,20 +154,24 @@ class learning:
 def _train_experts(
     resident: Resident,
     stage: Stage,
-    experts: list[torch.nn.Parameter],
-    gate: list[torch.nn.Parameter],
+    experts: list[Tensor],
+    gate: list[Tensor],
     batches: list[np.ndarray],
     prior: Tensor,
 ) -> float:
     settings, mofm = stage.settings, resident.config.mofm
     groups = [{"params": experts}, {"params": gate, "lr": mofm.gate_lr}] if gate else experts
-    optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay, foreach=True)
+    optimizer = torch.optim.AdamW(
+        groups, lr=settings.lr, weight_decay=settings.weight_decay, foreach=True
+    )
     total = 0.0
     for step, batch in enumerate(batches):
         loss = _expert_loss(resident, stage, batch, prior)
         value = float(loss.detach())
         if not math.isfinite(value):
-            raise ClientFailure(f"its training loss became {value} at local step {step + 1} of {len(batches)}")
+            raise ClientFailure(
+                f"its training loss became {value} at local step {step + 1} of {len(batches)}"
+            )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -141,8 +187,10 @@ def _expert_loss(resident: Resident, stage: Stage, batch: np.ndarray, prior: Ten
     return F.nll_loss(resident.log_probs(resident.features(batch, (expert,))), labels)
 
 
-def _train_gate(resident: Resident, examples: np.ndarray, gate: list[torch.nn.Parameter], prior: Tensor) -> None:
-    """Full-batch steps on the mixture's loss with both experts fixed; classes weigh frequency ** -balance."""
+def _train_gate(
+    resident: Resident, examples: np.ndarray, gate: list[Tensor], prior: Tensor
+) -> None:
+    """Full-batch steps with both experts fixed: the mixture's loss, classes weighing frequency ** -balance, plus the anchor."""
     mofm = resident.config.mofm
     if not len(examples):
         return
@@ -153,7 +201,8 @@ def _train_gate(resident: Resident, examples: np.ndarray, gate: list[torch.nn.Pa
         z_g, z_l = resident.expert_pair(examples)
     optimizer = torch.optim.Adam(gate, lr=mofm.gate_lr, foreach=True)
     for _ in range(mofm.gate_steps):
-        log_p = resident.mixture_of(examples, prior, z_g, z_l)[0]
+        log_p, weights = resident.mixture_of(examples, prior, z_g, z_l)
+        drift = -0.5 * (2.0 * weights).log().sum(-1).mean()  # KL(one half || weights)
         optimizer.zero_grad(set_to_none=True)
-        F.nll_loss(log_p, labels, weight=class_weights).backward()
+        (F.nll_loss(log_p, labels, weight=class_weights) + mofm.anchor * drift).backward()
         optimizer.step()

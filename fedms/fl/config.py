@@ -31,7 +31,7 @@ class DataConfig:
     label_column: str = "label"
     client_column: str | None = None
     split_column: str | None = None
-    max_per_category: int = 6
+    max_per_category: int = 4
     """icd10 only: texts kept of each 3-character category."""
     partitioner: Literal["iid", "dirichlet", "pathological", "column"] = "dirichlet"
     num_clients: int = 20
@@ -118,8 +118,10 @@ class MofmConfig:
     bottleneck: int = 16
     gate_steps: int = 30
     gate_lr: float = 0.01
-    balance: float = 0.5
+    balance: float = 1.0
     """Exponent of the class weights of the gate's loss: 0 weighs examples alike, 1 weighs classes alike."""
+    anchor: float = 3.0
+    """Weight of KL(one half || weights) in the gate's loss: a client's own data alone always asks for the local expert."""
 
 
 @dataclass(frozen=True)
@@ -182,13 +184,17 @@ def load_config(path: Path | None = None, overrides: Iterable[str] = ()) -> Conf
         try:
             tree = tomllib.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise ConfigError(f"the configuration {path} cannot be read: {error.strerror}") from error
-        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(
+                f"the configuration {path} cannot be read: {error.strerror}"
+            ) from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"the configuration {path} is not valid TOML: {error}") from error
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
-            raise ConfigError(f"an override must look like key=value, e.g. stage1.rounds=4; got {override!r}")
+            raise ConfigError(
+                f"an override must look like key=value, e.g. stage1.rounds=4; got {override!r}"
+            )
         _put(tree, key, _parse(text))
     config = _build(Config, tree, "")
     _check(config)
@@ -237,7 +243,11 @@ def _build(cls: type, tree: dict[str, Any], prefix: str) -> Any:
             if not isinstance(value, dict):
                 raise ConfigError(f"{key} is a section with settings of its own, got {value!r}")
             default = spec.default_factory() if callable(spec.default_factory) else None
-            base = {} if default is None else {f.name: getattr(default, f.name) for f in dataclasses.fields(default)}
+            base = (
+                {}
+                if default is None
+                else {f.name: getattr(default, f.name) for f in dataclasses.fields(default)}
+            )
             values[spec.name] = _build(hint, {**base, **value}, key + ".")  # type: ignore[arg-type]
         else:
             values[spec.name] = _convert(key, value, hint)
@@ -257,18 +267,24 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{key} must be a list, got {value!r}")
-        return tuple(_convert(f"{key}[{i}]", entry, typing.get_args(hint)[0]) for i, entry in enumerate(value))
+        return tuple(
+            _convert(f"{key}[{i}]", entry, typing.get_args(hint)[0])
+            for i, entry in enumerate(value)
+        )
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ConfigError(f"{key} must be of type {hint.__name__}, got {value!r} ({type(value).__name__})")
+        raise ConfigError(
+            f"{key} must be of type {hint.__name__}, got {value!r} ({type(value).__name__})"
+        )
     return value
 
 
-def _keys(cls: type = Config, prefix: str = "") -> list[str]:
+def _keys() -> list[str]:
     keys: list[str] = []
-    for name, hint in typing.get_type_hints(cls).items():
-        keys += _keys(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else [prefix + name]  # type: ignore[arg-type]
+    for name, hint in typing.get_type_hints(Config).items():
+        inner = typing.get_type_hints(hint) if dataclasses.is_dataclass(hint) else {}
+        keys += [f"{name}.{leaf}" for leaf in inner] or [name]
     return keys
 
 
@@ -279,7 +295,9 @@ def _nearest(key: str) -> str:
     leaf = key.rpartition(".")[2]
     same_leaf = [known for known in keys if known.rpartition(".")[2] == leaf]
     found = same_leaf[:1] or whole or difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
-    return f"; did you mean {found[0]}?" if found else f"; the sections are {', '.join(_sections())}"
+    return (
+        f"; did you mean {found[0]}?" if found else f"; the sections are {', '.join(_sections())}"
+    )
 
 
 def _sections() -> list[str]:
@@ -309,11 +327,16 @@ def _check(config: Config) -> None:
     ):
         if value < smallest:
             raise ConfigError(f"{key} must be at least {smallest}, got {value}")
-    for key, value in (("server.fraction_train", config.server.fraction_train), ("server.quorum", config.server.quorum)):
+    for key, value in (
+        ("server.fraction_train", config.server.fraction_train),
+        ("server.quorum", config.server.quorum),
+    ):
         if not 0 < value <= 1:
             raise ConfigError(f"{key} must be in (0, 1], got {value}")
     if "{}" not in config.model.prompt:
-        raise ConfigError(f"model.prompt must contain {{}}, where the class name goes; got {config.model.prompt!r}")
+        raise ConfigError(
+            f"model.prompt must contain {{}}, where the class name goes; got {config.model.prompt!r}"
+        )
     if config.mofm.combine == "layer" and config.mofm.gate_input != "base":
         raise ConfigError(
             'mofm.combine = "layer" mixes the experts inside every linear, before either has said anything: '

@@ -1,11 +1,11 @@
 """A run and its folder: the method, then its rivals on the same clients, each in a folder of its own.
 
-    DIR/config.toml           the resolved configuration
-    DIR/label_counts.json     classes, clients and how many training examples of each class each client has
-    DIR/metrics.jsonl         one RoundRecord a round; DIR/clients.jsonl one line per client per evaluation
-    DIR/checkpoints/          see fedms.fl.checkpoint
-    DIR/adapters/             global and clients/<id>, in peft's format; DIR/gate.safetensors
-    DIR/rivals/<method>/      the same for each rival
+DIR/config.toml           the resolved configuration
+DIR/label_counts.json     classes, clients and how many training examples of each class each client has
+DIR/metrics.jsonl         one RoundRecord a round; DIR/clients.jsonl one line per client per evaluation
+DIR/checkpoints/          see fedms.fl.checkpoint
+DIR/adapters/             global and clients/<id>, in peft's format; DIR/gate.safetensors
+DIR/rivals/<method>/      the same for each rival
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def start(config: Config, folder: Path, progress: Progress) -> None:
         FedMSError: the folder holds something already, or cannot be written.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FedMSError(f"{folder} exists; go on with it by `fedms resume {folder}`, or name another folder with --out")
+        raise FedMSError(
+            f"{folder} exists; go on with it by `fedms resume {folder}`, or name another folder with --out"
+        )
     with _disk_errors(folder):
         _prepare(config, folder)
     resume(folder, progress)
@@ -52,7 +54,9 @@ def resume(folder: Path, progress: Progress) -> None:
     for rival in config.rivals:
         if rival != config.method:
             methods[folder / "rivals" / rival] = replace(config, method=rival, rivals=())
-    left = {place: settings for place, settings in methods.items() if not (place / "finished").exists()}
+    left = {
+        place: settings for place, settings in methods.items() if not (place / "finished").exists()
+    }
     if not left:
         return
     with _disk_errors(folder):
@@ -74,14 +78,30 @@ def export(run: Run, folder: Path) -> None:
     base = run.config.model.path
     if "global." in trained:
         save_adapter(foundation.layers, "global", folder / "adapters" / "global", base_model=base)
-    gates = {name: tensor for name, tensor in run.server.items() if name.startswith("gate.adapter.")}
+    gates = {
+        name: tensor for name, tensor in run.server.items() if name.startswith("gate.adapter.")
+    }
     for client_id, kept in run.kept.items():
         resident.load(kept)
         if "local." in trained:
-            save_adapter(foundation.layers, "local", folder / "adapters" / "clients" / folder_name(client_id), base_model=base)
-        gates.update({f"clients/{client_id}/{name}": tensor for name, tensor in kept.items() if name.startswith("gate.")})
+            save_adapter(
+                foundation.layers,
+                "local",
+                folder / "adapters" / "clients" / folder_name(client_id),
+                base_model=base,
+            )
+        gates.update(
+            {
+                f"clients/{client_id}/{name}": tensor
+                for name, tensor in kept.items()
+                if name.startswith("gate.")
+            }
+        )
     if "gate." in trained:
-        write_synced(folder / "gate.safetensors", save({name: tensor.contiguous() for name, tensor in gates.items()}))
+        write_synced(
+            folder / "gate.safetensors",
+            save({name: tensor.contiguous() for name, tensor in gates.items()}),
+        )
 
 
 def folder_name(client_id: str) -> str:
@@ -98,7 +118,9 @@ def _prepare(config: Config, folder: Path) -> None:
 def _write_label_counts(federation: Federation, path: Path) -> None:
     classes = federation.dataset.class_names
     clients = (*federation.clients, *federation.unseen)
-    own = [federation.dataset.labels[np.concatenate([client.train, client.gate])] for client in clients]
+    own = [
+        federation.dataset.labels[np.concatenate([client.train, client.gate])] for client in clients
+    ]
     record = {
         "class_names": list(classes),
         "clients": [client.client_id for client in clients],
@@ -117,4 +139,6 @@ class _disk_errors:
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if isinstance(error, OSError) and error.errno is not None:
-            raise FedMSError(f"the run's folder {self._folder} cannot be written: {error.strerror}") from error
+            raise FedMSError(
+                f"the run's folder {self._folder} cannot be written: {error.strerror}"
+            ) from error

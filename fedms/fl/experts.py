@@ -28,7 +28,9 @@ class Gate(nn.Module):
     def __init__(self, num_inputs: int, bottleneck: int) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # clients must agree on the start of the adapter, or its average means nothing
+            torch.manual_seed(
+                0
+            )  # clients must agree on the start of the adapter, or its average means nothing
             self.adapter = nn.Sequential(
                 nn.Linear(num_inputs, bottleneck), nn.GELU(), nn.Linear(bottleneck, num_inputs)
             )
@@ -43,7 +45,9 @@ class Gate(nn.Module):
 
 def gate_width(gate_input: str, num_features: int) -> int:
     """F, the number of inputs of the gate for a setting of ``mofm.gate_input``."""
-    return {"experts": NUM_STATISTICS, "base": num_features, "both": NUM_STATISTICS + num_features}[gate_input]
+    return {"experts": NUM_STATISTICS, "base": num_features, "both": NUM_STATISTICS + num_features}[
+        gate_input
+    ]
 
 
 def statistics(log_g: Tensor, log_l: Tensor, log_prior: Tensor) -> Tensor:
@@ -62,7 +66,11 @@ def statistics(log_g: Tensor, log_l: Tensor, log_prior: Tensor) -> Tensor:
     columns: list[Tensor] = []
     for log_p in (log_g, log_l):
         p = log_p.exp()
-        columns += [-(p * log_p).sum(-1) / scale, *p.topk(2, dim=-1).values.unbind(-1), (p @ log_prior) / scale + 1.0]
+        columns += [
+            -(p * log_p).sum(-1) / scale,
+            *p.topk(2, dim=-1).values.unbind(-1),
+            (p @ log_prior) / scale + 1.0,
+        ]
     agree = (log_g.argmax(-1) == log_l.argmax(-1)).to(log_g.dtype)
     return torch.stack([*columns, agree, (0.5 * (log_g + log_l)).exp().sum(-1)], dim=-1)
 
@@ -89,4 +97,7 @@ def combine(how: str, weights: Tensor, z_g: Tensor, z_l: Tensor, head: Tensor) -
     if how == "logits":
         return F.log_softmax((w_g * z_g + w_l * z_l) @ head.T, dim=-1)
     log_g, log_l = F.log_softmax(z_g @ head.T, dim=-1), F.log_softmax(z_l @ head.T, dim=-1)
-    return torch.logaddexp(w_g.log() + log_g, w_l.log() + log_l)
+    least = torch.finfo(
+        weights.dtype
+    ).tiny  # at a weight of exactly 0 the log's gradient would be NaN
+    return torch.logaddexp(w_g.clamp(min=least).log() + log_g, w_l.clamp(min=least).log() + log_l)

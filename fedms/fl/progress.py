@@ -7,7 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.progress import Progress as Bars
 
 from fedms.fl.types import RoundRecord
@@ -59,7 +66,11 @@ class Progress:
         if round == 1:
             self._seconds.clear()
         self._total = rounds
-        left = f"about {sum(self._seconds) / len(self._seconds) * (rounds - round + 1):.0f} s left" if self._seconds else ""
+        left = (
+            f"about {sum(self._seconds) / len(self._seconds) * (rounds - round + 1):.0f} s left"
+            if self._seconds
+            else ""
+        )
         self._start(f"{method} {stage} round {round}/{rounds}", steps, left)
 
     def advance(self, count: int) -> None:
@@ -71,10 +82,16 @@ class Progress:
         """A round has ended."""
         self._seconds.append(record.seconds)
         left = sum(self._seconds) / len(self._seconds) * (self._total - record.round)
-        parts = [f"{method} {record.stage} round {record.round}/{self._total}", f"{record.seconds:.1f} s"]
+        parts = [
+            f"{method} {record.stage} round {record.round}/{self._total}",
+            f"{record.seconds:.1f} s",
+        ]
         if record.train_loss is not None:
             parts.append(f"loss {record.train_loss:.3f}")
-        for name, score in (("own", record.personalized_accuracy), ("everyone's", record.pooled_accuracy)):
+        for name, score in (
+            ("own", record.personalized_accuracy),
+            ("everyone's", record.pooled_accuracy),
+        ):
             if score is not None:
                 parts.append(f"{name} {100 * score.mean:.1f} %")
         if record.gate_local_mean is not None:

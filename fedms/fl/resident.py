@@ -34,19 +34,23 @@ class Resident:
         )
         self.head = foundation.encode_classes(dataset.class_names) * config.model.logit_scale
         self.labels = torch.from_numpy(dataset.labels)
-        self.gate = Gate(gate_width(config.mofm.gate_input, self.head.shape[1]), config.mofm.bottleneck).requires_grad_(False)
+        self.gate = Gate(
+            gate_width(config.mofm.gate_input, self.head.shape[1]), config.mofm.bottleneck
+        ).requires_grad_(False)
         self._kept: dict[Path, tuple[Tensor, Tensor]] = {}
 
     # States ----------------------------------------------------------------------------------------------------------
 
-    def parameters(self, prefixes: Sequence[str]) -> dict[str, torch.nn.Parameter]:
+    def parameters(self, prefixes: Sequence[str]) -> State:
         """Live parameters whose names start with one of ``prefixes``: ``global.``, ``local.`` (awake ones), ``gate.``."""
         live = {
             **self.foundation.expert_parameters("global", awake_only=True),
             **self.foundation.expert_parameters("local", awake_only=True),
             **{f"gate.{name}": parameter for name, parameter in self.gate.named_parameters()},
         }
-        return {name: parameter for name, parameter in live.items() if name.startswith(tuple(prefixes))}
+        return {
+            name: parameter for name, parameter in live.items() if name.startswith(tuple(prefixes))
+        }
 
     @torch.no_grad()
     def load(self, state: State) -> None:
@@ -74,7 +78,10 @@ class Resident:
         if not self.config.engine.cache_global:
             return self.all_features(indices, path)
         if path not in self._kept:
-            self._kept[path] = (torch.zeros(len(self.labels), self.head.shape[1]), torch.zeros(len(self.labels), dtype=torch.bool))
+            self._kept[path] = (
+                torch.zeros(len(self.labels), self.head.shape[1]),
+                torch.zeros(len(self.labels), dtype=torch.bool),
+            )
         store, known = self._kept[path]
         missing = indices[~known[indices].numpy()]
         if len(missing):
@@ -86,23 +93,34 @@ class Resident:
     def all_features(self, indices: np.ndarray, path: Path) -> Tensor:
         """Features of any number of examples, in batches of ``eval.batch_size``."""
         size = self.config.eval.batch_size
-        parts = [self.features(indices[start : start + size], path) for start in range(0, len(indices), size)]
+        parts = [
+            self.features(indices[start : start + size], path)
+            for start in range(0, len(indices), size)
+        ]
         return torch.cat(parts) if parts else self.head.new_zeros(0, self.head.shape[1])
 
     def expert_pair(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         """Features of the global expert, which never needs a gradient, and of the local expert, [B, D] each."""
-        if self.config.engine.cache_global or not self.config.engine.shared_trunk or torch.is_grad_enabled():
+        if (
+            self.config.engine.cache_global
+            or not self.config.engine.shared_trunk
+            or torch.is_grad_enabled()
+        ):
             return self.frozen_features(indices, ("global",)), self.features(indices, ("local",))
         tokens, hidden, depth = self.cache.batch(indices)
         with self.foundation.route(("global",), ("local",)):
-            z = self.foundation.features(tokens.repeat(2), None if hidden is None else hidden.repeat(2, 1, 1), depth)
+            z = self.foundation.features(
+                tokens.repeat(2), None if hidden is None else hidden.repeat(2, 1, 1), depth
+            )
         return z[: len(indices)], z[len(indices) :]
 
     def log_probs(self, z: Tensor) -> Tensor:
         """Features [B, D] -> log-probabilities [B, C] of the zero-shot head."""
         return F.log_softmax(z @ self.head.T, dim=-1)
 
-    def gate_weights(self, indices: np.ndarray, log_prior: Tensor, z_g: Tensor | None, z_l: Tensor | None) -> Tensor:
+    def gate_weights(
+        self, indices: np.ndarray, log_prior: Tensor, z_g: Tensor | None, z_l: Tensor | None
+    ) -> Tensor:
         """Weights [B, 2] of the two experts. Their features are read only where ``mofm.gate_input`` asks for them."""
         mofm = self.config.mofm
         if mofm.gate == "fixed":
@@ -123,7 +141,9 @@ class Resident:
                 return self.log_probs(self.foundation.features(tokens, hidden, depth)), weights
         return self.mixture_of(indices, log_prior, *self.expert_pair(indices))
 
-    def mixture_of(self, indices: np.ndarray, log_prior: Tensor, z_g: Tensor, z_l: Tensor) -> tuple[Tensor, Tensor]:
+    def mixture_of(
+        self, indices: np.ndarray, log_prior: Tensor, z_g: Tensor, z_l: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """The same from the experts' features, for every ``mofm.combine`` but "layer"."""
         weights = self.gate_weights(indices, log_prior, z_g, z_l)
         return combine(self.config.mofm.combine, weights, z_g, z_l, self.head), weights

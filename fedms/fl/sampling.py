@@ -9,7 +9,6 @@ import zlib
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
 
 def generator(seed: int, *names: str | int) -> np.random.Generator:
@@ -18,19 +17,16 @@ def generator(seed: int, *names: str | int) -> np.random.Generator:
     return np.random.default_rng([seed, *words])
 
 
-def torch_generator(seed: int, *names: str | int) -> torch.Generator:
-    """The same for draws made by torch, on the CPU."""
-    return torch.Generator().manual_seed(int(generator(seed, *names).integers(2**63 - 1)))
-
-
 def draw_cohort(client_ids: Sequence[str], fraction: float, seed: int, round: int) -> list[str]:
     """The clients of one round, without replacement, at least one, in the order of ``client_ids``."""
-    size = max(1, math.ceil(fraction * len(client_ids)))
+    size = max(1, math.ceil(fraction * len(client_ids) - 1e-9))  # 0.07 * 100 is 7.000000000000001
     chosen = generator(seed, "cohort", round).choice(len(client_ids), size=size, replace=False)
-    return [client_ids[i] for i in sorted(chosen)]
+    return [client_ids[i] for i in sorted(chosen.tolist())]
 
 
-def draw_batches(indices: np.ndarray, batch_size: int, steps: int, rng: np.random.Generator) -> list[np.ndarray]:
+def draw_batches(
+    indices: np.ndarray, batch_size: int, steps: int, rng: np.random.Generator
+) -> list[np.ndarray]:
     """``steps`` mini-batches of at most ``batch_size`` indices; every index is seen once before any is seen again."""
     batches: list[np.ndarray] = []
     while len(batches) < steps:

@@ -19,7 +19,9 @@ def check_update(update: Update, expected: State) -> None:
         if name not in expected:
             raise ClientFailure(f"it sent {name}, which the server does not know")
         if tensor.shape != expected[name].shape:
-            raise ClientFailure(f"it sent {name} of shape {list(tensor.shape)}, expected {list(expected[name].shape)}")
+            raise ClientFailure(
+                f"it sent {name} of shape {list(tensor.shape)}, expected {list(expected[name].shape)}"
+            )
     for name, tensor in {**update.shared, **update.kept}.items():
         if not torch.isfinite(tensor).all():
             raise ClientFailure(f"its {name} is not finite")
@@ -43,7 +45,7 @@ def aggregate(state: State, updates: Iterable[Update]) -> State:
 
 def require_quorum(returned: int, cohort: int, quorum: float) -> None:
     """Raise QuorumError unless at least ``quorum`` of the cohort came back."""
-    if returned < quorum * cohort:
+    if returned < quorum * cohort - 1e-9:  # 0.55 * 20 is 11.000000000000002
         raise QuorumError(
             f"{returned} of {cohort} clients came back, fewer than server.quorum = {quorum} of them; the round does not count. "
             "The last checkpoint holds the round before; `fedms resume` tries this round again"

@@ -10,5 +10,11 @@ from fedms.fl.config import Config
 def stages(config: Config) -> tuple[Stage, ...]:
     return (
         global_expert("stage1", config.stage1),
-        Stage(name="stage2", settings=config.stage2, trains=("local.",), frozen=("global.",), predicts="local"),
+        Stage(
+            name="stage2",
+            settings=config.stage2,
+            trains=("local.",),
+            frozen=("global.",),
+            predicts="local",
+        ),
     )

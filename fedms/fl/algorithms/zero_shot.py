@@ -9,4 +9,8 @@ from fedms.fl.config import Config
 
 
 def stages(config: Config) -> tuple[Stage, ...]:
-    return (Stage(name="zero_shot", settings=replace(config.stage1, rounds=1), trains=(), predicts="base"),)
+    return (
+        Stage(
+            name="zero_shot", settings=replace(config.stage1, rounds=1), trains=(), predicts="base"
+        ),
+    )

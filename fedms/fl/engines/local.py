@@ -10,7 +10,7 @@ import json
 import resource
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from fedms.fl.activation import Activation, wake_order
 from fedms.fl.algorithms import Stage, stages_of
 from fedms.fl.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fedms.fl.client import fresh_gate, initial_kept, visit
-from fedms.fl.config import Config
+from fedms.fl.config import Config, SalConfig
 from fedms.fl.data import load_dataset
 from fedms.fl.foundation import load_foundation
 from fedms.fl.importance import block_importance
@@ -33,17 +33,34 @@ from fedms.fl.sampling import draw_cohort
 from fedms.fl.server import aggregate, check_update, require_quorum
 from fedms.fl.types import Failure, Federation, RoundRecord, State, Update
 
+LINE_FILES = ("metrics.jsonl", "clients.jsonl")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The end of a first stage, for another method that begins with the very same one: its checkpoint and its lines."""
+
+    checkpoint: Checkpoint
+    lines: dict[str, str]
+
 
 class World:
-    """What all methods of a run share: the clients, and the resident model with its cached prefix."""
+    """What all methods of a run share: the clients, the resident model with its cached prefix, and equal first stages.
+
+    Attributes:
+        outcomes: of first stages, by all that decides them.
+    """
 
     def __init__(self, config: Config, progress: Progress) -> None:
+        self.outcomes: dict[object, Outcome] = {}
         if config.engine.threads:
             torch.set_num_threads(config.engine.threads)
         with progress.phase("data"):
             self.federation = load_federation(config)
         with progress.phase("model"):
-            self.resident = Resident(load_foundation(config.model, config.lora), self.federation.dataset, config)
+            self.resident = Resident(
+                load_foundation(config.model, config.lora), self.federation.dataset, config
+            )
 
 
 def load_federation(config: Config) -> Federation:
@@ -83,19 +100,27 @@ class Run:
 
     def __init__(self, config: Config, world: World, folder: Path, progress: Progress) -> None:
         self.config, self.folder, self.progress = config, folder, progress
-        self.federation, self.resident = world.federation, world.resident
+        self.world, self.federation, self.resident = world, world.federation, world.resident
         self.resident.config = config
         self.stages = stages_of(config)
         self.total_rounds = sum(stage.settings.rounds for stage in self.stages)
         self.pooled = pooled_sample(self.federation, config.eval.pooled_examples, config.seed)
-        self.server: State = {**self.resident.foundation.fresh_expert("global"), **fresh_gate(self.resident)}
+        self.server: State = {
+            **self.resident.foundation.fresh_expert("global"),
+            **fresh_gate(self.resident),
+        }
         self.kept: dict[str, State] = {}
         self.visited: tuple[str, ...] = ()
         self.done = 0
-        found = load_checkpoint(folder / "checkpoints", progress.warn)
+        found = load_checkpoint(folder / "checkpoints", progress.warn) or self._adopt()
         self.activation = self._activation(found)
         if found is not None:
-            self.done, self.server, self.kept, self.visited = found.round, found.server, found.kept, found.visited
+            self.done, self.server, self.kept, self.visited = (
+                found.round,
+                found.server,
+                found.kept,
+                found.visited,
+            )
         self._drop_metrics_after(self.done)
 
     def execute(self) -> None:
@@ -110,7 +135,14 @@ class Run:
             for round in range(max(first, self.done + 1), last + 1):
                 if round == first:
                     self.visited = ()
-                self._round(stage, round, score=round == last or round % self.config.eval.every == 0)
+                self._round(
+                    stage, round, score=round == last or round % self.config.eval.every == 0
+                )
+            if stage is self.stages[0] and self.done == last:
+                lines = {
+                    name: (self.folder / name).read_text(encoding="utf-8") for name in LINE_FILES
+                }
+                self.world.outcomes[self._first_stage_key] = Outcome(self._checkpoint(), lines)
             first = last + 1
 
     # One round -------------------------------------------------------------------------------------------------------
@@ -119,8 +151,18 @@ class Run:
         started = time.perf_counter()
         config, awake = self.config, self.activation.awake
         ids = [client.client_id for client in self.federation.clients]
-        cohort = draw_cohort(ids, config.server.fraction_train, config.seed, round) if stage.trains else []
-        self.progress.round(config.method, stage.name, round, self.total_rounds, len(cohort) + (len(ids) if score else 0))
+        cohort = (
+            draw_cohort(ids, config.server.fraction_train, config.seed, round)
+            if stage.trains
+            else []
+        )
+        self.progress.round(
+            config.method,
+            stage.name,
+            round,
+            self.total_rounds,
+            len(cohort) + (len(ids) if score else 0),
+        )
         failed: list[Failure] = []
         returned: list[Update] = []
         state = aggregate(self.server, self._visits(stage, cohort, round, returned, failed))
@@ -130,7 +172,9 @@ class Run:
         self.kept.update({update.client_id: update.kept for update in returned if update.kept})
         self.visited = tuple(sorted({*self.visited, *cohort}))
         trainable = self.resident.parameters(stage.trains)
-        if stage.wakes and self.activation.observe(global_score(self.resident, self.server, self.federation)):
+        if stage.wakes and self.activation.observe(
+            global_score(self.resident, self.server, self.federation)
+        ):
             self._wake()
         scores = self._score(stage) if score else None
         count = sum(parameter.numel() for parameter in trainable.values())
@@ -147,27 +191,50 @@ class Run:
             bytes_down=bytes_down,
             train_loss=_mean_loss(returned),
             global_accuracy=scores.global_accuracy if scores else None,
-            personalized_accuracy=spread([c.accuracy for c in scores.clients if c.seen]) if scores else None,
-            pooled_accuracy=spread([c.pooled_accuracy for c in scores.clients if c.seen]) if scores else None,
-            unseen_accuracy=spread([c.accuracy for c in scores.clients if not c.seen]) if scores else None,
+            personalized_accuracy=spread([c.accuracy for c in scores.clients if c.seen])
+            if scores
+            else None,
+            pooled_accuracy=spread([c.pooled_accuracy for c in scores.clients if c.seen])
+            if scores
+            else None,
+            unseen_accuracy=spread([c.accuracy for c in scores.clients if not c.seen])
+            if scores
+            else None,
             gate_local_mean=_gate_local_mean(scores),
             peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         )
         self._write(record, scores)
-        checkpoint = Checkpoint(round, self.server, self.kept, self.visited, self.activation.state())
-        save_checkpoint(self.folder / "checkpoints", checkpoint, config.engine.keep_checkpoints)
         self.done = round
+        save_checkpoint(
+            self.folder / "checkpoints", self._checkpoint(), config.engine.keep_checkpoints
+        )
         self.progress.scored(config.method, record)
 
     def _visits(
-        self, stage: Stage, cohort: list[str], round: int, returned: list[Update], failed: list[Failure]
+        self,
+        stage: Stage,
+        cohort: list[str],
+        round: int,
+        returned: list[Update],
+        failed: list[Failure],
     ) -> Iterator[Update]:
         """Visit the cohort one by one; a client that fails is noted and the round goes on."""
         for client_id in cohort:
-            kept = {**initial_kept(self.resident, stage, self.server), **self.kept.get(client_id, {})}
+            kept = {
+                **initial_kept(self.resident, stage, self.server),
+                **self.kept.get(client_id, {}),
+            }
             blocks = self.activation.client_blocks(client_id, self.config.seed)
             try:
-                update = visit(self.resident, stage, self.federation.client(client_id), self.server, kept, blocks, round)
+                update = visit(
+                    self.resident,
+                    stage,
+                    self.federation.client(client_id),
+                    self.server,
+                    kept,
+                    blocks,
+                    round,
+                )
                 check_update(update, self.server)
             except Exception as error:  # whatever stops one client must not stop the federation
                 failed.append(Failure(client_id, f"{type(error).__name__}: {error}"))
@@ -179,27 +246,75 @@ class Run:
 
     def _score(self, stage: Stage) -> Scores:
         return evaluate(
-            self.resident, stage, self.server, self.kept, self.federation, self.pooled, self.progress.advance
+            self.resident,
+            stage,
+            self.server,
+            self.kept,
+            self.federation,
+            self.pooled,
+            self.progress.advance,
         )
 
     def _bytes_down(self, stage: Stage, cohort: list[str]) -> int:
         """What the cohort was sent: the shared parameters, and the frozen ones to whoever has not had them yet."""
-        every_time = encoded_size({name: self.server[name] for name in self.resident.parameters(stage.shares) if stage.shares})
-        once = encoded_size({name: self.server[name] for name in self.resident.parameters(stage.frozen) if stage.frozen})
+        every_time = encoded_size(
+            {
+                name: self.server[name]
+                for name in self.resident.parameters(stage.shares)
+                if stage.shares
+            }
+        )
+        once = encoded_size(
+            {
+                name: self.server[name]
+                for name in self.resident.parameters(stage.frozen)
+                if stage.frozen
+            }
+        )
         return every_time * len(cohort) + once * len(set(cohort) - set(self.visited))
 
     # State -----------------------------------------------------------------------------------------------------------
 
+    def _checkpoint(self) -> Checkpoint:
+        return Checkpoint(
+            self.done, self.server, dict(self.kept), self.visited, self.activation.state()
+        )
+
+    @property
+    def _sal(self) -> SalConfig:
+        """SAL as this method has it: without a stage that wakes blocks, all are awake from the start."""
+        return replace(
+            self.config.sal,
+            enabled=self.config.sal.enabled and any(stage.wakes for stage in self.stages),
+        )
+
+    @property
+    def _first_stage_key(self) -> object:
+        return self.stages[0], self._sal, self.config.seed, self.config.server, self.config.eval
+
+    def _adopt(self) -> Checkpoint | None:
+        """Begin where another method ended the same first stage, if one did."""
+        outcome = self.world.outcomes.get(self._first_stage_key)
+        if outcome is None:
+            return None
+        for name, text in outcome.lines.items():
+            (self.folder / name).write_text(text, encoding="utf-8")
+        return outcome.checkpoint
+
     def _activation(self, found: Checkpoint | None) -> Activation:
-        foundation, sal = self.resident.foundation, self.config.sal
-        if not any(stage.wakes for stage in self.stages):
-            sal = replace(sal, enabled=False)
+        foundation, sal = self.resident.foundation, self._sal
         if found is not None:
             activation = Activation(sal, found.sal["order"])
             activation.restore(found.sal)
             return activation
         return Activation(
-            sal, wake_order(sal, foundation.num_blocks, self.config.seed, lambda: block_importance(self.resident, self.federation))
+            sal,
+            wake_order(
+                sal,
+                foundation.num_blocks,
+                self.config.seed,
+                lambda: block_importance(self.resident, self.federation),
+            ),
         )
 
     def _wake(self) -> None:
@@ -209,7 +324,9 @@ class Run:
 
     def _fill_prefix(self) -> None:
         clients = (*self.federation.clients, *self.federation.unseen)
-        used = np.unique(np.concatenate([np.concatenate([c.train, c.gate, c.val, c.test]) for c in clients]))
+        used = np.unique(
+            np.concatenate([np.concatenate([c.train, c.gate, c.val, c.test]) for c in clients])
+        )
         with self.progress.phase("frozen prefix", len(used)):
             self.resident.cache.fill(used, self.activation.depths, self.progress.advance)
 
@@ -219,27 +336,53 @@ class Run:
         if scores is not None:
             with (self.folder / "clients.jsonl").open("a", encoding="utf-8") as file:
                 for client in scores.clients:
-                    file.write(json.dumps({"round": record.round, "stage": record.stage, **asdict(client)}) + "\n")
+                    file.write(
+                        json.dumps({"round": record.round, "stage": record.stage, **asdict(client)})
+                        + "\n"
+                    )
 
     def _drop_metrics_after(self, round: int) -> None:
         """A kill can leave lines of a round that has no checkpoint, the last one torn."""
-        for name in ("metrics.jsonl", "clients.jsonl"):
+        for name in LINE_FILES:
             path = self.folder / name
             if path.exists():
-                whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-                path.write_text("".join(line for line in whole if json.loads(line)["round"] <= round), encoding="utf-8")
+                whole = [
+                    line
+                    for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
+                    if line.endswith("\n")
+                ]
+                path.write_text(
+                    "".join(line for line in whole if json.loads(line)["round"] <= round),
+                    encoding="utf-8",
+                )
 
 
 def encoded_size(state: State) -> int:
     """Bytes of a state as it would go over the wire (safetensors); nothing to send costs nothing."""
-    return len(save({name: tensor.detach().contiguous() for name, tensor in state.items()})) if state else 0
+    return (
+        len(save({name: tensor.detach().contiguous() for name, tensor in state.items()}))
+        if state
+        else 0
+    )
 
 
 def _mean_loss(updates: list[Update]) -> float | None:
     examples = sum(update.num_examples for update in updates)
-    return sum(update.train_loss * update.num_examples for update in updates) / examples if examples else None
+    return (
+        sum(update.train_loss * update.num_examples for update in updates) / examples
+        if examples
+        else None
+    )
 
 
 def _gate_local_mean(scores: Scores | None) -> float | None:
-    weights = [client.gate_local for client in scores.clients if client.seen and client.gate_local is not None] if scores else []
+    weights = (
+        [
+            client.gate_local
+            for client in scores.clients
+            if client.seen and client.gate_local is not None
+        ]
+        if scores
+        else []
+    )
     return sum(weights) / len(weights) if weights else None
