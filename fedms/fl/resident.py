@@ -24,14 +24,15 @@ class Resident:
     Attributes:
         head: class features times the logit scale, [C, D].
         labels: int64 [N].
+        lengths: int64 [N], in tokens.
     """
 
     def __init__(self, foundation: Foundation, dataset: TextDataset, config: Config) -> None:
         self.foundation = foundation
         self.config = config
-        self.cache = PrefixCache(
-            foundation, foundation.tokenize(dataset.texts), config.engine.prefix_cache_mb * 2**20
-        )
+        rows = foundation.tokenize(dataset.texts)
+        self.lengths = np.array([len(row) for row in rows])
+        self.cache = PrefixCache(foundation, rows, config.engine.prefix_cache_mb * 2**20)
         self.head = foundation.encode_classes(dataset.class_names) * config.model.logit_scale
         self.labels = torch.from_numpy(dataset.labels)
         self.gate = Gate(
@@ -91,13 +92,14 @@ class Resident:
 
     @torch.no_grad()
     def all_features(self, indices: np.ndarray, path: Path) -> Tensor:
-        """Features of any number of examples, in batches of ``eval.batch_size``."""
+        """Features of any number of examples, in batches of ``eval.batch_size`` of like length."""
         size = self.config.eval.batch_size
-        parts = [
-            self.features(indices[start : start + size], path)
-            for start in range(0, len(indices), size)
-        ]
-        return torch.cat(parts) if parts else self.head.new_zeros(0, self.head.shape[1])
+        order = np.argsort(self.lengths[indices], kind="stable")
+        z = self.head.new_empty(len(indices), self.head.shape[1])
+        for start in range(0, len(order), size):
+            chosen = order[start : start + size]
+            z[chosen] = self.features(indices[chosen], path)
+        return z
 
     def expert_pair(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         """Features of the global expert, which never needs a gradient, and of the local expert, [B, D] each."""

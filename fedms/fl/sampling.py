@@ -25,11 +25,17 @@ def draw_cohort(client_ids: Sequence[str], fraction: float, seed: int, round: in
 
 
 def draw_batches(
-    indices: np.ndarray, batch_size: int, steps: int, rng: np.random.Generator
+    indices: np.ndarray, lengths: np.ndarray, batch_size: int, steps: int, rng: np.random.Generator
 ) -> list[np.ndarray]:
-    """``steps`` mini-batches of at most ``batch_size`` indices; every index is seen once before any is seen again."""
+    """``steps`` mini-batches of at most ``batch_size`` indices, texts of like length together.
+
+    Every index is seen once before any is seen again. ``lengths`` [len(indices)] are in tokens: padding costs as much as
+    text, and without grouping about half of a batch of short texts is padding. Ties and the order of the batches are random.
+    """
     batches: list[np.ndarray] = []
     while len(batches) < steps:
-        order = rng.permutation(indices)
-        batches += [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        order = rng.permutation(len(indices))
+        order = indices[order[np.argsort(lengths[order], kind="stable")]]
+        starts = rng.permutation(range(0, len(order), batch_size))
+        batches += [order[start : start + batch_size] for start in starts]
     return batches[:steps]
