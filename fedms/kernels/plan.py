@@ -1,8 +1,8 @@
 """Which backend runs a call: a short table by device and dtype.
 
 CPU, fp32 or bf16: native, for every shape. bench/results shows no crossover worth a rule: it is the
-faster one in most rows and within the noise of the stacked form in the others, as it does the same
-R (K + N) M multiply-adds in fewer passes over memory. Other dtypes (fp16, fp64) and devices:
+faster one in all but a few rows and those are within the noise of a busy machine, as it does the
+same R (K + N) M multiply-adds in fewer passes over memory. Other dtypes (fp16, fp64) and devices:
 stacked. The CUDA module is in no row, because it has not run on a GPU yet.
 """
 
