@@ -1,4 +1,4 @@
-"""What every test shares: a fixed seed, and two threads at most so that runs compare."""
+"""What every test shares: a fixed seed."""
 
 from __future__ import annotations
 
