@@ -1,4 +1,4 @@
-// Python module fedms._C: pointers as integers, sizes, flags. Checks, allocation and autograd are
+// Python module fedms.kernels._C: pointers as integers, sizes, flags. Checks, allocation and autograd are
 // Python's (fedms/kernels/native.py); the arithmetic is gated_lora*.cpp's.
 //
 //   set_parallel_for(address)   torch's thread pool, once at import

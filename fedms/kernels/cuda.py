@@ -17,8 +17,8 @@ from fedms.kernels.packing import stack_columns, stack_rows
 
 
 def available() -> bool:
-    """True when fedms._C_cuda was built."""
-    return find_spec("fedms._C_cuda") is not None
+    """True when fedms.kernels._C_cuda was built."""
+    return find_spec("fedms.kernels._C_cuda") is not None
 
 
 def add_mixture(
@@ -35,7 +35,7 @@ def add_mixture(
     gates None, [E] or [M, E], fp32. Sums in fp32. Returns y.
     Raises ImportError when the module was not built and RuntimeError when no GPU can run it.
     """
-    module: Any = import_module("fedms._C_cuda")
+    module: Any = import_module("fedms.kernels._C_cuda")
 
     if not (x_MK.is_contiguous() and y_MN.is_contiguous()) or x_MK.dtype != y_MN.dtype:
         raise ValueError(

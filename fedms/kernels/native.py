@@ -49,7 +49,7 @@ def _torch_parallel_for() -> int:
     return ctypes.cast(symbol, ctypes.c_void_p).value or 0
 
 
-_C, _why_not = _load("fedms._C")
+_C, _why_not = _load("fedms.kernels._C")
 _threaded = False
 if _C is not None:
     _address = _torch_parallel_for()
@@ -71,7 +71,7 @@ def require(device: torch.device, x: torch.dtype, adapter: torch.dtype, base: to
     """Raise RuntimeError (no extension) or ValueError (this call) unless the backend can run."""
     if _C is None:
         raise RuntimeError(
-            f"backend='native' needs the compiled extension fedms._C, which could not be loaded: "
+            f"backend='native' needs the compiled extension fedms.kernels._C, which could not be loaded: "
             f"{_why_not}"
         )
     if device.type != "cpu" or not supports(x, adapter, base):
@@ -93,7 +93,7 @@ def build_info() -> dict[str, str]:
 
 
 def _cuda_state() -> str:
-    module, why_not = _load("fedms._C_cuda")
+    module, why_not = _load("fedms.kernels._C_cuda")
     if module is None:
         return f"not built ({why_not})"
     return module.state()

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from fedms.kernels import cuda, gated_lora_linear_reference, native
 
-needs_module = pytest.mark.skipif(not cuda.available(), reason="fedms._C_cuda is not built")
+needs_module = pytest.mark.skipif(not cuda.available(), reason="fedms.kernels._C_cuda is not built")
 
 
 @needs_module
@@ -18,7 +18,7 @@ def test_without_a_gpu_it_loads_and_says_why_it_cannot_run():
     assert native.build_info()["cuda"].startswith("built, cannot run: ")
     problem = make_problem(3).to(torch.float32)
     y = F.linear(problem.x, problem.weight).detach()
-    with pytest.raises(RuntimeError, match=r"fedms._C_cuda cannot run: "):
+    with pytest.raises(RuntimeError, match=r"fedms.kernels._C_cuda cannot run: "):
         cuda.add_mixture(y, problem.x, problem.A, problem.B, problem.gates, problem.scaling)
 
 
