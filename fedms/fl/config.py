@@ -137,7 +137,7 @@ class EvalConfig:
     batch_size: int = 64
     every: int = 1
     """Rounds between two evaluations; the last round of each stage is always evaluated."""
-    pooled_examples: int = 300
+    pooled_examples: int = 200
     """Everyone's test examples that each client's model is scored on; 0 for all of them."""
 
 
@@ -159,14 +159,14 @@ class EngineConfig:
 @dataclass(frozen=True)
 class Config:
     method: Method = "fedms"
-    rivals: tuple[Method, ...] = ("zero_shot", "local_only", "fedavg", "fedavg_ft")
+    rivals: tuple[Method, ...] = ("zero_shot", "fedavg", "fedavg_ft")
     """Run after the method, on the same clients and the same number of local steps, for the final table."""
     seed: int = 0
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
-    stage1: StageConfig = field(default_factory=lambda: StageConfig(rounds=8, local_steps=5))
-    stage2: StageConfig = field(default_factory=lambda: StageConfig(rounds=4, local_steps=5))
+    stage1: StageConfig = field(default_factory=lambda: StageConfig(rounds=6, local_steps=5))
+    stage2: StageConfig = field(default_factory=lambda: StageConfig(rounds=3, local_steps=5))
     sal: SalConfig = field(default_factory=SalConfig)
     mofm: MofmConfig = field(default_factory=MofmConfig)
     server: ServerConfig = field(default_factory=ServerConfig)

@@ -64,8 +64,8 @@ class Foundation:
         self.config = config
         self.pooling = pooling
         self._list_name, blocks = _find_blocks(model)
-        self._blocks = list(blocks)
-        self.num_blocks = len(self._blocks)
+        self.blocks = list(blocks)
+        self.num_blocks = len(self.blocks)
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)  # clients and server must agree on the start of A
@@ -143,7 +143,7 @@ class Foundation:
             return hook
 
         last = max(depths)
-        handles = [self._blocks[depth].register_forward_pre_hook(record(depth)) for depth in depths]
+        handles = [self.blocks[depth].register_forward_pre_hook(record(depth)) for depth in depths]
         try:
             with routed(self.layers, ()):
                 self.model(input_ids=tokens.ids, attention_mask=tokens.mask)
@@ -197,8 +197,8 @@ class Foundation:
         parent_name, _, attribute = self._list_name.rpartition(".")
         parent = self.model.get_submodule(parent_name)
         whole = getattr(parent, attribute)
-        setattr(parent, attribute, nn.ModuleList(self._blocks[depth:]))
-        handle = self._blocks[depth].register_forward_pre_hook(lambda _, args: (hidden, *args[1:]))
+        setattr(parent, attribute, nn.ModuleList(self.blocks[depth:]))
+        handle = self.blocks[depth].register_forward_pre_hook(lambda _, args: (hidden, *args[1:]))
         try:
             yield
         finally:

@@ -1,0 +1,123 @@
+"""What each speed idea of the local engine gives: one round of each stage with the idea on and off, interleaved.
+
+    python bench/speed_ideas.py [--repeats 3] [key=value ...]
+
+Every variant runs in a process of its own, so that its peak memory is its own. The clients' accuracies must agree with those of the
+engine as it is, to 1e-6; the last column shows the largest difference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedms.fl.config import load_config
+from fedms.fl.engines import local
+from fedms.fl.foundation import Foundation
+from fedms.fl.progress import Progress
+
+VARIANTS: dict[str, list[str]] = {
+    "all on": [],
+    "no truncated backward": [],
+    "no prefix reuse": ["engine.prefix_cache_mb=0"],
+    "global path not kept": ["engine.cache_global=false"],
+    "global path not kept, no shared trunk": ["engine.cache_global=false", "engine.shared_trunk=false"],
+    "a model copy per client": [],
+}
+SMALL = ["stage1.rounds=2", "stage2.rounds=2", "sal.start_blocks=2", "sal.max_blocks=2", "rivals=[]"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--variant", choices=list(VARIANTS), help=argparse.SUPPRESS)
+    parser.add_argument("settings", nargs="*", metavar="key=value")
+    args = parser.parse_args()
+    if args.variant:
+        print(json.dumps(_measure(args.variant, args.settings)))
+        return
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in VARIANTS}
+    for _ in range(args.repeats):
+        for name in VARIANTS:
+            command = [sys.executable, __file__, "--variant", name, *args.settings]
+            runs[name].append(json.loads(subprocess.run(command, check=True, capture_output=True).stdout))
+    _print(runs)
+
+
+def _measure(variant: str, settings: list[str]) -> dict[str, Any]:
+    """The second round of each stage, when nothing is left to warm up."""
+    config = load_config(None, [*SMALL, *settings, *VARIANTS[variant]])
+    with tempfile.TemporaryDirectory() as folder, Progress(quiet=True) as progress, _switched(variant):
+        world = local.World(config, progress)
+        local.Run(replace(config, rivals=()), world, Path(folder), progress).execute()
+        lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        clients = (Path(folder) / "clients.jsonl").read_text(encoding="utf-8").splitlines()
+    rounds = [json.loads(line) for line in lines]
+    return {
+        "stage1": rounds[1]["seconds"],
+        "stage2": rounds[3]["seconds"],
+        "memory": rounds[-1]["peak_memory_mb"],
+        "scores": [json.loads(line)["accuracy"] for line in clients],
+    }
+
+
+@contextmanager
+def _switched(variant: str) -> Iterator[None]:
+    """Take out of the engine what no setting takes out."""
+    if variant == "no truncated backward":
+        # Gradients flow down to the embeddings, as they do where the inputs require them.
+        features = Foundation.features
+
+        def whole(self: Foundation, tokens: Any, hidden: torch.Tensor | None = None, depth: int = 0) -> torch.Tensor:
+            if not torch.is_grad_enabled():
+                return features(self, tokens, hidden, depth)
+            handle = self.blocks[0].register_forward_pre_hook(lambda _, a: (a[0].detach().requires_grad_(), *a[1:]))
+            try:
+                return features(self, tokens)
+            finally:
+                handle.remove()
+
+        Foundation.features = whole  # type: ignore[method-assign]
+        yield
+        Foundation.features = features  # type: ignore[method-assign]
+    elif variant == "a model copy per client":
+        visit = local.visit
+
+        def copied(resident: Any, *args: Any) -> Any:
+            # What a framework without a resident model does on every visit: a new model with the same weights.
+            fresh = {name: tensor.clone() for name, tensor in resident.foundation.model.state_dict().items()}
+            resident.foundation.model.load_state_dict(fresh)
+            return visit(resident, *args)
+
+        local.visit = copied  # type: ignore[assignment]
+        yield
+        local.visit = visit
+    else:
+        yield
+
+
+def _print(runs: dict[str, list[dict[str, Any]]]) -> None:
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; medians of {len(runs['all on'])} interleaved runs.\n")
+    print("| | stage 1, s a round | stage 2, s a round | peak memory, MB | largest difference in a client's accuracy |")
+    print("| --- | --- | --- | --- | --- |")
+    plain = runs["all on"][0]["scores"]
+    for name, measured in runs.items():
+        seconds = [statistics.median(run[stage] for run in measured) for stage in ("stage1", "stage2")]
+        memory = statistics.median(run["memory"] for run in measured)
+        worst = max(abs(a - b) for run in measured for a, b in zip(run["scores"], plain, strict=True))
+        print(f"| {name} | {seconds[0]:.1f} | {seconds[1]:.1f} | {memory:.0f} | {worst:.1e} |")
+
+
+if __name__ == "__main__":
+    main()
