@@ -29,7 +29,7 @@ from fedms.fl.progress import Progress
 
 VARIANTS: dict[str, list[str]] = {
     "all on": [],
-    "no truncated backward": [],
+    "no truncated backward, so no prefix reuse": [],
     "no prefix reuse": ["engine.prefix_cache_mb=0"],
     "global path not kept": ["engine.cache_global=false"],
     "global path not kept, no shared trunk": ["engine.cache_global=false", "engine.shared_trunk=false"],
@@ -75,7 +75,7 @@ def _measure(variant: str, settings: list[str]) -> dict[str, Any]:
 @contextmanager
 def _switched(variant: str) -> Iterator[None]:
     """Take out of the engine what no setting takes out."""
-    if variant == "no truncated backward":
+    if variant == "no truncated backward, so no prefix reuse":
         # Gradients flow down to the embeddings, as they do where the inputs require them.
         features = Foundation.features
 

@@ -52,7 +52,7 @@ class Foundation:
         pooling: "mean" over the mask, or "cls", the first token.
 
     Attributes:
-        num_blocks: how many blocks there are.
+        blocks: the encoder's blocks, the first nearest to the input; ``num_blocks`` of them.
         layers: the linears that carry experts, by dotted name.
     """
 

@@ -29,16 +29,20 @@ class Resident:
 
     def __init__(self, foundation: Foundation, dataset: TextDataset, config: Config) -> None:
         self.foundation = foundation
-        self.config = config
         rows = foundation.tokenize(dataset.texts)
         self.lengths = np.array([len(row) for row in rows])
         self.cache = PrefixCache(foundation, rows, config.engine.prefix_cache_mb * 2**20)
         self.head = foundation.encode_classes(dataset.class_names) * config.model.logit_scale
         self.labels = torch.from_numpy(dataset.labels)
+        self.configure(config)
+
+    def configure(self, config: Config) -> None:
+        """Take another method's settings; data, model and LoRA must be those of before."""
+        self.config = config
         self.gate = Gate(
             gate_width(config.mofm.gate_input, self.head.shape[1]), config.mofm.bottleneck
         ).requires_grad_(False)
-        self._kept: dict[Path, tuple[Tensor, Tensor]] = {}
+        self.forget_outputs()
 
     # States ----------------------------------------------------------------------------------------------------------
 
@@ -63,7 +67,7 @@ class Resident:
 
     def forget_outputs(self) -> None:
         """The global expert or the awake blocks changed: outputs of the frozen paths are to be computed anew."""
-        self._kept.clear()
+        self._kept: dict[Path, tuple[Tensor, Tensor]] = {}
 
     # Outputs ---------------------------------------------------------------------------------------------------------
 

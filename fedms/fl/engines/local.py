@@ -101,7 +101,7 @@ class Run:
     def __init__(self, config: Config, world: World, folder: Path, progress: Progress) -> None:
         self.config, self.folder, self.progress = config, folder, progress
         self.world, self.federation, self.resident = world, world.federation, world.resident
-        self.resident.config = config
+        self.resident.configure(config)
         self.stages = stages_of(config)
         self.total_rounds = sum(stage.settings.rounds for stage in self.stages)
         self.pooled = pooled_sample(self.federation, config.eval.pooled_examples, config.seed)
@@ -257,19 +257,9 @@ class Run:
 
     def _bytes_down(self, stage: Stage, cohort: list[str]) -> int:
         """What the cohort was sent: the shared parameters, and the frozen ones to whoever has not had them yet."""
-        every_time = encoded_size(
-            {
-                name: self.server[name]
-                for name in self.resident.parameters(stage.shares)
-                if stage.shares
-            }
-        )
-        once = encoded_size(
-            {
-                name: self.server[name]
-                for name in self.resident.parameters(stage.frozen)
-                if stage.frozen
-            }
+        every_time, once = (
+            encoded_size({name: self.server[name] for name in self.resident.parameters(prefixes)})
+            for prefixes in (stage.shares, stage.frozen)
         )
         return every_time * len(cohort) + once * len(set(cohort) - set(self.visited))
 
@@ -299,7 +289,9 @@ class Run:
             return None
         for name, text in outcome.lines.items():
             (self.folder / name).write_text(text, encoding="utf-8")
-        return outcome.checkpoint
+        # No first stage trains the gate, and another method's may have another size.
+        server = {**outcome.checkpoint.server, **fresh_gate(self.resident)}
+        return replace(outcome.checkpoint, server=server)
 
     def _activation(self, found: Checkpoint | None) -> Activation:
         foundation, sal = self.resident.foundation, self._sal
