@@ -1,0 +1,186 @@
+"""A world that runs in a second: a BERT of four narrow blocks, 240 short texts, four clients."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from collections.abc import Callable, Iterator
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedms.fl.config import Config, load_config
+from fedms.fl.engines.local import Run, World
+from fedms.fl.foundation import Foundation, load_foundation
+from fedms.fl.progress import Progress
+
+CLASSES = {
+    "lung": ["cough", "breath", "wheeze", "sputum", "chest"],
+    "heart": ["pulse", "beat", "murmur", "valve", "pressure"],
+    "bone": ["fracture", "joint", "spine", "knee", "hip"],
+    "skin": ["rash", "itch", "burn", "blister", "wound"],
+}
+COMMON = [
+    "acute",
+    "chronic",
+    "left",
+    "right",
+    "mild",
+    "severe",
+    "old",
+    "new",
+    "other",
+    "unspecified",
+]
+WARDS = ("north", "south", "east", "west")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make_tokenizer():
+    from transformers import BertTokenizerFast
+
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *CLASSES,
+        *chain(*CLASSES.values()),
+        *COMMON,
+    ]
+    return BertTokenizerFast(vocab={word: i for i, word in enumerate(words)})
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a random BERT with its tokenizer: 4 blocks, width 32, 2 heads."""
+    from transformers import BertConfig, BertModel
+
+    folder = tmp_path_factory.mktemp("model") / "tiny-bert"
+    tokenizer = make_tokenizer()
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = BertConfig(
+            vocab_size=len(tokenizer), max_position_embeddings=32, initializer_range=0.2, **sizes
+        )
+        model = BertModel(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """240 rows text, label, ward: four words of which about two belong to the class."""
+    draw = random.Random(0)
+    path = tmp_path_factory.mktemp("data") / "notes.csv"
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label", "ward"])
+        for i in range(240):
+            label = list(CLASSES)[i % len(CLASSES)]
+            words = [
+                draw.choice(CLASSES[label] if draw.random() < 0.5 else COMMON)
+                for _ in range(draw.randint(3, 6))
+            ]
+            writer.writerow([" ".join(words), label, draw.choice(WARDS)])
+    return path
+
+
+@pytest.fixture(scope="session")
+def settings(tiny_bert: Path, table: Path) -> list[str]:
+    """The overrides that make a run small."""
+    return [
+        f"model.path={tiny_bert}",
+        "model.max_tokens=12",
+        f"data.source={table}",
+        "data.num_clients=4",
+        "data.unseen_clients=1",
+        "data.min_partition_size=8",
+        "data.alpha=0.5",
+        "data.train=0.5",
+        "data.gate=0.15",
+        "data.val=0.1",
+        "data.test=0.25",
+        'lora.targets=["query", "value", "attention.output.dense"]',
+        "lora.r=2",
+        "lora.alpha=4.0",
+        "stage1.rounds=2",
+        "stage1.local_steps=2",
+        "stage1.batch_size=8",
+        "stage1.lr=0.01",
+        "stage2.rounds=2",
+        "stage2.local_steps=2",
+        "stage2.batch_size=8",
+        "stage2.lr=0.01",
+        "sal.max_blocks=2",
+        "mofm.bottleneck=4",
+        "mofm.gate_steps=3",
+        "eval.pooled_examples=20",
+        "rivals=[]",
+    ]
+
+
+@pytest.fixture(scope="session")
+def config(settings: list[str]) -> Callable[..., Config]:
+    """``config("stage1.rounds=3")``: the small run with overrides on top."""
+    return lambda *overrides: load_config(None, [*settings, *overrides])
+
+
+@pytest.fixture
+def foundation(config: Callable[..., Config]) -> Foundation:
+    return load_foundation(config().model, config().lora)
+
+
+@pytest.fixture
+def quiet() -> Progress:
+    return Progress(quiet=True)
+
+
+@pytest.fixture
+def world(config: Callable[..., Config], quiet: Progress) -> World:
+    return World(config(), quiet)
+
+
+@pytest.fixture
+def execute(quiet: Progress) -> Callable[..., Run]:
+    """``execute(config, folder)``: carry a run to its end, on a new world unless one is given."""
+
+    def carry(config: Config, folder: Path, world: World | None = None) -> Run:
+        folder.mkdir(parents=True, exist_ok=True)
+        run = Run(config, world or World(config, quiet), folder, quiet)
+        run.execute()
+        return run
+
+    return carry
+
+
+@pytest.fixture(scope="session")
+def read_lines() -> Callable[[Path], list[dict]]:
+    """The lines of a .jsonl file, less what differs between two equal runs."""
+
+    def read(path: Path) -> list[dict]:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [
+            {k: v for k, v in line.items() if k not in ("seconds", "peak_memory_mb")}
+            for line in lines
+        ]
+
+    return read

@@ -1,0 +1,200 @@
+"""The configuration: what is written comes back, and every mistake is named."""
+
+from __future__ import annotations
+
+import tomllib
+
+import pytest
+
+from fedms.fl.config import Config, load_config, save_config
+from fedms.fl.types import ConfigError
+
+
+def test_no_file_and_no_overrides_give_the_defaults():
+    assert load_config() == Config()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        [
+            "method=fedavg",
+            'rivals=["local_only"]',
+            "seed=7",
+            "data.alpha=0.1",
+            "data.client_column=ward",
+            'data.source=über "quoted".csv',
+            "model.prompt=a note about {}",
+            'lora.targets=["query", "intermediate.dense"]',
+            "stage1.lr=1e-05",
+            "stage2.rounds=0",
+            "sal.enabled=false",
+            "mofm.combine=layer",
+            "mofm.gate_input=base",
+            "eval.pooled_examples=0",
+        ],
+    ],
+)
+def test_a_saved_configuration_comes_back_equal(tmp_path, overrides):
+    config = load_config(None, overrides)
+    save_config(config, tmp_path / "config.toml")
+    assert load_config(tmp_path / "config.toml") == config
+    written = tomllib.loads((tmp_path / "config.toml").read_text(encoding="utf-8"))
+    assert written["seed"] == config.seed
+    assert written["stage1"]["lr"] == config.stage1.lr
+
+
+def test_an_override_beats_the_file_and_the_last_one_beats_the_others(tmp_path):
+    path = tmp_path / "my.toml"
+    path.write_text(
+        "seed = 3\n[stage1]\nrounds = 5\nlr = 1\n[data]\nalpha = 0.7\n", encoding="utf-8"
+    )
+    config = load_config(path, ["stage1.rounds=2", "data.alpha=0.2", "data.alpha=0.9"])
+    assert (config.seed, config.stage1.rounds, config.stage1.lr, config.data.alpha) == (
+        3,
+        2,
+        1.0,
+        0.9,
+    )
+    assert config.stage1.local_steps == Config().stage1.local_steps
+    assert config.stage2 == Config().stage2
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("plain words", "plain words"),
+        ('"3"', "3"),
+        ("a=b", "a=b"),
+        ("", ""),
+        ("C:\\data.csv", "C:\\data.csv"),
+    ],
+)
+def test_what_is_no_toml_value_is_a_string(text, value):
+    assert load_config(None, [f"data.source={text}"]).data.source == value
+
+
+def test_an_integer_serves_as_a_float_and_is_stored_as_one():
+    alpha = load_config(None, ["data.alpha=1"]).data.alpha
+    assert alpha == 1.0
+    assert isinstance(alpha, float)
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("data.alpah=1", "data.alpha"),
+        ("stage1.round=3", "stage1.rounds"),
+        ("num_clients=4", "data.num_clients"),
+        ("rounds=4", "stage1.rounds"),
+        ("mofm.gate_step=4", "mofm.gate_steps"),
+        ("metod=fedavg", "method"),
+        ("sal.local_steps=3", "stage1.local_steps"),
+    ],
+)
+def test_an_unknown_setting_names_the_nearest_right_one(override, meant):
+    key = override.partition("=")[0]
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, [override])
+    assert str(caught.value) == f"unknown setting {key}; did you mean {meant}?"
+
+
+def test_an_unknown_setting_near_to_none_lists_the_sections():
+    with pytest.raises(
+        ConfigError, match=r"unknown setting qqqq; the sections are .*data, model, lora"
+    ):
+        load_config(None, ["qqqq=1"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed=x", r"seed must be of type int, got 'x' \(str\)"),
+        ("seed=1.5", r"seed must be of type int, got 1.5 \(float\)"),
+        ("seed=true", r"seed must be of type int, got True \(bool\)"),
+        ("data.alpha=true", r"data.alpha must be of type float, got True"),
+        ("data.alpha=big", r"data.alpha must be of type float, got 'big'"),
+        ("sal.enabled=1", r"sal.enabled must be of type bool, got 1"),
+        ("data.text_column=3", r"data.text_column must be of type str, got 3"),
+        ("data.client_column=3", r"data.client_column must be of type str, got 3"),
+        ("lora.targets=query", r"lora.targets must be a list, got 'query'"),
+        ("lora.targets=[1]", r"lora.targets\[0\] must be of type str, got 1"),
+        ("method=fedprox", r"method must be one of fedms, fedavg, .*; got 'fedprox'"),
+        ('rivals=["fedprox"]', r"rivals\[0\] must be one of fedms, fedavg, .*; got 'fedprox'"),
+        ("mofm.combine=sum", r"mofm.combine must be one of probabilities, .*; got 'sum'"),
+        ("data=3", r"data is a section with settings of its own, got 3"),
+        ("seed.x=3", r"seed must be of type int"),
+        ("seed", r"must look like key=value, e.g. stage1.rounds=4; got 'seed'"),
+        ("=3", r"must look like key=value"),
+    ],
+)
+def test_wrong_types_and_choices(override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, [override])
+
+
+def test_a_value_is_not_a_section():
+    with pytest.raises(ConfigError, match=r"seed\.x: seed is a value, not a section"):
+        load_config(None, ["seed=1", "seed.x=3"])
+
+
+@pytest.mark.parametrize(
+    ("key", "least"),
+    [
+        ("stage1.rounds", 0),
+        ("stage2.rounds", 0),
+        ("stage1.local_steps", 1),
+        ("stage2.batch_size", 1),
+        ("lora.r", 1),
+        ("sal.start_blocks", 1),
+        ("sal.wake_blocks", 1),
+        ("sal.queue_length", 2),
+        ("sal.every", 1),
+        ("sal.min_budget", 1),
+        ("eval.every", 1),
+        ("eval.batch_size", 1),
+        ("engine.keep_checkpoints", 2),
+        ("model.max_tokens", 3),
+    ],
+)
+def test_the_least_value_is_legal_and_the_one_below_is_not(key, least):
+    load_config(None, [f"{key}={least}"])
+    with pytest.raises(ConfigError, match=f"{key} must be at least {least}, got {least - 1}"):
+        load_config(None, [f"{key}={least - 1}"])
+
+
+def test_fewer_blocks_at_most_than_at_the_start():
+    with pytest.raises(ConfigError, match=r"sal\.max_blocks must be at least 3, got 2"):
+        load_config(None, ["sal.start_blocks=3", "sal.max_blocks=2"])
+
+
+@pytest.mark.parametrize("key", ["server.fraction_train", "server.quorum"])
+def test_shares_are_in_zero_to_one(key):
+    assert load_config(None, [f"{key}=1"]).server
+    for value in ("0", "-0.1", "1.01", "nan"):
+        with pytest.raises(ConfigError, match=rf"{key} must be in \(0, 1\]"):
+            load_config(None, [f"{key}={value}"])
+
+
+def test_the_prompt_has_a_place_for_the_class():
+    with pytest.raises(ConfigError, match=r"model.prompt must contain {}"):
+        load_config(None, ["model.prompt=a note"])
+
+
+@pytest.mark.parametrize("gate_input", ["experts", "both"])
+def test_mixing_in_the_layers_leaves_nothing_for_the_gate_to_read_of_the_experts(gate_input):
+    with pytest.raises(ConfigError, match=f'mofm.gate_input must be "base", got "{gate_input}"'):
+        load_config(None, ["mofm.combine=layer", f"mofm.gate_input={gate_input}"])
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(ConfigError, match=r"none.toml cannot be read: No such file"):
+        load_config(tmp_path / "none.toml")
+    path = tmp_path / "bad.toml"
+    path.write_text("seed = = 3", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"bad.toml is not valid TOML"):
+        load_config(path)
+    path.write_bytes(b'method = "\xff"')
+    with pytest.raises(ConfigError, match=r"bad.toml is not valid TOML"):
+        load_config(path)

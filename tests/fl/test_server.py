@@ -1,0 +1,119 @@
+"""The server's mean, worked by hand on vectors of three."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fedms.fl.server import aggregate, check_update, require_quorum
+from fedms.fl.types import ClientFailure, QuorumError, State, Update
+
+
+def update(num_examples: int, shared: State, kept: State | None = None) -> Update:
+    return Update("c", num_examples, shared, kept or {}, train_loss=0.0, steps=1)
+
+
+def vector(*values: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.tensor(values, dtype=dtype)
+
+
+def test_the_mean_is_weighted_by_examples():
+    state = {"w": vector(9, 9, 9)}
+    mean = aggregate(state, [update(1, {"w": vector(4, 0, -8)}), update(3, {"w": vector(0, 4, 8)})])
+    assert mean["w"].tolist() == [1.0, 3.0, 4.0]  # (4 + 0) / 4, (0 + 12) / 4, (-8 + 24) / 4
+    assert state["w"].tolist() == [9, 9, 9]
+
+
+def test_each_parameter_is_the_mean_of_those_who_sent_it():
+    """Budgets differ: two sent a, one sent b, nobody sent c."""
+    state = {"a": vector(0, 0, 0), "b": vector(0, 0, 0), "c": vector(7, 8, 9)}
+    updates = [
+        update(1, {"a": vector(2, 4, 6), "b": vector(1, 2, 3)}),
+        update(1, {"a": vector(4, 8, 2)}),
+    ]
+    mean = aggregate(state, updates)
+    assert mean["a"].tolist() == [3, 6, 4]
+    assert mean["b"].tolist() == [1, 2, 3]
+    assert mean["c"] is state["c"]
+
+
+def test_no_updates_leave_the_state_as_it_is():
+    state = {"a": vector(1, 2, 3)}
+    assert aggregate(state, [])["a"] is state["a"]
+
+
+@pytest.mark.parametrize(("dtype", "step"), [(torch.bfloat16, 2**-7), (torch.float16, 2**-10)])
+def test_the_sum_is_taken_in_fp32(dtype, step):
+    """300 senders of 1 + one rounding step: summed in 16 bits the total would stall."""
+    sent = vector(1 + step, -1 - step, 0.5, dtype=dtype)
+    assert sent[0] == 1 + step
+    state = {"w": torch.zeros(3, dtype=dtype)}
+    mean = aggregate(state, [update(1, {"w": sent}) for _ in range(300)])["w"]
+    assert mean.dtype == dtype
+    assert torch.equal(mean, sent)
+
+
+def test_large_weights_do_not_overflow_16_bits():
+    mean = aggregate(
+        {"w": vector(0, dtype=torch.float16)},
+        [update(100_000, {"w": vector(3, dtype=torch.float16)})],
+    )
+    assert mean["w"].item() == 3
+
+
+def test_updates_are_consumed_one_by_one():
+    """A running mean: the next visit begins when the last one has been summed."""
+    seen = []
+
+    def visits():
+        for k in range(3):
+            seen.append(k)
+            yield update(1, {"w": vector(k, k, k)})
+
+    assert aggregate({"w": vector(0, 0, 0)}, visits())["w"].tolist() == [1, 1, 1]
+    assert seen == [0, 1, 2]
+
+
+def test_what_is_no_update_is_refused():
+    expected = {"w": torch.zeros(2, 3)}
+    check_update(update(1, {"w": torch.ones(2, 3)}, {"k": vector(1)}), expected)
+    check_update(update(1, {}), expected)
+    with pytest.raises(ClientFailure, match="it sent v, which the server does not know"):
+        check_update(update(1, {"v": torch.ones(2, 3)}), expected)
+    with pytest.raises(ClientFailure, match=r"it sent w of shape \[3, 2\], expected \[2, 3\]"):
+        check_update(update(1, {"w": torch.ones(3, 2)}), expected)
+    for value in (float("nan"), float("inf"), float("-inf")):
+        bad = torch.ones(2, 3)
+        bad[1, 2] = value
+        with pytest.raises(ClientFailure, match="its w is not finite"):
+            check_update(update(1, {"w": bad}), expected)
+        with pytest.raises(ClientFailure, match="its k is not finite"):
+            check_update(update(1, {"w": torch.ones(2, 3)}, {"k": vector(value)}), expected)
+
+
+@pytest.mark.parametrize(
+    ("returned", "cohort", "quorum", "enough"),
+    [
+        (2, 4, 0.5, True),
+        (1, 4, 0.5, False),
+        (4, 4, 1.0, True),
+        (3, 4, 1.0, False),
+        (0, 0, 0.5, True),
+        (0, 3, 0.01, False),
+    ],
+)
+def test_quorum(returned, cohort, quorum, enough):
+    if enough:
+        require_quorum(returned, cohort, quorum)
+        return
+    with pytest.raises(
+        QuorumError, match=f"{returned} of {cohort} clients came back, .*server.quorum = {quorum}"
+    ):
+        require_quorum(returned, cohort, quorum)
+
+
+def test_a_quorum_that_is_a_hair_above_whole_counts_as_whole():
+    """0.55 * 20 is 11.000000000000002 in floating point."""
+    require_quorum(11, 20, 0.55)
+    with pytest.raises(QuorumError):
+        require_quorum(10, 20, 0.55)
