@@ -2,14 +2,15 @@
 
     python bench/federated.py --seeds 0 1 2 --out bench/results/federated.md [key=value ...]
 
-Every row of a seed runs on the same clients and the same model. Settings after the options change all rows.
+Every row of a seed runs on the same clients and the same model. Settings after the options change all rows. What has run is kept under
+--runs and not run again, so the seeds can be given to several processes and put together by one more call.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import statistics
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,31 +42,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW")
+    parser.add_argument("--runs", type=Path, default=Path("runs/federated"), help="where the runs are kept")
     parser.add_argument("--out", type=Path)
     parser.add_argument("settings", nargs="*", metavar="key=value")
     args = parser.parse_args()
     results: dict[str, list[list[RoundRecord]]] = {row: [] for row in args.rows}
     with Progress() as progress:
         for seed in args.seeds:
-            world = World(_config(args.settings, seed, []), progress)
+            world: World | None = None
             for row in args.rows:
-                results[row].append(_run(_config(args.settings, seed, ROWS[row]), world, progress))
-            table = _table(results, args.seeds[: args.seeds.index(seed) + 1], args.settings)
-            if args.out:
-                args.out.write_text(table, encoding="utf-8")
+                folder = args.runs / f"seed{seed}" / "-".join(re.findall(r"[\w.]+", row))
+                if not (folder / "finished").exists():
+                    config = _config(args.settings, seed, ROWS[row])
+                    world = world or World(config, progress)
+                    folder.mkdir(parents=True, exist_ok=True)
+                    Run(config, world, folder, progress).execute()
+                    (folder / "finished").touch()
+                results[row].append(read_rounds(folder))
+    table = _table(results, args.seeds, args.settings)
+    if args.out:
+        args.out.write_text(table, encoding="utf-8")
     print(table)
 
 
 def _config(settings: list[str], seed: int, row: list[str]) -> Config:
     # Between the ends of the stages nothing is scored: the rows need the last round alone.
-    common = [f"seed={seed}", "eval.every=1000", "eval.pooled_examples=0"]
+    common = [f"seed={seed}", "eval.every=1000", "eval.pooled_examples=400"]
     return replace(load_config(None, [*common, *settings, *row]), rivals=())
-
-
-def _run(config: Config, world: World, progress: Progress) -> list[RoundRecord]:
-    with tempfile.TemporaryDirectory() as folder:
-        Run(config, world, Path(folder), progress).execute()
-        return read_rounds(Path(folder))
 
 
 def _table(results: dict[str, list[list[RoundRecord]]], seeds: list[int], settings: list[str]) -> str:

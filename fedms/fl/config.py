@@ -75,7 +75,7 @@ class StageConfig:
     local_steps: int
     """Mini-batches that a client trains on in one visit."""
     batch_size: int = 32
-    lr: float = 2e-3
+    lr: float = 0.002
     weight_decay: float = 0.0
 
 
@@ -88,11 +88,11 @@ class SalConfig:
     order: Literal["deep_to_shallow", "shallow_to_deep", "random", "importance"] = "deep_to_shallow"
     trigger: Literal["capability_queue", "every", "all_at_once"] = "capability_queue"
     start_blocks: int = 1
-    wake_blocks: int = 1
+    wake_blocks: int = 2
     """Blocks woken at a time."""
     max_blocks: int = 3
     queue_length: int = 2
-    threshold: float = 0.04
+    threshold: float = 0.2
     """The next blocks wake when the queue's last score is less than this above its first."""
     every: int = 3
     """With ``trigger = "every"``: rounds between two wakings."""
@@ -165,8 +165,8 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
-    stage1: StageConfig = field(default_factory=lambda: StageConfig(rounds=6, local_steps=5))
-    stage2: StageConfig = field(default_factory=lambda: StageConfig(rounds=3, local_steps=5))
+    stage1: StageConfig = field(default_factory=lambda: StageConfig(rounds=6, local_steps=5, lr=0.006))
+    stage2: StageConfig = field(default_factory=lambda: StageConfig(rounds=3, local_steps=5, lr=0.002))
     sal: SalConfig = field(default_factory=SalConfig)
     mofm: MofmConfig = field(default_factory=MofmConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
