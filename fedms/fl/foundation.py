@@ -59,7 +59,7 @@ class Foundation:
     def __init__(
         self, model: nn.Module, tokenizer: Any, config: ModelConfig, lora: LoraConfig, pooling: str
     ) -> None:
-        self.model = model.eval()
+        self.model = model
         self.tokenizer = tokenizer
         self.config = config
         self.pooling = pooling
@@ -75,7 +75,7 @@ class Foundation:
         except ValueError as error:
             raise ConfigError(f"lora.targets: {error}") from error
         self.layers = {f"{self._list_name}.{name}": layer for name, layer in self.layers.items()}
-        model.requires_grad_(False)
+        model.requires_grad_(False).eval()
         self.set_awake(())
         self._fresh = {
             name: tensor.clone() for name, tensor in self.expert_parameters("global").items()
@@ -188,6 +188,18 @@ class Foundation:
             finally:
                 for layer in self.layers.values():
                     layer.eval()
+
+    @contextmanager
+    def without_dropout(self) -> Iterator[None]:
+        """Within the block no expert drops out, inside :meth:`dropping_out` neither."""
+        dropping = [layer for layer in self.layers.values() if layer.training]
+        for layer in dropping:
+            layer.eval()
+        try:
+            yield
+        finally:
+            for layer in dropping:
+                layer.train()
 
     @contextmanager
     def _starting_at(self, depth: int, hidden: Tensor | None) -> Iterator[None]:

@@ -80,19 +80,20 @@ class Resident:
     @torch.no_grad()
     def frozen_features(self, indices: np.ndarray, path: Path) -> Tensor:
         """The same for a path that is frozen for now: each example is computed once, if ``engine.cache_global``."""
-        if not self.config.engine.cache_global:
-            return self.all_features(indices, path)
-        if path not in self._kept:
-            self._kept[path] = (
-                torch.zeros(len(self.labels), self.head.shape[1]),
-                torch.zeros(len(self.labels), dtype=torch.bool),
-            )
-        store, known = self._kept[path]
-        missing = indices[~known[indices].numpy()]
-        if len(missing):
-            store[missing] = self.all_features(missing, path)
-            known[missing] = True
-        return store[indices]
+        with self.foundation.without_dropout():
+            if not self.config.engine.cache_global:
+                return self.all_features(indices, path)
+            if path not in self._kept:
+                self._kept[path] = (
+                    torch.zeros(len(self.labels), self.head.shape[1]),
+                    torch.zeros(len(self.labels), dtype=torch.bool),
+                )
+            store, known = self._kept[path]
+            missing = indices[~known[indices].numpy()]
+            if len(missing):
+                store[missing] = self.all_features(missing, path)
+                known[missing] = True
+            return store[indices]
 
     @torch.no_grad()
     def all_features(self, indices: np.ndarray, path: Path) -> Tensor:
