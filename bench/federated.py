@@ -1,9 +1,10 @@
-"""FedMS, its rivals and its ablations over seeds, at the same number of local steps per client; a table in markdown.
+"""FedMS, its rivals and its ablations over seeds, at equal local steps per client, as a table.
 
     python bench/federated.py --seeds 0 1 2 --out bench/results/federated.md [key=value ...]
 
-Every row of a seed runs on the same clients and the same model. Settings after the options change all rows. What has run is kept under
---runs and not run again, so the seeds can be given to several processes and put together by one more call.
+Every row of a seed runs on the same clients and the same model. Settings after the options change
+all rows. What has run is kept under --runs and not run again, so the seeds can be given to several
+processes and put together by one more call.
 """
 
 from __future__ import annotations
@@ -39,10 +40,14 @@ ROWS: dict[str, list[str]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW")
-    parser.add_argument("--runs", type=Path, default=Path("runs/federated"), help="where the runs are kept")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/federated"), help="where the runs are kept"
+    )
     parser.add_argument("--out", type=Path)
     parser.add_argument("settings", nargs="*", metavar="key=value")
     args = parser.parse_args()
@@ -71,12 +76,15 @@ def _config(settings: list[str], seed: int, row: list[str]) -> Config:
     return replace(load_config(None, [*common, *settings, *row]), rivals=())
 
 
-def _table(results: dict[str, list[list[RoundRecord]]], seeds: list[int], settings: list[str]) -> str:
+def _table(
+    results: dict[str, list[list[RoundRecord]]], seeds: list[int], settings: list[str]
+) -> str:
     lines = [
         f"Accuracy in %, mean ± standard deviation over seeds {', '.join(map(str, seeds))}; "
         f"torch {torch.__version__}, settings: {' '.join(settings) or 'the defaults'}.",
         "",
-        "| | own data | worst 10 % of clients | everyone's data | gate on local | trained share | MB sent a client |",
+        "| | own data | worst 10 % of clients | everyone's data | gate on local | trained share "
+        "| MB sent a client |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row, runs in results.items():

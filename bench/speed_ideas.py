@@ -1,9 +1,10 @@
-"""What each speed idea of the local engine gives: one round of each stage with the idea on and off, interleaved.
+"""What each speed idea of the local engine gives: a round of each stage with and without it.
 
     python bench/speed_ideas.py [--repeats 3] [key=value ...]
 
-Every variant runs in a process of its own, so that its peak memory is its own. The clients' accuracies must agree with those of the
-engine as it is, to 1e-6; the last column shows the largest difference.
+The variants' runs are interleaved. Every variant runs in a process of its own, so that its peak
+memory is its own. The clients' accuracies must agree with those of the engine as it is, to 1e-6;
+the last column shows the largest difference.
 """
 
 from __future__ import annotations
@@ -32,14 +33,25 @@ VARIANTS: dict[str, list[str]] = {
     "no truncated backward, so no prefix reuse": [],
     "no prefix reuse": ["engine.prefix_cache_mb=0"],
     "global path not kept": ["engine.cache_global=false"],
-    "global path not kept, no shared trunk": ["engine.cache_global=false", "engine.shared_trunk=false"],
+    "global path not kept, no shared trunk": [
+        "engine.cache_global=false",
+        "engine.shared_trunk=false",
+    ],
     "a model copy per client": [],
 }
-SMALL = ["stage1.rounds=2", "stage2.rounds=2", "sal.start_blocks=2", "sal.max_blocks=2", "rivals=[]"]
+SMALL = [
+    "stage1.rounds=2",
+    "stage2.rounds=2",
+    "sal.start_blocks=2",
+    "sal.max_blocks=2",
+    "rivals=[]",
+]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--variant", choices=list(VARIANTS), help=argparse.SUPPRESS)
     parser.add_argument("settings", nargs="*", metavar="key=value")
@@ -51,14 +63,20 @@ def main() -> None:
     for _ in range(args.repeats):
         for name in VARIANTS:
             command = [sys.executable, __file__, "--variant", name, *args.settings]
-            runs[name].append(json.loads(subprocess.run(command, check=True, capture_output=True).stdout))
+            runs[name].append(
+                json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+            )
     _print(runs)
 
 
 def _measure(variant: str, settings: list[str]) -> dict[str, Any]:
     """The second round of each stage, when nothing is left to warm up."""
     config = load_config(None, [*SMALL, *settings, *VARIANTS[variant]])
-    with tempfile.TemporaryDirectory() as folder, Progress(quiet=True) as progress, _switched(variant):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Progress(quiet=True) as progress,
+        _switched(variant),
+    ):
         world = local.World(config, progress)
         local.Run(replace(config, rivals=()), world, Path(folder), progress).execute()
         lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -79,10 +97,14 @@ def _switched(variant: str) -> Iterator[None]:
         # Gradients flow down to the embeddings, as they do where the inputs require them.
         features = Foundation.features
 
-        def whole(self: Foundation, tokens: Any, hidden: torch.Tensor | None = None, depth: int = 0) -> torch.Tensor:
+        def whole(
+            self: Foundation, tokens: Any, hidden: torch.Tensor | None = None, depth: int = 0
+        ) -> torch.Tensor:
             if not torch.is_grad_enabled():
                 return features(self, tokens, hidden, depth)
-            handle = self.blocks[0].register_forward_pre_hook(lambda _, a: (a[0].detach().requires_grad_(), *a[1:]))
+            handle = self.blocks[0].register_forward_pre_hook(
+                lambda _, a: (a[0].detach().requires_grad_(), *a[1:])
+            )
             try:
                 return features(self, tokens)
             finally:
@@ -95,9 +117,11 @@ def _switched(variant: str) -> Iterator[None]:
         visit = local.visit
 
         def copied(resident: Any, *args: Any) -> Any:
-            # What a framework without a resident model does on every visit: a new model with the same weights.
-            fresh = {name: tensor.clone() for name, tensor in resident.foundation.model.state_dict().items()}
-            resident.foundation.model.load_state_dict(fresh)
+            # What a framework without a resident model does on every visit: a new model with the
+            # same weights.
+            model = resident.foundation.model
+            fresh = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+            model.load_state_dict(fresh)
             return visit(resident, *args)
 
         local.visit = copied  # type: ignore[assignment]
@@ -108,14 +132,24 @@ def _switched(variant: str) -> Iterator[None]:
 
 
 def _print(runs: dict[str, list[dict[str, Any]]]) -> None:
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; medians of {len(runs['all on'])} interleaved runs.\n")
-    print("| | stage 1, s a round | stage 2, s a round | peak memory, MB | largest difference in a client's accuracy |")
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads; "
+        f"medians of {len(runs['all on'])} interleaved runs.\n"
+    )
+    print(
+        "| | stage 1, s a round | stage 2, s a round | peak memory, MB "
+        "| largest difference in a client's accuracy |"
+    )
     print("| --- | --- | --- | --- | --- |")
     plain = runs["all on"][0]["scores"]
     for name, measured in runs.items():
-        seconds = [statistics.median(run[stage] for run in measured) for stage in ("stage1", "stage2")]
+        seconds = [
+            statistics.median(run[stage] for run in measured) for stage in ("stage1", "stage2")
+        ]
         memory = statistics.median(run["memory"] for run in measured)
-        worst = max(abs(a - b) for run in measured for a, b in zip(run["scores"], plain, strict=True))
+        worst = max(
+            abs(a - b) for run in measured for a, b in zip(run["scores"], plain, strict=True)
+        )
         print(f"| {name} | {seconds[0]:.1f} | {seconds[1]:.1f} | {memory:.0f} | {worst:.1e} |")
 
 

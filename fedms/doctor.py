@@ -1,4 +1,4 @@
-"""``fedms doctor``: what is installed, which kernels are built and used, and whether they agree with the reference."""
+"""``fedms doctor``: what is installed, built and used, and if kernels agree with the reference."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 def diagnose(console: Console) -> bool:
-    """Print the state of the installation; True if every kernel that can run here agrees with the reference."""
+    """Print the installation's state; True if all kernels that run here match the reference."""
     facts = Table(title=f"fedms {__version__}", show_header=False)
     facts.add_row("python", f"{platform.python_version()} on {platform.machine()}")
     for name in PACKAGES:

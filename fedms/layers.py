@@ -1,10 +1,12 @@
 """Linears that hold several LoRA experts by name, over :func:`fedms.kernels.gated_lora_linear`.
 
-Parameters carry peft's names (``lora_A.<expert>.weight`` [r, in], ``lora_B.<expert>.weight`` [out, r]), and
-:func:`save_adapter` / :func:`load_adapter` speak peft's file format, so an expert trained here is an ordinary peft adapter.
+Parameters carry peft's names (``lora_A.<expert>.weight`` [r, in], ``lora_B.<expert>.weight``
+[out, r]), and :func:`save_adapter` / :func:`load_adapter` speak peft's file format, so an expert
+trained here is an ordinary peft adapter.
 
-Which experts take part in a forward, on which rows and with which gates, is said for the whole model at once with
-:func:`routed`; a layer on which none of them is active computes its base linear and nothing else.
+Which experts take part in a forward, on which rows and with which gates, is said for the whole
+model at once with :func:`routed`; a layer on which none of them is active computes its base linear
+and nothing else.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ class Routing:
     """What the layers of one model read in a forward.
 
     Attributes:
-        paths: equal parts of the batch, in order; each names the experts that its rows use. One path covers all rows.
+        paths: equal parts of the batch, in order; each names the experts that its rows use. One
+            path covers all rows.
         gates: None, or [batch, E] for the E experts of a single path; differentiable.
     """
 
@@ -57,7 +60,10 @@ class GatedLoraLinear(nn.Module):
         self._routing = routing
 
     def add_expert(self, name: str, r: int, alpha: float, dropout: float = 0.0) -> None:
-        """Add an expert of rank ``r`` that scales by ``alpha / r``: A Kaiming-uniform, B zero, as in peft."""
+        """Add an expert of rank ``r`` that scales by ``alpha / r``.
+
+        A is Kaiming-uniform, B zero, as in peft.
+        """
         weight = self.base_layer.weight
         place = {
             "device": weight.device,
@@ -133,7 +139,8 @@ def add_experts(
     """Put experts on the linears of ``model`` whose dotted name is, or ends in, one of ``targets``.
 
     Returns:
-        the new layers by name. They share one :class:`Routing`, so :func:`routed` speaks to all of them.
+        the new layers by name. They share one :class:`Routing`, so :func:`routed` speaks to all of
+        them.
 
     Raises:
         ValueError: a target that names no linear; the message lists the linears that there are.
@@ -147,7 +154,8 @@ def add_experts(
         if not found:
             endings = sorted({name.rpartition(".")[2] for name in linears})
             raise ValueError(
-                f"no linear of the model is named {target!r}; its linears end in {', '.join(endings)}"
+                f"no linear of the model is named {target!r}; "
+                f"its linears end in {', '.join(endings)}"
             )
         for name in found:
             parent, _, child = name.rpartition(".")
@@ -195,7 +203,10 @@ def routed(
 def save_adapter(
     layers: dict[str, GatedLoraLinear], expert: str, folder: Path, *, base_model: str = ""
 ) -> None:
-    """Write the awake layers' ``expert`` in peft's format: adapter_config.json and adapter_model.safetensors."""
+    """Write the awake layers' ``expert`` in peft's format.
+
+    The files are adapter_config.json and adapter_model.safetensors.
+    """
     awake = {
         name: layer for name, layer in layers.items() if layer.awake and expert in layer.lora_A
     }
@@ -226,9 +237,9 @@ def save_adapter(
 
 
 def load_adapter(layers: dict[str, GatedLoraLinear], expert: str, folder: Path) -> None:
-    """Read a LoRA adapter that peft or :func:`save_adapter` wrote into ``expert``, replacing rank and scale.
+    """Read a LoRA adapter of peft or :func:`save_adapter` into ``expert``.
 
-    Layers of the model that the file does not name lose the expert.
+    The adapter's rank and scale replace the expert's. Layers of the model that the file does not name lose the expert.
 
     Raises:
         ValueError: the adapter is no plain LoRA, or names linears that carry no experts here.
@@ -241,14 +252,16 @@ def load_adapter(layers: dict[str, GatedLoraLinear], expert: str, folder: Path) 
     ]
     if config.get("peft_type") != "LORA" or unusual:
         raise ValueError(
-            f"{folder} must hold a plain LoRA adapter, got peft_type={config.get('peft_type')} with {unusual}"
+            f"{folder} must hold a plain LoRA adapter, "
+            f"got peft_type={config.get('peft_type')} with {unusual}"
         )
     tensors = load_file(folder / "adapter_model.safetensors")
     named = {key.removeprefix(PEFT_PREFIX).rpartition(".lora_")[0] for key in tensors}
     missing = sorted(named - layers.keys())
     if missing:
         raise ValueError(
-            f"{folder} has weights for {missing[:3]}, which carry no experts; those that do: {sorted(layers)[:3]} ..."
+            f"{folder} has weights for {missing[:3]}, which carry no experts; "
+            f"those that do: {sorted(layers)[:3]} ..."
         )
     r = config["r"]
     scale = config["lora_alpha"] / (math.sqrt(r) if config.get("use_rslora") else r)

@@ -1,5 +1,5 @@
-// Python module fedms.kernels._C: pointers as integers, sizes, flags. Checks, allocation and autograd are
-// Python's (fedms/kernels/native.py); the arithmetic is gated_lora*.cpp's.
+// Python module fedms.kernels._C: pointers as integers, sizes, flags. Checks, allocation and
+// autograd are Python's (fedms/kernels/native.py); the arithmetic is gated_lora*.cpp's.
 //
 //   set_parallel_for(address)   torch's thread pool, once at import
 //   forward(call)               y += the mixture, optionally keeping h

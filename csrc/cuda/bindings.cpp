@@ -1,4 +1,4 @@
-// Python module fedms.kernels._C_cuda: pointers as integers, sizes, a stream handle. No arithmetic here.
+// Python module fedms.kernels._C_cuda: pointers as integers, sizes, a stream handle. No arithmetic.
 //
 // cudart is linked statically, so the module imports on a machine without a driver: state() says
 // whether it can run, and forward() raises RuntimeError when it cannot.
@@ -21,7 +21,8 @@ T* pointer(int64_t address) {
 
 void check(cudaError_t error) {
     if (error == cudaSuccess) return;
-    throw std::runtime_error(std::string("fedms.kernels._C_cuda cannot run: ") + cudaGetErrorString(error));
+    throw std::runtime_error(std::string("fedms.kernels._C_cuda cannot run: ") +
+                             cudaGetErrorString(error));
 }
 
 std::string state() {

@@ -1,7 +1,8 @@
 """Sparsely Activated LoRA (SAL): which blocks' LoRA is awake, and when the next one wakes.
 
-FedMS, arXiv 2312.15926, gives the idea: low-rank matrices in the blocks are activated progressively, when the capability of
-the model stops growing. Orders, triggers and scopes are this library's reading; see DESIGN.md.
+FedMS, arXiv 2312.15926, gives the idea: low-rank matrices in the blocks are activated
+progressively, when the capability of the model stops growing. Orders, triggers and scopes are this
+library's reading; see DESIGN.md.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ def wake_order(
 ) -> list[int]:
     """The blocks in the order in which they wake, ``max_blocks`` of them at most.
 
-    ``importance`` is asked only by ``order = "importance"``: one score per block, the highest wakes first.
+    ``importance`` is asked only by ``order = "importance"``: one score per block, the highest wakes
+    first.
     """
     blocks = list(range(num_blocks))
     if config.order == "deep_to_shallow":
@@ -55,7 +57,7 @@ class Activation:
 
     @property
     def depths(self) -> list[int]:
-        """Every lowest awake block that there can be from now on: where a forward may have to start."""
+        """Every lowest awake block there can be from now on: where a forward may have to start."""
         return sorted(
             {min(self.order[:count]) for count in range(self._count, len(self.order) + 1)}
         )
@@ -78,7 +80,7 @@ class Activation:
         return full and self._scores[-1] - self._scores[0] < self._config.threshold
 
     def client_blocks(self, client_id: str, seed: int) -> tuple[int, ...]:
-        """The awake blocks that a client trains: all, or the deepest of them within its own budget."""
+        """The awake blocks that a client trains: all, or the deepest within its own budget."""
         if self._config.scope == "global":
             return self.awake
         low = min(self._config.min_budget, len(self.order))

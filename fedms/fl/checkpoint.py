@@ -113,6 +113,13 @@ def write_synced(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file so that a kill leaves either the old one or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}")
+    write_synced(temporary, content)
+    temporary.replace(path)
+
+
 def _sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:

@@ -15,13 +15,16 @@ from fedms import __version__
 from fedms.fl.types import FedMSError
 
 RUN_HELP = """\
-Run FedMS, then its rivals on the same clients with the same number of local steps, and print one table.
+Run FedMS, then its rivals on the same clients with the same number of local steps, \
+and print one table.
 
-  fedms run                                   the default: 20 hospitals that code diagnoses into ICD-10 chapters
+  fedms run                                   the default: 20 hospitals that code diagnoses \
+into ICD-10 chapters
   fedms run data.alpha=0.1 seed=1             the same with other settings (any key of config.toml)
   fedms run my.toml --out runs/mine           settings from a file
   fedms run method=fedavg rivals=[]           one method alone
-  fedms run data.source=notes.csv data.text_column=note data.label_column=code data.client_column=ward data.partitioner=column
+  fedms run data.source=notes.csv data.text_column=note \
+data.label_column=code data.client_column=ward data.partitioner=column
 
 A run that was stopped goes on with `fedms resume DIR`. DIR/config.toml shows every setting of a run.
 The last line names the run's folder.
@@ -134,7 +137,8 @@ def _predict(args: argparse.Namespace) -> None:
         weights = (
             ""
             if found.weight_local is None
-            else f"   global expert {found.weight_global:.2f}, local expert {found.weight_local:.2f}"
+            else f"   global expert {found.weight_global:.2f}, "
+            f"local expert {found.weight_local:.2f}"
         )
         print(f"{found.text}\n  {found.class_name}  {100 * found.probability:.1f} %{weights}")
 

@@ -1,4 +1,4 @@
-"""One client's visit: load what was received and kept, train on local data, hand back what is shared and what is kept."""
+"""One client's visit: load what was received and kept, train, hand back what is shared and kept."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fedms.fl.types import ClientData, ClientFailure, State, Update
 
 
 def initial_kept(resident: Resident, stage: Stage, server_state: State) -> State:
-    """What a client holds of its own before its first visit of a stage: its local expert, its part of the gate."""
+    """What a client has before its first visit of a stage: local expert, its part of the gate."""
     kept: State = {}
     if "local." in stage.trains:
         fresh = resident.foundation.fresh_expert("local")
@@ -191,7 +191,10 @@ def _expert_loss(resident: Resident, stage: Stage, batch: np.ndarray, prior: Ten
 def _train_gate(
     resident: Resident, examples: np.ndarray, gate: list[Tensor], prior: Tensor
 ) -> None:
-    """Full-batch steps with both experts fixed: the mixture's loss, classes weighing frequency ** -balance, plus the anchor."""
+    """Full-batch steps on the gate with both experts fixed.
+
+    The loss is the mixture's, classes weighing frequency ** -balance, plus the anchor.
+    """
     mofm = resident.config.mofm
     if not len(examples):
         return

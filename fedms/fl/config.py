@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import tomli_w
 
+from fedms.fl.checkpoint import replace_file
 from fedms.fl.types import ConfigError
 
 Method = Literal["fedms", "fedavg", "fedavg_ft", "local_only", "zero_shot"]
@@ -165,8 +166,12 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
-    stage1: StageConfig = field(default_factory=lambda: StageConfig(rounds=6, local_steps=5, lr=0.006))
-    stage2: StageConfig = field(default_factory=lambda: StageConfig(rounds=3, local_steps=5, lr=0.002))
+    stage1: StageConfig = field(
+        default_factory=lambda: StageConfig(rounds=6, local_steps=5, lr=0.006)
+    )
+    stage2: StageConfig = field(
+        default_factory=lambda: StageConfig(rounds=3, local_steps=5, lr=0.002)
+    )
     sal: SalConfig = field(default_factory=SalConfig)
     mofm: MofmConfig = field(default_factory=MofmConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
@@ -203,7 +208,7 @@ def load_config(path: Path | None = None, overrides: Iterable[str] = ()) -> Conf
 
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved configuration as TOML; :func:`load_config` reads it back equal."""
-    path.write_text(tomli_w.dumps(_plain(dataclasses.asdict(config))), encoding="utf-8")
+    replace_file(path, tomli_w.dumps(_plain(dataclasses.asdict(config))).encode())
 
 
 def _parse(text: str) -> Any:

@@ -18,7 +18,7 @@ from urllib.parse import quote
 import numpy as np
 from safetensors.torch import save
 
-from fedms.fl.checkpoint import write_synced
+from fedms.fl.checkpoint import replace_file
 from fedms.fl.config import Config, load_config, save_config
 from fedms.fl.engines.local import Run, World
 from fedms.fl.progress import Progress
@@ -67,7 +67,7 @@ def resume(folder: Path, progress: Progress) -> None:
             run = Run(settings, world, place, progress)
             run.execute()
             export(run, place)
-            write_synced(place / "finished", b"")
+            replace_file(place / "finished", b"")
 
 
 def export(run: Run, folder: Path) -> None:
@@ -98,7 +98,7 @@ def export(run: Run, folder: Path) -> None:
             }
         )
     if "gate." in trained:
-        write_synced(
+        replace_file(
             folder / "gate.safetensors",
             save({name: tensor.contiguous() for name, tensor in gates.items()}),
         )
@@ -112,7 +112,8 @@ def folder_name(client_id: str) -> str:
 
 def _prepare(config: Config, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    save_config(config, folder / "config.toml")
+    if not (folder / "config.toml").exists():
+        save_config(config, folder / "config.toml")
 
 
 def _write_label_counts(federation: Federation, path: Path) -> None:
@@ -126,7 +127,7 @@ def _write_label_counts(federation: Federation, path: Path) -> None:
         "clients": [client.client_id for client in clients],
         "counts": [np.bincount(labels, minlength=len(classes)).tolist() for labels in own],
     }
-    write_synced(path, json.dumps(record).encode())
+    replace_file(path, json.dumps(record).encode())
 
 
 class _disk_errors:

@@ -1,10 +1,11 @@
 """The Mixture of Foundation Models (MoFM): two experts and the gate network that weighs them.
 
-FedMS, arXiv 2312.15926: a global and a local expert are joined by a gate network with an inserted gate adapter, and that adapter
-takes part in the aggregation of every round of stage 2. What the gate reads and where the experts meet is this library's
-reading; see DESIGN.md.
+FedMS, arXiv 2312.15926: a global and a local expert are joined by a gate network with an inserted
+gate adapter, and that adapter takes part in the aggregation of every round of stage 2. What the
+gate reads and where the experts meet is this library's reading; see DESIGN.md.
 
-Shapes: B examples, C classes, D features. Weights are [B, 2], column 0 the global expert, column 1 the local one.
+Shapes: B examples, C classes, D features. Weights are [B, 2], column 0 the global expert, column 1
+the local one.
 """
 
 from __future__ import annotations
@@ -21,16 +22,15 @@ NUM_STATISTICS = 10
 class Gate(nn.Module):
     """Adapter (bottleneck, residual), then a linear and a softmax over the two experts.
 
-    Parameters named ``adapter.*`` are the gate adapter: sent and averaged. ``linear.*`` stays on its client.
-    Starts at one half each.
+    Parameters named ``adapter.*`` are the gate adapter: sent and averaged. ``linear.*`` stays on its
+    client. Starts at one half each.
     """
 
     def __init__(self, num_inputs: int, bottleneck: int) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(
-                0
-            )  # clients must agree on the start of the adapter, or its average means nothing
+            # Clients must agree on the start of the adapter, or its average means nothing.
+            torch.manual_seed(0)
             self.adapter = nn.Sequential(
                 nn.Linear(num_inputs, bottleneck), nn.GELU(), nn.Linear(bottleneck, num_inputs)
             )
@@ -51,16 +51,17 @@ def gate_width(gate_input: str, num_features: int) -> int:
 
 
 def statistics(log_g: Tensor, log_l: Tensor, log_prior: Tensor) -> Tensor:
-    """What the two experts say about an example, in a form that clients with different labels can share a rule on.
+    """What the two experts say about an example, for a rule that clients with other labels share.
 
     Args:
         log_g, log_l: log-probabilities of the global and local expert, [B, C].
         log_prior: the client's own log label frequencies, smoothed, [C]. They never leave it.
 
     Returns:
-        [B, 10], each about -1..1: per expert the entropy over log C, the two largest probabilities, and how familiar the
-        client is with what the expert predicts (expected log prior against the uniform one); then whether the two agree on the
-        class, and the Bhattacharyya overlap of their distributions.
+        [B, 10], each about -1..1: per expert the entropy over log C, the two largest probabilities,
+        and how familiar the client is with what the expert predicts (expected log prior against the
+        uniform one); then whether the two agree on the class, and the Bhattacharyya overlap of
+        their distributions.
     """
     scale = math.log(log_g.shape[-1])
     columns: list[Tensor] = []
@@ -76,7 +77,7 @@ def statistics(log_g: Tensor, log_l: Tensor, log_prior: Tensor) -> Tensor:
 
 
 def log_prior_of_counts(counts: Tensor) -> Tensor:
-    """Log label frequencies from a client's examples per class [C], one more counted for each class."""
+    """Log label frequencies from a client's examples per class [C], with one more for each."""
     smoothed = counts + 1.0
     return (smoothed / smoothed.sum()).log()
 
@@ -85,8 +86,8 @@ def combine(how: str, weights: Tensor, z_g: Tensor, z_l: Tensor, head: Tensor) -
     """Log-probabilities [B, C] of the mixture.
 
     Args:
-        how: "probabilities": w_g p_g + w_l p_l; "logits": softmax of the weighted logits; "features": the weighted features,
-            normalised, through the head.
+        how: "probabilities": w_g p_g + w_l p_l; "logits": softmax of the weighted logits;
+            "features": the weighted features, normalised, through the head.
         weights: [B, 2].
         z_g, z_l: the experts' normalised features, [B, D].
         head: class features times the logit scale, [C, D].

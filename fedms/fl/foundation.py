@@ -1,8 +1,9 @@
-"""The foundation model: a frozen transformers encoder, run block by block, with experts on its blocks' linears.
+"""The foundation model: a frozen transformers encoder with experts on its blocks' linears.
 
-Everything below the lowest awake block is the same for every client and every round. :meth:`Foundation.prefix` computes
-hidden states at the entry of given blocks once; :meth:`Foundation.features` goes on from there. Neither knows the architecture:
-the model's own forward runs over a slice of its list of blocks, and a hook puts the hidden states in.
+It is run block by block. Everything below the lowest awake block is the same for every client and
+every round. :meth:`Foundation.prefix` computes hidden states at the entry of given blocks once;
+:meth:`Foundation.features` goes on from there. Neither knows the architecture: the model's own
+forward runs over a slice of its list of blocks, and a hook puts the hidden states in.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from fedms.fl.config import LoraConfig, ModelConfig
 from fedms.fl.types import ConfigError, FedMSError, State
-from fedms.layers import GatedLoraLinear, add_experts, routed
+from fedms.layers import add_experts, routed
 
 EXPERTS = ("global", "local")
 
@@ -84,7 +85,7 @@ class Foundation:
             tensor.numel() for tensor in self._fresh.values()
         )
 
-    # Experts ---------------------------------------------------------------------------------------------------------
+    # Experts --------------------------------------------------------------------------------------
 
     def block_of(self, layer_name: str) -> int:
         """The index of the block that a layer or parameter of :attr:`layers` belongs to."""
@@ -99,12 +100,13 @@ class Foundation:
 
     @property
     def depth(self) -> int:
-        """The block to start from: the lowest awake one (the last, if none is); below it all clients agree."""
+        """The block to start from: the lowest awake one (the last, if none is).
+
+        Below it all clients agree.
+        """
         return self.awake[0] if self.awake else self.num_blocks - 1
 
-    def expert_parameters(
-        self, expert: str, *, awake_only: bool = False
-    ) -> State:
+    def expert_parameters(self, expert: str, *, awake_only: bool = False) -> State:
         """The live parameters of an expert as ``<expert>.<layer>.lora_A`` and ``.lora_B``."""
         found: State = {}
         for name, layer in self.layers.items():
@@ -120,7 +122,7 @@ class Foundation:
             for name, tensor in self._fresh.items()
         }
 
-    # Forward ---------------------------------------------------------------------------------------------------------
+    # Forward --------------------------------------------------------------------------------------
 
     def tokenize(self, texts: Sequence[str]) -> list[Tensor]:
         """Token ids [T_i] of each text, cut at ``model.max_tokens``."""
@@ -131,7 +133,7 @@ class Foundation:
 
     @torch.no_grad()
     def prefix(self, tokens: Tokens, depths: Sequence[int]) -> dict[int, Tensor]:
-        """Frozen hidden states [B, T, D] at the entry of each block in ``depths`` (block 0 needs none)."""
+        """Frozen hidden states [B, T, D] entering each block in ``depths`` (0 needs none)."""
         seen: dict[int, Tensor] = {}
 
         def record(depth: int) -> Any:
@@ -155,7 +157,7 @@ class Foundation:
         return seen
 
     def features(self, tokens: Tokens, hidden: Tensor | None = None, depth: int = 0) -> Tensor:
-        """Normalised sentence features [B, D], from ``hidden`` at the entry of block ``depth`` where it is given."""
+        """Normalised sentence features [B, D], from ``hidden`` at block ``depth`` if given."""
         with self._starting_at(depth, hidden):
             output = self.model(input_ids=tokens.ids, attention_mask=tokens.mask).last_hidden_state
         if self.pooling == "cls":
@@ -171,7 +173,7 @@ class Foundation:
 
     @torch.no_grad()
     def encode_classes(self, class_names: Sequence[str]) -> Tensor:
-        """The zero-shot head [C, D]: the frozen model's features of the class names in the prompt."""
+        """The zero-shot head [C, D]: frozen features of the class names in the prompt."""
         rows = self.tokenize([self.config.prompt.replace("{}", name) for name in class_names])
         with self.route(()):
             return self.features(pad(rows))
@@ -274,5 +276,6 @@ def _find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return name, module
     raise FedMSError(
-        f"{type(model).__name__} has no list of {count} blocks; fedms needs an encoder made of one list of blocks"
+        f"{type(model).__name__} has no list of {count} blocks; "
+        "fedms needs an encoder made of one list of blocks"
     )

@@ -1,4 +1,7 @@
-"""Which blocks matter: the gradient norm of each block's fresh LoRA on a few clients' data (``sal.order = "importance"``)."""
+"""Which blocks matter, for ``sal.order = "importance"``.
+
+The measure is the gradient norm of each block's fresh LoRA on a few clients' data.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ PROBE_EXAMPLES = 32
 
 
 def block_importance(resident: Resident, federation: Federation) -> list[float]:
-    """One score per block: the squared gradient norm of the fresh global expert, summed over the probes."""
+    """One score per block: the fresh global expert's squared gradient norm, summed over probes."""
     foundation = resident.foundation
     before = foundation.awake
     foundation.set_awake(range(foundation.num_blocks))

@@ -18,7 +18,10 @@ from fedms.fl.types import ClientData, Federation, Spread, State
 
 @dataclass(frozen=True)
 class ClientScore:
-    """One line of ``clients.jsonl``; accuracies in [0, 1], ``gate_local`` the mean weight of the local expert or None."""
+    """One line of ``clients.jsonl``, with accuracies in [0, 1].
+
+    ``gate_local`` is the mean weight of the local expert or None.
+    """
 
     client_id: str
     seen: bool
@@ -30,14 +33,17 @@ class ClientScore:
 
 @dataclass(frozen=True)
 class Scores:
-    """An evaluation of everything after a round; no global accuracy where there is no global expert."""
+    """All that is evaluated after a round; no global accuracy where there is no global expert."""
 
     global_accuracy: float | None
     clients: tuple[ClientScore, ...]
 
 
 def spread(values: Sequence[float]) -> Spread | None:
-    """Mean, population standard deviation, mean of the worst tenth (at least one) and minimum; None for no values."""
+    """Mean, population standard deviation, mean of the worst tenth and minimum, or None.
+
+    The worst tenth is at least one value; None is for no values.
+    """
     if not values:
         return None
     ordered = np.sort(np.asarray(values, dtype=np.float64))
@@ -107,7 +113,10 @@ def evaluate(
 
 @torch.no_grad()
 def global_score(resident: Resident, server_state: State, federation: Federation) -> float | None:
-    """What SAL watches: the global expert's accuracy on all clients' validation examples; None where there are none."""
+    """What SAL watches: the global expert's accuracy on all clients' validation examples.
+
+    None where there are none.
+    """
     examples = np.concatenate([client.val for client in federation.clients])
     if not len(examples):
         return None

@@ -24,7 +24,7 @@ from fedms.fl.types import FedMSError, TextDataset
 
 @dataclass(frozen=True)
 class Prediction:
-    """Class name and probability of a text; the experts' weights, or None where the method has no mixture."""
+    """A text's class name and probability; the experts' weights, or None without a mixture."""
 
     text: str
     class_name: str
@@ -51,7 +51,8 @@ def predict(
     record = json.loads((folder / "label_counts.json").read_bytes())
     if client_id not in record["clients"]:
         raise FedMSError(
-            f"{folder} has no client {client_id!r}; its clients are {', '.join(record['clients'][:8])} ..."
+            f"{folder} has no client {client_id!r}; "
+            f"its clients are {', '.join(record['clients'][:8])} ..."
         )
     counts = torch.tensor(record["counts"][record["clients"].index(client_id)])
 

@@ -1,7 +1,7 @@
-"""Frozen prefix reuse: hidden states below the lowest awake block, computed once per example and kept.
+"""Frozen prefix reuse: hidden states below the lowest awake block, computed once and kept.
 
-States are stored without padding, so memory follows the texts' lengths. Past the bound nothing is stored: those examples run
-from their token ids every time, with the same result.
+States are stored per example, without padding, so memory follows the texts' lengths. Past the bound
+nothing is stored: those examples run from their token ids every time, with the same result.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class PrefixCache:
         depths: Sequence[int],
         advance: Callable[[int], object] = lambda n: None,
     ) -> None:
-        """Store the states at ``depths`` of as many of ``indices`` as the bound allows, in one pass over them.
+        """Store the states at ``depths`` of as many ``indices`` as the bound allows, in one pass.
 
         ``advance`` hears how many examples each batch has covered.
         """
@@ -71,7 +71,7 @@ class PrefixCache:
             self.bytes -= sum(state.nbytes for state in self._states.pop(stale).values())
 
     def batch(self, indices: np.ndarray) -> tuple[Tokens, Tensor | None, int]:
-        """Tokens, hidden states [B, T, D] and their depth; (tokens, None, 0) where they must be computed."""
+        """Tokens, hidden states [B, T, D], their depth; (tokens, None, 0) if still to compute."""
         depth = self._foundation.depth
         tokens = pad([self._rows[i] for i in indices])
         stored = self._states.get(depth, {})

@@ -1,4 +1,7 @@
-"""What a run tells while it runs: phases, rounds with accuracy and time left, and warnings. A quiet one says warnings alone."""
+"""What a run tells while it runs: phases, rounds with accuracy and time left, and warnings.
+
+A quiet one says warnings alone.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,7 @@ class Progress:
 
     @contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[None]:
-        """A piece of work with a name and, where it is known, a size that :meth:`advance` counts up."""
+        """A piece of work with a name and, where known, a size that :meth:`advance` counts up."""
         self._start(name, total, "")
         yield
         if not self._bars.disable:

@@ -1,4 +1,4 @@
-"""One resident model: every client's visit and every evaluation runs on it; clients are states swapped into it."""
+"""One resident model: all visits and evaluations run on it; clients are states swapped in."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Path = tuple[str, ...]
 
 
 class Resident:
-    """The foundation model, the data in tokens, and what about them does not change from round to round.
+    """The foundation model, the data in tokens, and what of them is the same in every round.
 
     Attributes:
         head: class features times the logit scale, [C, D].
@@ -44,10 +44,13 @@ class Resident:
         ).requires_grad_(False)
         self.forget_outputs()
 
-    # States ----------------------------------------------------------------------------------------------------------
+    # States ---------------------------------------------------------------------------------------
 
     def parameters(self, prefixes: Sequence[str]) -> State:
-        """Live parameters whose names start with one of ``prefixes``: ``global.``, ``local.`` (awake ones), ``gate.``."""
+        """Live parameters whose names start with one of ``prefixes``.
+
+        The prefixes are ``global.``, ``local.`` (awake ones), ``gate.``.
+        """
         live = {
             **self.foundation.expert_parameters("global", awake_only=True),
             **self.foundation.expert_parameters("local", awake_only=True),
@@ -66,10 +69,10 @@ class Resident:
                 live[name].copy_(tensor)
 
     def forget_outputs(self) -> None:
-        """The global expert or the awake blocks changed: outputs of the frozen paths are to be computed anew."""
+        """Forget outputs of the frozen paths: the global expert or the awake blocks changed."""
         self._kept: dict[Path, tuple[Tensor, Tensor]] = {}
 
-    # Outputs ---------------------------------------------------------------------------------------------------------
+    # Outputs --------------------------------------------------------------------------------------
 
     def features(self, indices: np.ndarray, path: Path) -> Tensor:
         """Features [B, D] of examples through the base and the experts of ``path``."""
@@ -79,7 +82,7 @@ class Resident:
 
     @torch.no_grad()
     def frozen_features(self, indices: np.ndarray, path: Path) -> Tensor:
-        """The same for a path that is frozen for now: each example is computed once, if ``engine.cache_global``."""
+        """The same for a path frozen for now: computed once if ``engine.cache_global``."""
         with self.foundation.without_dropout():
             if not self.config.engine.cache_global:
                 return self.all_features(indices, path)
@@ -107,7 +110,7 @@ class Resident:
         return z
 
     def expert_pair(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Features of the global expert, which never needs a gradient, and of the local expert, [B, D] each."""
+        """Features of the global expert (never with a gradient) and the local one, [B, D] each."""
         if (
             self.config.engine.cache_global
             or not self.config.engine.shared_trunk
@@ -128,7 +131,10 @@ class Resident:
     def gate_weights(
         self, indices: np.ndarray, log_prior: Tensor, z_g: Tensor | None, z_l: Tensor | None
     ) -> Tensor:
-        """Weights [B, 2] of the two experts. Their features are read only where ``mofm.gate_input`` asks for them."""
+        """Weights [B, 2] of the two experts.
+
+        Their features are read only where ``mofm.gate_input`` asks for them.
+        """
         mofm = self.config.mofm
         if mofm.gate == "fixed":
             return self.head.new_full((len(indices), 2), 0.5)

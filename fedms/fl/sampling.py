@@ -1,5 +1,7 @@
-"""Randomness that depends on names, not on history: the same (seed, purpose, round, client) draws the same numbers,
-so a run that was stopped and resumed draws what a run without a stop would have drawn.
+"""Randomness that depends on names, not on history.
+
+The same (seed, purpose, round, client) draws the same numbers, so a run that was stopped and
+resumed draws what a run without a stop would have drawn.
 """
 
 from __future__ import annotations
@@ -18,10 +20,11 @@ def generator(seed: int, *names: str | int) -> np.random.Generator:
 
 
 def draw_cohort(client_ids: Sequence[str], fraction: float, seed: int, round: int) -> list[str]:
-    """The clients of one round, without replacement, at least one, in the order of ``client_ids``."""
+    """One round's clients, without replacement, at least one, in the order of ``client_ids``."""
     size = max(1, math.ceil(fraction * len(client_ids) - 1e-9))  # 0.07 * 100 is 7.000000000000001
     chosen = generator(seed, "cohort", round).choice(len(client_ids), size=size, replace=False)
-    return [client_ids[i] for i in sorted(chosen.tolist())]
+    positions: list[int] = sorted(chosen.tolist())
+    return [client_ids[i] for i in positions]
 
 
 def draw_batches(
@@ -29,8 +32,9 @@ def draw_batches(
 ) -> list[np.ndarray]:
     """``steps`` mini-batches of at most ``batch_size`` indices, texts of like length together.
 
-    Every index is seen once before any is seen again. ``lengths`` [len(indices)] are in tokens: padding costs as much as
-    text, and without grouping about half of a batch of short texts is padding. Ties and the order of the batches are random.
+    Every index is seen once before any is seen again. ``lengths`` [len(indices)] are in tokens:
+    padding costs as much as text, and without grouping about half of a batch of short texts is
+    padding. Ties and the order of the batches are random.
     """
     batches: list[np.ndarray] = []
     while len(batches) < steps:

@@ -1,4 +1,4 @@
-"""The server's half of a round: refuse what is not an update, then the fp32 mean weighted by examples."""
+"""The server's half of a round: refuse what is no update, then the example-weighted fp32 mean."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ def check_update(update: Update, expected: State) -> None:
             raise ClientFailure(f"it sent {name}, which the server does not know")
         if tensor.shape != expected[name].shape:
             raise ClientFailure(
-                f"it sent {name} of shape {list(tensor.shape)}, expected {list(expected[name].shape)}"
+                f"it sent {name} of shape {list(tensor.shape)}, "
+                f"expected {list(expected[name].shape)}"
             )
     for name, tensor in {**update.shared, **update.kept}.items():
         if not torch.isfinite(tensor).all():
@@ -28,9 +29,10 @@ def check_update(update: Update, expected: State) -> None:
 
 
 def aggregate(state: State, updates: Iterable[Update]) -> State:
-    """``state`` with every parameter that was sent replaced by the senders' mean, weighted by num_examples, summed in fp32.
+    """``state`` with every parameter that was sent replaced by the senders' mean.
 
-    A parameter that nobody sent stays as it is, as the same tensor.
+    The mean is weighted by num_examples and summed in fp32. A parameter that nobody sent stays as
+    it is, as the same tensor.
     """
     totals: State = {}
     weights: dict[str, float] = {}
@@ -47,6 +49,7 @@ def require_quorum(returned: int, cohort: int, quorum: float) -> None:
     """Raise QuorumError unless at least ``quorum`` of the cohort came back."""
     if returned < quorum * cohort - 1e-9:  # 0.55 * 20 is 11.000000000000002
         raise QuorumError(
-            f"{returned} of {cohort} clients came back, fewer than server.quorum = {quorum} of them; the round does not count. "
+            f"{returned} of {cohort} clients came back, fewer than server.quorum = {quorum} "
+            "of them; the round does not count. "
             "The last checkpoint holds the round before; `fedms resume` tries this round again"
         )

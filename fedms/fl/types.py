@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -141,4 +140,3 @@ class RoundRecord:
     unseen_accuracy: Spread | None
     gate_local_mean: float | None
     peak_memory_mb: float
-    extra: dict[str, Any] = field(default_factory=dict)

@@ -71,8 +71,8 @@ def require(device: torch.device, x: torch.dtype, adapter: torch.dtype, base: to
     """Raise RuntimeError (no extension) or ValueError (this call) unless the backend can run."""
     if _C is None:
         raise RuntimeError(
-            f"backend='native' needs the compiled extension fedms.kernels._C, which could not be loaded: "
-            f"{_why_not}"
+            "backend='native' needs the compiled extension fedms.kernels._C, which could not be "
+            f"loaded: {_why_not}"
         )
     if device.type != "cpu" or not supports(x, adapter, base):
         raise ValueError(

@@ -1,4 +1,7 @@
-"""The federated algorithms by name. Each is a file with the paper as its docstring and ``stages(config)`` as its declaration."""
+"""The federated algorithms by name.
+
+Each is a file with the paper as its docstring and ``stages(config)`` as its declaration.
+"""
 
 from fedms.fl.algorithms import fedavg, fedavg_ft, fedms, local_only, zero_shot
 from fedms.fl.algorithms.stage import Stage as Stage

@@ -1,4 +1,7 @@
-"""FedAvg of LoRA, then every client fine-tunes its own copy: the strong simple rival (FedAvg-FT, arXiv 2108.07313)."""
+"""FedAvg of LoRA, then every client fine-tunes its own copy (FedAvg-FT, arXiv 2108.07313).
+
+The strong simple rival.
+"""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from safetensors.torch import save
 
 from fedms.fl.activation import Activation, wake_order
 from fedms.fl.algorithms import Stage, stages_of
-from fedms.fl.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from fedms.fl.checkpoint import Checkpoint, load_checkpoint, replace_file, save_checkpoint
 from fedms.fl.client import fresh_gate, initial_kept, visit
 from fedms.fl.config import Config, SalConfig
 from fedms.fl.data import load_dataset
@@ -115,12 +115,8 @@ class Run:
         found = load_checkpoint(folder / "checkpoints", progress.warn) or self._adopt()
         self.activation = self._activation(found)
         if found is not None:
-            self.done, self.server, self.kept, self.visited = (
-                found.round,
-                found.server,
-                found.kept,
-                found.visited,
-            )
+            self.done, self.visited = found.round, found.visited
+            self.server, self.kept = found.server, found.kept
         self._drop_metrics_after(self.done)
 
     def execute(self) -> None:
@@ -139,9 +135,7 @@ class Run:
                     stage, round, score=round == last or round % self.config.eval.every == 0
                 )
             if stage is self.stages[0] and self.done == last:
-                lines = {
-                    name: (self.folder / name).read_text(encoding="utf-8") for name in LINE_FILES
-                }
+                lines = {name: (self.folder / name).read_text("utf-8") for name in LINE_FILES}
                 self.world.outcomes[self._first_stage_key] = Outcome(self._checkpoint(), lines)
             first = last + 1
 
@@ -151,18 +145,10 @@ class Run:
         started = time.perf_counter()
         config, awake = self.config, self.activation.awake
         ids = [client.client_id for client in self.federation.clients]
-        cohort = (
-            draw_cohort(ids, config.server.fraction_train, config.seed, round)
-            if stage.trains
-            else []
-        )
-        self.progress.round(
-            config.method,
-            stage.name,
-            round,
-            self.total_rounds,
-            len(cohort) + (len(ids) if score else 0),
-        )
+        fraction = config.server.fraction_train
+        cohort = draw_cohort(ids, fraction, config.seed, round) if stage.trains else []
+        units = len(cohort) + (len(ids) + len(self.federation.unseen) if score else 0)
+        self.progress.round(config.method, stage.name, round, self.total_rounds, units)
         failed: list[Failure] = []
         returned: list[Update] = []
         state = aggregate(self.server, self._visits(stage, cohort, round, returned, failed))
@@ -172,11 +158,14 @@ class Run:
         self.kept.update({update.client_id: update.kept for update in returned if update.kept})
         self.visited = tuple(sorted({*self.visited, *cohort}))
         trainable = self.resident.parameters(stage.trains)
-        if stage.wakes and self.activation.observe(
-            global_score(self.resident, self.server, self.federation)
-        ):
-            self._wake()
+        if stage.wakes:
+            val_score = global_score(self.resident, self.server, self.federation)
+            if self.activation.observe(val_score):
+                self._wake()
         scores = self._score(stage) if score else None
+        seen = [client for client in scores.clients if client.seen] if scores else []
+        unseen = [client for client in scores.clients if not client.seen] if scores else []
+        gates = [client.gate_local for client in seen if client.gate_local is not None]
         count = sum(parameter.numel() for parameter in trainable.values())
         record = RoundRecord(
             round=round,
@@ -191,16 +180,10 @@ class Run:
             bytes_down=bytes_down,
             train_loss=_mean_loss(returned),
             global_accuracy=scores.global_accuracy if scores else None,
-            personalized_accuracy=spread([c.accuracy for c in scores.clients if c.seen])
-            if scores
-            else None,
-            pooled_accuracy=spread([c.pooled_accuracy for c in scores.clients if c.seen])
-            if scores
-            else None,
-            unseen_accuracy=spread([c.accuracy for c in scores.clients if not c.seen])
-            if scores
-            else None,
-            gate_local_mean=_gate_local_mean(scores),
+            personalized_accuracy=spread([client.accuracy for client in seen]),
+            pooled_accuracy=spread([client.pooled_accuracy for client in seen]),
+            unseen_accuracy=spread([client.accuracy for client in unseen]),
+            gate_local_mean=sum(gates) / len(gates) if gates else None,
             peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         )
         self._write(record, scores)
@@ -338,15 +321,10 @@ class Run:
         for name in LINE_FILES:
             path = self.folder / name
             if path.exists():
-                whole = [
-                    line
-                    for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
-                    if line.endswith("\n")
-                ]
-                path.write_text(
-                    "".join(line for line in whole if json.loads(line)["round"] <= round),
-                    encoding="utf-8",
-                )
+                lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+                whole = [line for line in lines if line.endswith("\n")]
+                kept = [line for line in whole if json.loads(line)["round"] <= round]
+                replace_file(path, "".join(kept).encode())
 
 
 def encoded_size(state: State) -> int:
@@ -365,16 +343,3 @@ def _mean_loss(updates: list[Update]) -> float | None:
         if examples
         else None
     )
-
-
-def _gate_local_mean(scores: Scores | None) -> float | None:
-    weights = (
-        [
-            client.gate_local
-            for client in scores.clients
-            if client.seen and client.gate_local is not None
-        ]
-        if scores
-        else []
-    )
-    return sum(weights) / len(weights) if weights else None
