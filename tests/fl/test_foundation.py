@@ -153,7 +153,7 @@ def test_a_fresh_expert_is_the_same_for_everybody_and_says_nothing(foundation, c
 
 
 def test_names_and_counts(foundation):
-    """Per block: query and value [32, 32], attention.output.dense [32, 32], each A [2, 32] and B [32, 2]."""
+    """Per block three linears [32, 32], each with A [2, 32] and B [32, 2]."""
     everything = foundation.expert_parameters("local")
     assert len(everything) == 4 * 3 * 2
     assert "local.encoder.layer.2.attention.self.query.lora_A" in everything
