@@ -239,7 +239,8 @@ def save_adapter(
 def load_adapter(layers: dict[str, GatedLoraLinear], expert: str, folder: Path) -> None:
     """Read a LoRA adapter of peft or :func:`save_adapter` into ``expert``.
 
-    The adapter's rank and scale replace the expert's. Layers of the model that the file does not name lose the expert.
+    The adapter's rank and scale replace the expert's. Layers of the model that the file does not
+    name lose the expert.
 
     Raises:
         ValueError: the adapter is no plain LoRA, or names linears that carry no experts here.

@@ -1,6 +1,7 @@
-"""Federated averaging of LoRA, A and B separately (arXiv 1602.05629 and 2305.05644).
+"""Federated averaging of LoRA, A and B separately (FedAvg; FedIT).
 
-The papers are FedAvg and FedIT, in this order. 
+FedAvg is arXiv 1602.05629, FedIT arXiv 2305.05644.
+
 Averaging the factors is inexact: the mean of B times the mean of A is not the mean of BA.
 """
 

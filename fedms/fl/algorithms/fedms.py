@@ -1,8 +1,8 @@
 """FedMS: Federated Learning with Mixture of Sparsely Activated Foundation Models.
 
-The paper is arXiv 2312.15926. Stage 1 trains the global expert by federated averaging while SAL wakes the blocks. Stage 2 freezes
-it; every client trains a local expert and a gate network, and only the gate adapter is sent and
-averaged.
+The paper is arXiv 2312.15926. Stage 1 trains the global expert by federated averaging while SAL
+wakes the blocks. Stage 2 freezes it; every client trains a local expert and a gate network, and
+only the gate adapter is sent and averaged.
 """
 
 from __future__ import annotations
