@@ -1,7 +1,9 @@
-"""Checkpoints that survive a kill at any moment: written under a temporary name, synced, renamed, verified when read.
+"""Checkpoints that survive a kill at any moment.
 
-A checkpoint is a folder ``round-0007`` with ``server.safetensors``, ``clients.safetensors`` (``<i>/<name>`` for the i-th client of
-``state.json``) and ``state.json``, which holds the digests of the other two. Never pickle.
+They are written under a temporary name, synced, renamed, and verified when read. A checkpoint is a
+folder ``round-0007`` with ``server.safetensors``, ``clients.safetensors`` (``<i>/<name>`` for the
+i-th client of ``state.json``) and ``state.json``, which holds the digests of the other two. Never
+pickle.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> None:
     """Write ``folder/round-NNNN`` atomically and delete all but the newest ``keep``.
 
     Raises:
-        CheckpointError: the folder cannot be written or the disk is full. Older checkpoints are untouched.
+        CheckpointError: the folder cannot be written or the disk is full. Older checkpoints are
+            untouched.
     """
     clients = sorted(checkpoint.kept)
     kept = {

@@ -26,7 +26,8 @@ into ICD-10 chapters
   fedms run data.source=notes.csv data.text_column=note \
 data.label_column=code data.client_column=ward data.partitioner=column
 
-A run that was stopped goes on with `fedms resume DIR`. DIR/config.toml shows every setting of a run.
+A run that was stopped goes on with `fedms resume DIR`. \
+DIR/config.toml shows every setting of a run.
 The last line names the run's folder.
 """
 

@@ -1,7 +1,8 @@
 """Every setting of a run: one dataclass tree, a TOML file, dotted overrides (``stage1.rounds=4``).
 
-Defaults are the ones that DESIGN.md gives reasons for. A key that does not exist or a value of the wrong type is a
-:class:`ConfigError` that names the key and, where there is one, the nearest right key.
+Defaults are the ones that DESIGN.md gives reasons for. A key that does not exist or a value of the
+wrong type is a :class:`ConfigError` that names the key and, where there is one, the nearest right
+key.
 """
 
 from __future__ import annotations
@@ -99,7 +100,10 @@ class SalConfig:
     """With ``trigger = "every"``: rounds between two wakings."""
     scope: Literal["global", "client"] = "global"
     min_budget: int = 1
-    """With ``scope = "client"``: client k trains at most b_k awake blocks, b_k drawn from min_budget..max_blocks."""
+    """With ``scope = "client"``: the least budget of a client.
+
+    Client k trains at most b_k awake blocks, b_k drawn from min_budget..max_blocks.
+    """
 
 
 @dataclass(frozen=True)
@@ -120,9 +124,12 @@ class MofmConfig:
     gate_steps: int = 30
     gate_lr: float = 0.01
     balance: float = 1.0
-    """Exponent of the class weights of the gate's loss: 0 weighs examples alike, 1 weighs classes alike."""
+    """Exponent of the class weights of the gate's loss: 0 weighs examples alike, 1 classes."""
     anchor: float = 3.0
-    """Weight of KL(one half || weights) in the gate's loss: a client's own data alone always asks for the local expert."""
+    """Weight of KL(one half || weights) in the gate's loss.
+
+    A client's own data alone always asks for the local expert.
+    """
 
 
 @dataclass(frozen=True)
@@ -161,7 +168,7 @@ class EngineConfig:
 class Config:
     method: Method = "fedms"
     rivals: tuple[Method, ...] = ("zero_shot", "fedavg", "fedavg_ft")
-    """Run after the method, on the same clients and the same number of local steps, for the final table."""
+    """Run after the method, on the same clients with as many local steps, for the final table."""
     seed: int = 0
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -182,7 +189,8 @@ class Config:
 def load_config(path: Path | None = None, overrides: Iterable[str] = ()) -> Config:
     """The configuration of a TOML file (or the defaults) with ``key=value`` overrides on top.
 
-    A value is read as TOML where it parses as TOML, else as a plain string: ``data.alpha=0.1``, ``method=fedavg``.
+    A value is read as TOML where it parses as TOML, else as a plain string: ``data.alpha=0.1``,
+    ``method=fedavg``.
     """
     tree: dict[str, Any] = {}
     if path is not None:
@@ -340,10 +348,12 @@ def _check(config: Config) -> None:
             raise ConfigError(f"{key} must be in (0, 1], got {value}")
     if "{}" not in config.model.prompt:
         raise ConfigError(
-            f"model.prompt must contain {{}}, where the class name goes; got {config.model.prompt!r}"
+            "model.prompt must contain {}, where the class name goes; "
+            f"got {config.model.prompt!r}"
         )
     if config.mofm.combine == "layer" and config.mofm.gate_input != "base":
         raise ConfigError(
-            'mofm.combine = "layer" mixes the experts inside every linear, before either has said anything: '
+            'mofm.combine = "layer" mixes the experts inside every linear, before either has said '
+            "anything: "
             f'mofm.gate_input must be "base", got "{config.mofm.gate_input}"'
         )

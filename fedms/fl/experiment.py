@@ -1,8 +1,9 @@
-"""A run and its folder: the method, then its rivals on the same clients, each in a folder of its own.
+"""A run and its folder: the method, then its rivals on the same clients, each in its own folder.
 
 DIR/config.toml           the resolved configuration
-DIR/label_counts.json     classes, clients and how many training examples of each class each client has
-DIR/metrics.jsonl         one RoundRecord a round; DIR/clients.jsonl one line per client per evaluation
+DIR/label_counts.json     classes, clients and each client's number of training examples per class
+DIR/metrics.jsonl         one RoundRecord a round
+DIR/clients.jsonl         one line per client per evaluation
 DIR/checkpoints/          see fedms.fl.checkpoint
 DIR/adapters/             global and clients/<id>, in peft's format; DIR/gate.safetensors
 DIR/rivals/<method>/      the same for each rival
@@ -34,7 +35,8 @@ def start(config: Config, folder: Path, progress: Progress) -> None:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FedMSError(
-            f"{folder} exists; go on with it by `fedms resume {folder}`, or name another folder with --out"
+            f"{folder} exists; go on with it by `fedms resume {folder}`, "
+            "or name another folder with --out"
         )
     with _disk_errors(folder):
         _prepare(config, folder)
@@ -71,7 +73,7 @@ def resume(folder: Path, progress: Progress) -> None:
 
 
 def export(run: Run, folder: Path) -> None:
-    """Write what was trained: the global expert and every local expert as peft adapters, the gates as safetensors."""
+    """Write what was trained: all experts as peft adapters, the gates as safetensors."""
     foundation, resident = run.resident.foundation, run.resident
     trained = {prefix for stage in run.stages for prefix in stage.trains}
     resident.load(run.server)
@@ -105,7 +107,10 @@ def export(run: Run, folder: Path) -> None:
 
 
 def folder_name(client_id: str) -> str:
-    """A client's id as a file name: whatever a table may call a client, nothing leaves the run's folder."""
+    """A client's id as a file name.
+
+    Whatever a table may call a client, nothing leaves the run's folder.
+    """
     name = quote(client_id, safe=" ")
     return name.replace(".", "%2E") if name.startswith(".") else name
 

@@ -22,8 +22,8 @@ NUM_STATISTICS = 10
 class Gate(nn.Module):
     """Adapter (bottleneck, residual), then a linear and a softmax over the two experts.
 
-    Parameters named ``adapter.*`` are the gate adapter: sent and averaged. ``linear.*`` stays on its
-    client. Starts at one half each.
+    Parameters named ``adapter.*`` are the gate adapter: sent and averaged. ``linear.*`` stays on
+    its client. Starts at one half each.
     """
 
     def __init__(self, num_inputs: int, bottleneck: int) -> None:

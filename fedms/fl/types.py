@@ -8,7 +8,10 @@ import numpy as np
 import torch
 
 State = dict[str, torch.Tensor]
-"""Parameters by name, e.g. ``global.layer.5.attention.self.query.lora_A``: what is trained, sent and averaged."""
+"""Parameters by name: what is trained, sent and averaged.
+
+For example ``global.layer.5.attention.self.query.lora_A``.
+"""
 
 
 class FedMSError(Exception):
@@ -99,7 +102,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Update:
-    """What one client's visit brought: ``shared`` goes to the server, ``kept`` never leaves the client."""
+    """What a client's visit brought: ``shared`` goes to the server, ``kept`` stays with the client."""
 
     client_id: str
     num_examples: int
@@ -121,7 +124,10 @@ class Spread:
 
 @dataclass(frozen=True)
 class RoundRecord:
-    """One line of ``metrics.jsonl``. Accuracies are shares in [0, 1], sizes are bytes; None: not measured."""
+    """One line of ``metrics.jsonl``.
+
+    Accuracies are shares in [0, 1], sizes are bytes; None: not measured.
+    """
 
     round: int
     stage: str

@@ -1,7 +1,8 @@
 """The local engine: a federation simulated on one machine, with one resident model.
 
-A round is: draw the cohort from (seed, round); visit each client; refuse what is no update; average what is shared; let SAL see the
-global score; score every client's model; write the metrics line; write the checkpoint.
+A round is: draw the cohort from (seed, round); visit each client; refuse what is no update; average
+what is shared; let SAL see the global score; score every client's model; write the metrics line;
+write the checkpoint.
 """
 
 from __future__ import annotations
@@ -38,14 +39,14 @@ LINE_FILES = ("metrics.jsonl", "clients.jsonl")
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of a first stage, for another method that begins with the very same one: its checkpoint and its lines."""
+    """A first stage's end, its checkpoint and lines, for a method that begins with the same."""
 
     checkpoint: Checkpoint
     lines: dict[str, str]
 
 
 class World:
-    """What all methods of a run share: the clients, the resident model with its cached prefix, and equal first stages.
+    """What all methods of a run share: clients, resident model, cached prefix, equal first stages.
 
     Attributes:
         outcomes: of first stages, by all that decides them.
@@ -139,7 +140,7 @@ class Run:
                 self.world.outcomes[self._first_stage_key] = Outcome(self._checkpoint(), lines)
             first = last + 1
 
-    # One round -------------------------------------------------------------------------------------------------------
+    # One round ------------------------------------------------------------------------------------
 
     def _round(self, stage: Stage, round: int, *, score: bool) -> None:
         started = time.perf_counter()
@@ -239,14 +240,14 @@ class Run:
         )
 
     def _bytes_down(self, stage: Stage, cohort: list[str]) -> int:
-        """What the cohort was sent: the shared parameters, and the frozen ones to whoever has not had them yet."""
+        """What the cohort was sent: shared parameters, and frozen ones to whoever lacked them."""
         every_time, once = (
             encoded_size({name: self.server[name] for name in self.resident.parameters(prefixes)})
             for prefixes in (stage.shares, stage.frozen)
         )
         return every_time * len(cohort) + once * len(set(cohort) - set(self.visited))
 
-    # State -----------------------------------------------------------------------------------------------------------
+    # State ----------------------------------------------------------------------------------------
 
     def _checkpoint(self) -> Checkpoint:
         return Checkpoint(
@@ -255,7 +256,7 @@ class Run:
 
     @property
     def _sal(self) -> SalConfig:
-        """SAL as this method has it: without a stage that wakes blocks, all are awake from the start."""
+        """SAL as this method has it: all awake from the start unless a stage wakes blocks."""
         return replace(
             self.config.sal,
             enabled=self.config.sal.enabled and any(stage.wakes for stage in self.stages),
@@ -328,7 +329,7 @@ class Run:
 
 
 def encoded_size(state: State) -> int:
-    """Bytes of a state as it would go over the wire (safetensors); nothing to send costs nothing."""
+    """Bytes of a state as it would go over the wire (safetensors); none for an empty one."""
     return (
         len(save({name: tensor.detach().contiguous() for name, tensor in state.items()}))
         if state
