@@ -6,6 +6,7 @@ A quiet one says warnings alone.
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -45,6 +46,7 @@ class Progress:
             disable=quiet or not self.console.is_terminal,
         )
         self._task: TaskID | None = None
+        self._method = ""
         self._seconds: list[float] = []
         self._total = 0
 
@@ -58,22 +60,18 @@ class Progress:
     @contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[None]:
         """A piece of work with a name and, where known, a size that :meth:`advance` counts up."""
+        started = time.perf_counter()
         self._start(name, total, "")
         yield
-        if not self._bars.disable:
-            self._bars.update(self._current, completed=total or 1, total=total or 1)
-        self.say(f"{name} ready")
+        if (seconds := time.perf_counter() - started) >= 0.5:
+            self.say(f"{name} ready after {seconds:.1f} s")
 
     def round(self, method: str, stage: str, round: int, rounds: int, steps: int) -> None:
         """A round begins; ``steps`` visits and evaluations are ahead in it."""
-        if round == 1:
-            self._seconds.clear()
+        if method != self._method:
+            self._method, self._seconds = method, []
         self._total = rounds
-        left = (
-            f"about {sum(self._seconds) / len(self._seconds) * (rounds - round + 1):.0f} s left"
-            if self._seconds
-            else ""
-        )
+        left = f"about {self._mean_seconds * (rounds - round + 1):.0f} s left" if self._seconds else ""
         self._start(f"{method} {stage} round {round}/{rounds}", steps, left)
 
     def advance(self, count: int) -> None:
@@ -84,7 +82,7 @@ class Progress:
     def scored(self, method: str, record: RoundRecord) -> None:
         """A round has ended."""
         self._seconds.append(record.seconds)
-        left = sum(self._seconds) / len(self._seconds) * (self._total - record.round)
+        left = self._mean_seconds * (self._total - record.round)
         parts = [
             f"{method} {record.stage} round {record.round}/{self._total}",
             f"{record.seconds:.1f} s",
@@ -107,16 +105,15 @@ class Progress:
     def say(self, text: str) -> None:
         """A line that stays on the screen."""
         if not self._quiet:
-            self.console.print(text)
+            self.console.print(text, soft_wrap=True, markup=False)
 
     def warn(self, text: str) -> None:
         """A line that is printed even when quiet."""
-        self.console.print(f"warning: {text}")
+        self.console.print(f"warning: {text}", soft_wrap=True, markup=False)
 
     @property
-    def _current(self) -> TaskID:
-        assert self._task is not None
-        return self._task
+    def _mean_seconds(self) -> float:
+        return sum(self._seconds) / len(self._seconds)
 
     def _start(self, description: str, total: int | None, note: str) -> None:
         if self._task is not None:

@@ -131,6 +131,8 @@ def settings(tiny_bert: Path, table: Path) -> list[str]:
         "stage2.batch_size=8",
         "stage2.lr=0.01",
         "sal.max_blocks=2",
+        "sal.wake_blocks=1",
+        "sal.threshold=0.1",
         "mofm.bottleneck=4",
         "mofm.gate_steps=3",
         "eval.pooled_examples=20",
