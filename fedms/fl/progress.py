@@ -71,7 +71,9 @@ class Progress:
         if method != self._method:
             self._method, self._seconds = method, []
         self._total = rounds
-        left = f"about {self._mean_seconds * (rounds - round + 1):.0f} s left" if self._seconds else ""
+        left = (
+            f"about {self._mean_seconds * (rounds - round + 1):.0f} s left" if self._seconds else ""
+        )
         self._start(f"{method} {stage} round {round}/{rounds}", steps, left)
 
     def advance(self, count: int) -> None:

@@ -102,7 +102,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Update:
-    """What a client's visit brought: ``shared`` goes to the server, ``kept`` stays with the client."""
+    """A client's visit: what it sends (``shared``) and what stays with the client (``kept``)."""
 
     client_id: str
     num_examples: int
