@@ -80,7 +80,7 @@ def test_a_score_that_was_not_measured_does_not_enter_the_queue():
 
 
 def test_every_third_round_whatever_the_score():
-    config = SalConfig(trigger="every", every=3, max_blocks=3)
+    config = SalConfig(trigger="every", every=3, wake_blocks=1, max_blocks=3)
     seen = awake_after(config, [2, 1, 0], [0.1, 0.5, 0.9, None, 0.9, 0.9, 0.9])
     assert seen == [(2,), (2,), (2,), (1, 2), (1, 2), (1, 2), (0, 1, 2), (0, 1, 2)]
 
@@ -96,7 +96,7 @@ def test_observe_says_whether_blocks_woke():
 
 
 def test_depths_are_where_a_forward_may_have_to_start():
-    config = SalConfig(trigger="every", every=1, max_blocks=4)
+    config = SalConfig(trigger="every", every=1, wake_blocks=1, max_blocks=4)
     activation = Activation(config, [3, 5, 1, 4])
     assert activation.depths == [1, 3]
     activation.observe(None)
@@ -122,7 +122,11 @@ def test_a_client_trains_the_deepest_blocks_within_its_budget():
 
 
 @pytest.mark.parametrize(
-    "config", [SalConfig(max_blocks=4, threshold=0.05), SalConfig(trigger="every", max_blocks=4)]
+    "config",
+    [
+        SalConfig(max_blocks=4, wake_blocks=1, threshold=0.05),
+        SalConfig(trigger="every", wake_blocks=1, max_blocks=4),
+    ],
 )
 @pytest.mark.parametrize("stop", range(1, 9))
 def test_a_restored_activation_goes_on_as_if_it_had_not_stopped(config, stop):
