@@ -50,7 +50,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> None:
     """
     clients = sorted(checkpoint.kept)
     kept = {
-        f"{i}/{name}": tensor
+        # clients may hold the very same tensor, e.g. an untrained part of the expert they began with
+        f"{i}/{name}": tensor.clone()
         for i, client in enumerate(clients)
         for name, tensor in checkpoint.kept[client].items()
     }

@@ -75,6 +75,15 @@ def test_tensors_that_are_views_are_saved_as_they_look(tmp_path):
     assert found.server["t"].tolist() == [[0, 3], [1, 4], [2, 5]]
 
 
+def test_clients_may_hold_the_very_same_tensor(tmp_path):
+    """As the untrained part of a local expert that all began with; safetensors refuses that."""
+    one = torch.randn(2, 2)
+    kept = {"a": {"local.x": one}, "b": {"local.x": one, "local.y": one}}
+    checkpoint = Checkpoint(1, {"global.x": one}, kept, (), {})
+    save_checkpoint(tmp_path, checkpoint, keep=2)
+    assert_equal(load_checkpoint(tmp_path, refuse_warnings), checkpoint)
+
+
 def test_the_newest_k_are_kept(tmp_path):
     for round in range(1, 6):
         save_checkpoint(tmp_path, make(round), keep=3)
