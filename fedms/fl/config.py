@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import tomllib
 import types
 import typing
@@ -335,11 +336,35 @@ def _check(config: Config) -> None:
         ("sal.min_budget", config.sal.min_budget, 1),
         ("eval.every", config.eval.every, 1),
         ("eval.batch_size", config.eval.batch_size, 1),
+        ("mofm.bottleneck", config.mofm.bottleneck, 1),
+        ("mofm.gate_steps", config.mofm.gate_steps, 0),
+        ("mofm.balance", config.mofm.balance, 0.0),
+        ("mofm.anchor", config.mofm.anchor, 0.0),
+        ("stage1.weight_decay", config.stage1.weight_decay, 0.0),
+        ("stage2.weight_decay", config.stage2.weight_decay, 0.0),
+        ("eval.pooled_examples", config.eval.pooled_examples, 0),
+        ("engine.threads", config.engine.threads, 0),
+        ("engine.prefix_cache_mb", config.engine.prefix_cache_mb, 0),
         ("engine.keep_checkpoints", config.engine.keep_checkpoints, 2),
         ("model.max_tokens", config.model.max_tokens, 3),
     ):
-        if value < smallest:
+        if not smallest <= value < math.inf:
             raise ConfigError(f"{key} must be at least {smallest}, got {value}")
+    for key, value in (
+        ("stage1.lr", config.stage1.lr),
+        ("stage2.lr", config.stage2.lr),
+        ("mofm.gate_lr", config.mofm.gate_lr),
+        ("lora.alpha", config.lora.alpha),
+        ("model.logit_scale", config.model.logit_scale),
+    ):
+        if not 0 < value < math.inf:
+            raise ConfigError(f"{key} must be a finite number above 0, got {value}")
+    if not 0 <= config.lora.dropout < 1:
+        raise ConfigError(f"lora.dropout must be in [0, 1), got {config.lora.dropout}")
+    if not config.lora.targets:
+        raise ConfigError("lora.targets must name at least one linear, got none")
+    if not config.stage1.rounds + config.stage2.rounds:
+        raise ConfigError("stage1.rounds and stage2.rounds must not both be 0")
     for key, value in (
         ("server.fraction_train", config.server.fraction_train),
         ("server.quorum", config.server.quorum),

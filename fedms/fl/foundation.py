@@ -60,6 +60,12 @@ class Foundation:
     def __init__(
         self, model: nn.Module, tokenizer: Any, config: ModelConfig, lora: LoraConfig, pooling: str
     ) -> None:
+        longest = getattr(model.config, "max_position_embeddings", None)
+        if longest is not None and config.max_tokens > longest:
+            raise ConfigError(
+                f"model.max_tokens must be at most {longest}, the positions that the model has, "
+                f"got {config.max_tokens}"
+            )
         self.model = model
         self.tokenizer = tokenizer
         self.config = config

@@ -152,6 +152,11 @@ def test_a_value_is_not_a_section():
         ("sal.queue_length", 2),
         ("sal.every", 1),
         ("sal.min_budget", 1),
+        ("mofm.bottleneck", 1),
+        ("mofm.gate_steps", 0),
+        ("eval.pooled_examples", 0),
+        ("engine.threads", 0),
+        ("engine.prefix_cache_mb", 0),
         ("eval.every", 1),
         ("eval.batch_size", 1),
         ("engine.keep_checkpoints", 2),
@@ -175,6 +180,37 @@ def test_shares_are_in_zero_to_one(key):
     for value in ("0", "-0.1", "1.01", "nan"):
         with pytest.raises(ConfigError, match=rf"{key} must be in \(0, 1\]"):
             load_config(None, [f"{key}={value}"])
+
+
+@pytest.mark.parametrize(
+    "key", ["stage1.lr", "stage2.lr", "mofm.gate_lr", "lora.alpha", "model.logit_scale"]
+)
+def test_what_must_be_above_zero(key):
+    for value in ("0", "-1", "nan", "inf"):
+        with pytest.raises(ConfigError, match=rf"{key} must be a finite number above 0"):
+            load_config(None, [f"{key}={value}"])
+
+
+@pytest.mark.parametrize("key", ["mofm.balance", "mofm.anchor", "stage2.weight_decay"])
+def test_what_may_be_zero_but_not_below(key):
+    load_config(None, [f"{key}=0"])
+    for value in ("-0.1", "nan", "inf"):
+        with pytest.raises(ConfigError, match=rf"{key} must be at least 0\.0, got"):
+            load_config(None, [f"{key}={value}"])
+
+
+def test_dropout_leaves_something():
+    load_config(None, ["lora.dropout=0.99"])
+    for value in ("1", "-0.1", "nan"):
+        with pytest.raises(ConfigError, match=r"lora\.dropout must be in \[0, 1\), got"):
+            load_config(None, [f"lora.dropout={value}"])
+
+
+def test_no_targets_and_no_rounds():
+    with pytest.raises(ConfigError, match=r"lora\.targets must name at least one linear"):
+        load_config(None, ["lora.targets=[]"])
+    with pytest.raises(ConfigError, match=r"stage1\.rounds and stage2\.rounds must not both be 0"):
+        load_config(None, ["stage1.rounds=0", "stage2.rounds=0"])
 
 
 def test_the_prompt_has_a_place_for_the_class():

@@ -247,6 +247,12 @@ def test_a_model_without_a_list_of_blocks(config):
         Foundation(Flat(), None, config().model, config().lora, "mean")
 
 
+def test_texts_longer_than_the_model_can_read(config):
+    load_foundation(config("model.max_tokens=32").model, config().lora)
+    with pytest.raises(ConfigError, match=r"model\.max_tokens must be at most 32, .* got 33"):
+        load_foundation(config("model.max_tokens=33").model, config().lora)
+
+
 def test_a_model_that_cannot_be_loaded(config, tmp_path):
     model = dataclasses.replace(config().model, path=str(tmp_path / "none"))
     with pytest.raises(FedMSError, match=r"model.path: .*none' cannot be loaded"):
