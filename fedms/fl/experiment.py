@@ -63,9 +63,9 @@ def resume(folder: Path, progress: Progress) -> None:
         return
     with _disk_errors(folder):
         world = World(config, progress)
-        _write_label_counts(world.federation, folder / "label_counts.json")
         for place, settings in left.items():
             _prepare(settings, place)
+            _write_label_counts(world.federation, place / "label_counts.json")
             run = Run(settings, world, place, progress)
             run.execute()
             export(run, place)
