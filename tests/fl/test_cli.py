@@ -1,0 +1,236 @@
+"""The command line: what each command says, and what it leaves on the disk."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from fedms import __version__
+from fedms.fl.cli import main
+from fedms.fl.config import load_config
+from fedms.fl.experiment import folder_name
+
+ARGUMENTS = {
+    "run": ["CONFIG.toml", "key=value", "--out DIR", "--quiet", "fedms resume DIR"],
+    "resume": ["DIR", "--quiet"],
+    "report": ["DIR"],
+    "predict": ["DIR", "--client ID", "TEXT"],
+    "doctor": [],
+}
+PREDICTION = r"  (bone|heart|lung|skin)  ([\d.]+) %   global expert ([\d.]+), local expert ([\d.]+)"
+
+
+@pytest.fixture(scope="module")
+def finished(settings, tmp_path_factory) -> Path:
+    """A finished run of FedMS and one rival."""
+    folder = tmp_path_factory.mktemp("runs") / "a run"
+    rivals = 'rivals=["fedavg_ft", "fedms"]'
+    assert main(["run", *settings, rivals, "--out", str(folder), "--quiet"]) == 0
+    return folder
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert all(re.search(rf"^    {command} ", text, re.MULTILINE) for command in ARGUMENTS)
+
+
+@pytest.mark.parametrize("command", ARGUMENTS)
+def test_help_of_a_command_names_its_arguments(capsys, command):
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    assert stopped.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert all(argument in text for argument in ARGUMENTS[command])
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"fedms {__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["train"], ["predict", "DIR", "text"], ["resume"]])
+def test_usage_errors_exit_with_2(capsys, arguments):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert "usage: fedms" in capsys.readouterr().err
+
+
+def test_run_tells_rounds_and_ends_with_the_folder(settings, tmp_path, capsys):
+    folder = tmp_path / "new" / "run"
+    assert main(["run", *settings, "stage2.rounds=1", "--out", str(folder)]) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines()[-1] == str(folder)
+    assert "FedMS" in out
+    for number, stage in ((1, "stage1"), (2, "stage1"), (3, "stage2")):
+        assert f"fedms {stage} round {number}/3" in err
+
+
+def test_quiet_is_quiet(settings, tmp_path, capsys):
+    short = ["stage1.rounds=1", "stage2.rounds=0"]
+    assert main(["run", *settings, *short, "--out", str(tmp_path / "r"), "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_settings_file_comes_first(settings, tmp_path):
+    path = tmp_path / "my.toml"
+    path.write_text("[stage1]\nrounds = 1\nlocal_steps = 1\n[stage2]\nrounds = 0\n")
+    left = [s for s in settings if not s.startswith(("stage1.rounds", "stage2.rounds"))]
+    assert main(["run", str(path), *left, "--out", str(tmp_path / "r"), "--quiet"]) == 0
+    config = load_config(tmp_path / "r" / "config.toml")
+    assert (config.stage1.rounds, config.stage2.rounds) == (1, 0)
+    assert config.stage1.local_steps == 2  # an override beats the file
+    assert len((tmp_path / "r" / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_the_folder_is_named_after_method_and_time(settings, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", *settings, "method=zero_shot", "--quiet"]) == 0
+    folder = capsys.readouterr().out.splitlines()[-1]
+    assert re.fullmatch(r"runs/zero_shot-\d{8}-\d{6}", folder)
+    assert (tmp_path / folder / "finished").exists()
+
+
+def test_what_a_run_leaves_on_the_disk(finished, config, read_lines):
+    for place, method in ((finished, "fedms"), (finished / "rivals" / "fedavg_ft", "fedavg_ft")):
+        assert (place / "finished").exists()
+        assert len(read_lines(place / "metrics.jsonl")) == 4
+        assert len(list((place / "checkpoints").iterdir())) == 2
+        assert load_config(place / "config.toml").method == method
+        clients = sorted(path.name for path in (place / "adapters" / "clients").iterdir())
+        assert clients == [f"client-0{k}" for k in range(4)]
+        for folder in (place / "adapters" / "global", place / "adapters" / "clients" / "client-02"):
+            weights = load_file(folder / "adapter_model.safetensors")
+            assert len(weights) == 2 * 3 * 2
+            assert json.loads((folder / "adapter_config.json").read_text())["r"] == 2
+    assert [path.name for path in (finished / "rivals").iterdir()] == ["fedavg_ft"]
+    gates = load_file(finished / "gate.safetensors")
+    assert len(gates) == 4 + 4 * 2
+    assert "clients/client-03/gate.linear.bias" in gates
+    assert not (finished / "rivals" / "fedavg_ft" / "gate.safetensors").exists()
+    assert list(finished.rglob(".*")) == []
+    counts = json.loads((finished / "label_counts.json").read_text())
+    assert counts["class_names"] == ["bone", "heart", "lung", "skin"]
+    assert len(counts["clients"]) == 5
+
+
+def test_resume_of_a_finished_run_changes_nothing(finished, capsys):
+    def state() -> dict[Path, tuple[int, bytes]]:
+        files = (path for path in finished.rglob("*") if path.is_file())
+        return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+    before = state()
+    assert main(["resume", str(finished)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(finished)
+    assert state() == before
+
+
+@pytest.mark.parametrize("client", ["client-00", "client-03"])
+def test_predict_prints_a_class_and_two_weights(finished, capsys, client):
+    texts = ["acute cough wheeze", "knee fracture"]
+    assert main(["predict", str(finished), "--client", client, *texts]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[::2] == texts
+    for line in lines[1::2]:
+        found = re.fullmatch(PREDICTION, line)
+        assert found, line
+        assert 25 <= float(found[2]) <= 100
+        assert float(found[3]) + float(found[4]) == pytest.approx(1, abs=0.011)
+
+
+def test_predict_says_what_the_run_measured(finished, table, config, quiet, read_lines):
+    """A client's accuracy on its own test texts, from the folder alone, is the one of the last round."""
+    from fedms.fl.engines.local import load_federation
+    from fedms.fl.predict import predict
+
+    federation = load_federation(config())
+    last = {c["client_id"]: c for c in read_lines(finished / "clients.jsonl") if c["round"] == 4}
+    for client in (*federation.clients, *federation.unseen):
+        dataset = federation.dataset
+        texts = [dataset.texts[i] for i in client.test]
+        names = [dataset.class_names[dataset.labels[i]] for i in client.test]
+        found = predict(finished, client.client_id, texts, quiet)
+        right = sum(p.class_name == name for p, name in zip(found, names, strict=True))
+        score = last[client.client_id]
+        assert right / len(texts) == pytest.approx(score["accuracy"])
+        mean = sum(p.weight_local for p in found) / len(found)
+        assert mean == pytest.approx(score["gate_local"], abs=1e-5)
+
+
+def test_predict_with_a_rival(finished, capsys):
+    rival = str(finished / "rivals" / "fedavg_ft")
+    assert main(["predict", rival, "--client", "client-01", "rash"]) == 0
+    assert re.fullmatch(r"rash\n  \w+  [\d.]+ %\n", capsys.readouterr().out)
+
+
+def test_predict_is_the_same_twice_also_with_dropout(settings, tmp_path, capsys):
+    folder = str(tmp_path / "r")
+    assert main(["run", *settings, "lora.dropout=0.5", "--out", folder, "--quiet"]) == 0
+    capsys.readouterr()
+    said = set()
+    for _ in range(2):
+        assert main(["predict", folder, "--client", "client-01", "rash", "old knee"]) == 0
+        said.add(capsys.readouterr().out)
+    assert len(said) == 1
+
+
+def test_report(finished, capsys):
+    assert main(["report", str(finished)]) == 0
+    out = capsys.readouterr().out
+    assert "FedMS" in out
+    assert (finished / "report.html").is_file()
+    assert str(finished / "report.html") in out
+
+
+def test_doctor(capsys):
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for part in (__version__, "torch", "kernels", "float32", "bfloat16", "stacked"):
+        assert part in out
+    assert "WRONG" not in out
+
+
+def test_doctor_tells_a_kernel_that_is_wrong(capsys, monkeypatch):
+    from fedms import doctor
+
+    real = doctor.gated_lora_linear
+    monkeypatch.setattr(doctor, "gated_lora_linear", lambda *a, **k: real(*a, **k) * 1.01)
+    assert main(["doctor"]) == 2
+    out, err = capsys.readouterr()
+    assert "WRONG" in out
+    assert "a kernel disagrees with the reference" in err
+
+
+@pytest.mark.parametrize(
+    "client", ["client-00", "../../x", "a/b", ".", "..", ".hidden", "Köln 7", "a%2Fb", "C:\\x"]
+)
+def test_a_clients_folder_stays_in_the_run(tmp_path, client):
+    name = folder_name(client)
+    assert name not in ("", ".", "..")
+    assert (tmp_path / name).resolve().parent == tmp_path.resolve()
+    assert "\\" not in name
+
+
+def test_clients_have_folders_of_their_own():
+    names = ["a/b", "a%2Fb", "a b", "a+b", ".a", "%2Ea", "A", "a"]
+    assert len({folder_name(name) for name in names}) == len(names)
+
+
+def test_interrupt(settings, tmp_path, capsys, monkeypatch):
+    from fedms.fl.engines import local
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(local, "visit", stop)
+    assert main(["run", *settings, "--out", str(tmp_path / "r"), "--quiet"]) == 130
+    assert "`fedms resume DIR` goes on" in capsys.readouterr().err
