@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from fedms.kernels import Segments, gated_lora_linear
@@ -233,7 +233,8 @@ def save_adapter(
     for name, layer in awake.items():
         for part, weight in zip(("lora_A", "lora_B"), layer.factors(expert), strict=True):
             tensors[f"{PEFT_PREFIX}{name}.{part}.weight"] = weight.detach().contiguous().clone()
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    # not save_file: what a full disk answers is to be an OSError
+    (folder / "adapter_model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
 
 
 def load_adapter(layers: dict[str, GatedLoraLinear], expert: str, folder: Path) -> None:

@@ -50,7 +50,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> None:
     """
     clients = sorted(checkpoint.kept)
     kept = {
-        # clients may hold the very same tensor, e.g. an untrained part of the expert they began with
+        # clients may hold the very same tensor, e.g. an untrained part of their first expert
         f"{i}/{name}": tensor.clone()
         for i, client in enumerate(clients)
         for name, tensor in checkpoint.kept[client].items()

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedms.fl.algorithms import Stage
-from fedms.fl.experts import log_prior_of_counts
+from fedms.fl.experts import Gate, log_prior_of_counts
 from fedms.fl.resident import Resident
 from fedms.fl.sampling import draw_batches, generator
 from fedms.fl.types import ClientData, ClientFailure, State, Update
@@ -42,8 +42,7 @@ def initial_kept(resident: Resident, stage: Stage, server_state: State) -> State
 
 def fresh_gate(resident: Resident) -> State:
     """An untrained gate network, the same for everybody."""
-    config = resident.config.mofm
-    gate = type(resident.gate)(resident.gate.linear.in_features, config.bottleneck)
+    gate = Gate(resident.gate.linear.in_features, resident.config.mofm.bottleneck)
     return {f"gate.{name}": parameter.detach() for name, parameter in gate.named_parameters()}
 
 
@@ -78,18 +77,16 @@ def visit(
     seed, trained_blocks = resident.config.seed, set(blocks)
     resident.load(received)
     resident.load(kept)
-    trained = {
+    gate = resident.parameters([name for name in stage.trains if name.startswith("gate.")])
+    experts = {
         name: parameter
         for name, parameter in resident.parameters(stage.trains).items()
-        if name.startswith("gate.") or resident.foundation.block_of(name) in trained_blocks
+        if name not in gate and resident.foundation.block_of(name) in trained_blocks
     }
-    examples = (
-        client.train
-        if stage.holds_out_gate
-        else np.sort(np.concatenate([client.train, client.gate]))
-    )
+    examples = client.train if stage.holds_out_gate else np.union1d(client.train, client.gate)
     if not len(examples):
         raise ClientFailure("it has no training examples")
+    prior = log_prior(resident, client)
     batches = draw_batches(
         examples,
         resident.lengths[examples],
@@ -97,40 +94,25 @@ def visit(
         stage.settings.local_steps,
         generator(seed, "batches", round, client.client_id),
     )
-    prior = log_prior(resident, client)
-    experts = {
-        name: parameter for name, parameter in trained.items() if not name.startswith("gate.")
-    }
-    gate = {name: parameter for name, parameter in trained.items() if name.startswith("gate.")}
     joint = gate if resident.config.mofm.combine == "layer" else {}
     with (
         learning([*experts.values(), *joint.values()]),
         resident.foundation.dropping_out(generator(seed, "dropout", round, client.client_id)),
     ):
         loss = _train_experts(
-            resident, stage, list(experts.values()), list(joint.values()), batches, prior
+            resident, stage, [*experts.values()], [*joint.values()], batches, prior
         )
     if gate and not joint:
         with learning(gate.values()):
-            _train_gate(
-                resident,
-                client.gate if stage.holds_out_gate else examples,
-                list(gate.values()),
-                prior,
-            )
-    state = {name: parameter.detach().clone() for name, parameter in trained.items()}
+            held_out = client.gate if stage.holds_out_gate else examples
+            _train_gate(resident, held_out, [*gate.values()], prior)
+    state = {name: parameter.detach().clone() for name, parameter in {**experts, **gate}.items()}
+    shared = {name: tensor for name, tensor in state.items() if name.startswith(stage.shares)}
     return Update(
         client_id=client.client_id,
         num_examples=len(examples),
-        shared={name: tensor for name, tensor in state.items() if name.startswith(stage.shares)}
-        if stage.shares
-        else {},
-        kept={
-            **kept,
-            **{
-                n: t for n, t in state.items() if not stage.shares or not n.startswith(stage.shares)
-            },
-        },
+        shared=shared,
+        kept={**kept, **{name: t for name, t in state.items() if name not in shared}},
         train_loss=loss,
         steps=len(batches),
     )

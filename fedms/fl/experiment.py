@@ -39,8 +39,8 @@ def start(config: Config, folder: Path, progress: Progress) -> None:
             "or name another folder with --out"
         )
     with _disk_errors(folder):
-        _prepare(config, folder)
-    resume(folder, progress)
+        folder.mkdir(parents=True, exist_ok=True)
+    _carry_on(config, folder, progress)
 
 
 def resume(folder: Path, progress: Progress) -> None:
@@ -51,7 +51,14 @@ def resume(folder: Path, progress: Progress) -> None:
     """
     if not (folder / "config.toml").is_file():
         raise FedMSError(f"{folder} holds no run: it has no config.toml")
-    config = load_config(folder / "config.toml")
+    _carry_on(load_config(folder / "config.toml"), folder, progress)
+
+
+def _carry_on(config: Config, folder: Path, progress: Progress) -> None:
+    """Do what is left.
+
+    Nothing is written before data and model are there: a mistake in them leaves the folder free for a second try.
+    """
     methods = {folder: config}
     for rival in config.rivals:
         if rival != config.method:

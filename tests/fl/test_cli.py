@@ -148,7 +148,7 @@ def test_predict_prints_a_class_and_two_weights(finished, capsys, client):
 
 
 def test_predict_says_what_the_run_measured(finished, table, config, quiet, read_lines):
-    """A client's accuracy on its own test texts, from the folder alone, is the one of the last round."""
+    """From the folder alone: a client's accuracy on its test texts is the last round's."""
     from fedms.fl.engines.local import load_federation
     from fedms.fl.predict import predict
 
