@@ -57,7 +57,8 @@ def resume(folder: Path, progress: Progress) -> None:
 def _carry_on(config: Config, folder: Path, progress: Progress) -> None:
     """Do what is left.
 
-    Nothing is written before data and model are there: a mistake in them leaves the folder free for a second try.
+    Nothing is written before data and model are there: after a mistake in them the folder is
+    still free for a second try.
     """
     methods = {folder: config}
     for rival in config.rivals:
