@@ -176,8 +176,15 @@ def test_an_empty_folder_is_taken(settings, tmp_path):
     assert main([*run, "--out", str(tmp_path / "empty")]) == 0
 
 
+@pytest.fixture(scope="module")
+def whole(settings, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert main(["run", *settings, "--out", str(folder), "--quiet"]) == 0
+    return folder
+
+
 @pytest.mark.parametrize("nth", [0, 1, 2, 8, 19])
-def test_a_full_disk(settings, tmp_path, capsys, monkeypatch, read_lines, nth):
+def test_a_full_disk(settings, whole, tmp_path, capsys, monkeypatch, read_lines, nth):
     """Whatever write it hits, one sentence; with room again, resume ends as if nothing had been."""
     folder, calls = tmp_path / "run", iter(range(10_000))
     real = os.fsync
@@ -197,9 +204,8 @@ def test_a_full_disk(settings, tmp_path, capsys, monkeypatch, read_lines, nth):
     if nth == 0:
         return  # not even the settings were written
     assert main(["resume", str(folder), "--quiet"]) == 0
-    assert main(["run", *settings, "--out", str(tmp_path / "whole"), "--quiet"]) == 0
     for name in ("metrics.jsonl", "clients.jsonl"):
-        assert read_lines(folder / name) == read_lines(tmp_path / "whole" / name)
+        assert read_lines(folder / name) == read_lines(whole / name)
 
 
 def test_a_disk_that_fills_while_adapters_are_exported(settings, tmp_path, capsys):

@@ -20,10 +20,11 @@ from fedms.fl.checkpoint import load_checkpoint
 from fedms.fl.config import Config
 from fedms.fl.engines import local as engine
 from fedms.fl.experiment import resume, start
+from fedms.fl.progress import Progress
 
 # Imports once, then forks a child for every leg of a run: one that nobody stops, then one that is
-# killed after given shares of the time which the first one took. A visit is slowed down, so that
-# most kills fall into rounds. Prints how each leg ended and how many lines of metrics it left.
+# killed a moment after so and so many visits. Prints how each leg ended and how many lines of
+# metrics it left.
 DRIVER = """
 import json, os, signal, sys, time
 import torch
@@ -33,45 +34,41 @@ from fedms.fl.engines import local
 import fedms.fl.report, fedms.fl.experiment
 
 torch.set_num_threads(1)
-whole, stopped, settings, shares = sys.argv[1], sys.argv[2], *map(json.loads, sys.argv[3:])
+whole, stopped, settings, moments = sys.argv[1], sys.argv[2], *map(json.loads, sys.argv[3:])
 real = local.visit
 
-def slow(*args):
-    time.sleep(0.01)
-    return real(*args)
-
-def leg(folder, limit):
+def leg(folder, visits, seconds):
     first = not os.path.exists(os.path.join(folder, "config.toml"))
     command = ["run", *settings, "--out", folder] if first else ["resume", folder]
-    started = time.monotonic()
+    reading, writing = os.pipe()
     child = os.fork()
     if not child:
+        os.close(reading)
+        local.visit = lambda *args: (os.write(writing, b"."), real(*args))[1]
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os._exit(main([*command, "--quiet"]))
-    done = 0
-    while not done and time.monotonic() - started < limit:
-        done, status = os.waitpid(child, os.WNOHANG)
-        time.sleep(0.002)
-    if not done:
+    os.close(writing)
+    while visits and os.read(reading, 1):
+        visits -= 1
+    if not visits:
+        time.sleep(seconds)
         os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-    seconds = time.monotonic() - started
+    _, status = os.waitpid(child, 0)
+    os.close(reading)
     path = os.path.join(folder, "metrics.jsonl")
     lines = open(path).read().count("\\n") if os.path.exists(path) else 0
     print(json.dumps([status, lines]), flush=True)
-    return seconds
 
-local.visit = slow
-seconds = leg(whole, float("inf"))
-for share in shares:
-    leg(stopped, share * seconds)
-leg(stopped, float("inf"))
+leg(whole, -1, 0)
+for visits, seconds in moments:
+    leg(stopped, visits, seconds)
+leg(stopped, -1, 0)
 """
 
 
-def drive(whole: Path, stopped: Path, settings: list[str], shares: list[float]) -> list[list[int]]:
+def drive(whole: Path, stopped: Path, settings: list[str], moments: list) -> list[list[int]]:
     """For each leg how it ended (a wait status) and the lines of metrics after it."""
-    arguments = [str(whole), str(stopped), json.dumps(settings), json.dumps(shares)]
+    arguments = [str(whole), str(stopped), json.dumps(settings), json.dumps(moments)]
     command = [sys.executable, "-c", DRIVER, *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
@@ -127,16 +124,14 @@ KILLED = (
 def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(
     settings, tmp_path, assert_same_run
 ):
-    """Five kills, the moments drawn as shares of the time that the whole run took."""
+    """Five kills, each some visits and a moment of up to two visits' length later."""
     draw = random.Random(0)
-    shares = [draw.uniform(0.15, 0.5) for _ in range(5)]
+    moments = [(draw.randint(3, 8), draw.uniform(0, 0.06)) for _ in range(5)]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    first, *legs = drive(whole, stopped, [*settings, *KILLED], shares)
-    assert first == [0, 7]
-    killed = [lines for status, lines in legs if status == signal.SIGKILL]
-    assert len(killed) >= 2, legs
-    assert max(killed) > 0, legs
-    assert legs[-1] == [0, 7]
+    first, *killed, last = drive(whole, stopped, [*settings, *KILLED], moments)
+    assert first == last == [0, 7]
+    assert [status for status, _ in killed] == [signal.SIGKILL] * 5
+    assert len({lines for _, lines in killed}) > 1, killed
     assert_same_run(stopped, whole)
 
 
@@ -147,14 +142,17 @@ class Killed(BaseException):
     """Stands for SIGKILL: no handler of the library catches it."""
 
 
-@pytest.fixture
-def whole(config, tmp_path, quiet):
-    """A run that nobody stopped, and its settings."""
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory):
+    """A run that nobody stopped and its settings; made once for each of them."""
+    made: dict[tuple[str, ...], tuple[Config, Path]] = {}
 
     def run(*overrides: str) -> tuple[Config, Path]:
-        settings = config(*overrides)
-        start(settings, tmp_path / "whole", quiet)
-        return settings, tmp_path / "whole"
+        if overrides not in made:
+            folder = tmp_path_factory.mktemp("whole") / "run"
+            start(config(*overrides), folder, Progress(quiet=True))
+            made[overrides] = config(*overrides), folder
+        return made[overrides]
 
     return run
 
