@@ -183,7 +183,7 @@ def whole(settings, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("nth", [0, 1, 2, 8, 19])
+@pytest.mark.parametrize("nth", [0, 1, 8, 19])
 def test_a_full_disk(settings, whole, tmp_path, capsys, monkeypatch, read_lines, nth):
     """Whatever write it hits, one sentence; with room again, resume ends as if nothing had been."""
     folder, calls = tmp_path / "run", iter(range(10_000))

@@ -59,7 +59,7 @@ SLOW["all"] = SLOW["prefix"] + SLOW["global"]
 @pytest.mark.parametrize(
     ("base", "names"),
     [
-        ((), ("prefix", "global", "trunk", "all")),
+        ((), ("prefix", "trunk", "all")),
         (("mofm.local_loss=mixture", "lora.dropout=0.3"), ("global", "trunk")),
         (("mofm.combine=layer", "mofm.gate_input=base"), ("all",)),
     ],

@@ -110,8 +110,8 @@ def assert_same_run(read_lines):
 
 
 KILLED = (
-    "stage1.rounds=4",
-    "stage2.rounds=3",
+    "stage1.rounds=3",
+    "stage2.rounds=2",
     "sal.trigger=every",
     "sal.every=2",
     "lora.dropout=0.1",
@@ -126,10 +126,10 @@ def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(
 ):
     """Five kills, each some visits and a moment of up to two visits' length later."""
     draw = random.Random(0)
-    moments = [(draw.randint(3, 8), draw.uniform(0, 0.06)) for _ in range(5)]
+    moments = [(draw.randint(3, 6), draw.uniform(0, 0.06)) for _ in range(5)]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     first, *killed, last = drive(whole, stopped, [*settings, *KILLED], moments)
-    assert first == last == [0, 7]
+    assert first == last == [0, 5]
     assert [status for status, _ in killed] == [signal.SIGKILL] * 5
     assert len({lines for _, lines in killed}) > 1, killed
     assert_same_run(stopped, whole)
@@ -180,9 +180,7 @@ def stop_at(monkeypatch, place: object, name: str, nth: int, *, after: bool = Fa
         (engine, "save_checkpoint", 3, True),  # all rounds are done, nothing is exported
         (engine, "visit", 6, False),  # in the middle of a cohort
         (engine, "evaluate", 1, True),  # scored, not written
-        (engine, "replace_file", 0, False),  # when a resumed run begins (no file to replace before)
         (experiment, "save_adapter", 2, True),  # in the middle of the export
-        (experiment, "World", 0, True),  # before the first line
         (experiment, "replace_file", 0, False),  # config.toml and nothing more
     ],
 )
@@ -202,15 +200,14 @@ def test_stops_at_chosen_moments(
     assert_same_run(folder, wanted)
 
 
-@pytest.mark.parametrize("cut", [1, 40])
-def test_torn_last_lines(whole, tmp_path, quiet, monkeypatch, assert_same_run, cut):
+def test_torn_last_lines(whole, tmp_path, quiet, monkeypatch, assert_same_run):
     settings, wanted = whole()
     folder = tmp_path / "stopped"
     with monkeypatch.context() as patch:
         stop_at(patch, engine, "save_checkpoint", 2)
         with pytest.raises(Killed):
             start(settings, folder, quiet)
-    for name in ("metrics.jsonl", "clients.jsonl"):
+    for name, cut in (("metrics.jsonl", 40), ("clients.jsonl", 1)):
         text = (folder / name).read_text()
         (folder / name).write_text(text[:-cut])
     resume(folder, quiet)
@@ -266,10 +263,9 @@ def test_a_resumed_run_does_not_repeat_rounds_that_are_done(config, tmp_path, qu
     assert rounds == [4] * 4
 
 
-@pytest.mark.parametrize("order", ["random", "importance"])
-def test_the_order_of_waking_survives(whole, tmp_path, quiet, monkeypatch, assert_same_run, order):
+def test_the_order_of_waking_survives(whole, tmp_path, quiet, monkeypatch, assert_same_run):
     settings, wanted = whole(
-        f"sal.order={order}",
+        "sal.order=importance",
         "sal.max_blocks=3",
         "sal.queue_length=3",
         "sal.threshold=2",
