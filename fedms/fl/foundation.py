@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fedms.fl.config import LoraConfig, ModelConfig
@@ -247,7 +248,7 @@ def load_foundation(config: ModelConfig, lora: LoraConfig) -> Foundation:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModel.from_pretrained(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise FedMSError(
             f"model.path: {config.path!r} cannot be loaded as a transformers model: {reason}"

@@ -263,6 +263,15 @@ def test_a_model_that_cannot_be_loaded(config, tmp_path):
         load_foundation(model, config().lora)
 
 
+def test_weights_that_are_damaged(config, tiny_bert, tmp_path):
+    folder = shutil.copytree(tiny_bert, tmp_path / "model")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    model = dataclasses.replace(config().model, path=str(folder))
+    with pytest.raises(FedMSError, match=r"model\.path: .* cannot be loaded"):
+        load_foundation(model, config().lora)
+
+
 def other_models() -> dict:
     import transformers as t
 
