@@ -1,8 +1,8 @@
 """FedMS, its rivals and its ablations over seeds, at equal local steps per client, as a table.
 
-    python bench/federated.py --seeds 0 1 2 --out bench/results/federated.md [key=value ...]
+    python bench/federated.py [key=value ...] --seeds 0 1 2 --out bench/results/federated.md
 
-Every row of a seed runs on the same clients and the same model. Settings after the options change
+Every row of a seed runs on the same clients and the same model. Settings change
 all rows. What has run is kept under --runs and not run again, so the seeds can be given to several
 processes and put together by one more call.
 """

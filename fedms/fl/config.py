@@ -175,10 +175,10 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     stage1: StageConfig = field(
-        default_factory=lambda: StageConfig(rounds=6, local_steps=5, lr=0.006)
+        default_factory=lambda: StageConfig(rounds=5, local_steps=5, lr=0.006)
     )
     stage2: StageConfig = field(
-        default_factory=lambda: StageConfig(rounds=3, local_steps=5, lr=0.002)
+        default_factory=lambda: StageConfig(rounds=2, local_steps=5, lr=0.002)
     )
     sal: SalConfig = field(default_factory=SalConfig)
     mofm: MofmConfig = field(default_factory=MofmConfig)
