@@ -13,8 +13,10 @@ def check_update(update: Update, expected: State) -> None:
     """Refuse an update that cannot be averaged.
 
     Raises:
-        ClientFailure: an unknown name, another shape, or a value that is not finite.
+        ClientFailure: no examples, an unknown name, another shape, or a value that is not finite.
     """
+    if update.num_examples < 1:
+        raise ClientFailure(f"it says it trained on {update.num_examples} examples")
     for name, tensor in update.shared.items():
         if name not in expected:
             raise ClientFailure(f"it sent {name}, which the server does not know")

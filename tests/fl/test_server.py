@@ -91,6 +91,12 @@ def test_what_is_no_update_is_refused():
             check_update(update(1, {"w": torch.ones(2, 3)}, {"k": vector(value)}), expected)
 
 
+def test_an_update_without_examples_is_refused():
+    for count in (0, -3):
+        with pytest.raises(ClientFailure, match=f"trained on {count} examples"):
+            check_update(update(count, {"w": vector(1)}), {"w": vector(0)})
+
+
 @pytest.mark.parametrize(
     ("returned", "cohort", "quorum", "enough"),
     [
