@@ -99,7 +99,9 @@ def _cuda_state() -> str:
     return module.state()
 
 
-def _h_like(x: Tensor, A: Sequence[Tensor], expert_idxs: Tensor | None) -> tuple[int, torch.dtype]:
+def _h_like(
+    x: Tensor, A: Sequence[Tensor], expert_idxs: Tensor | None, runs: Sequence[int] | None
+) -> tuple[int, torch.dtype]:
     sizes = [a.shape[0] for a in A]
     width = sum(sizes) if expert_idxs is None else expert_idxs.shape[1] * max(sizes)
     return width, torch.float32
@@ -157,7 +159,7 @@ def _forward(
     A, B = [a.contiguous() for a in A], [b.contiguous() for b in B]
     gates = None if gates is None else gates.to(torch.float32)
     expert_idxs = None if expert_idxs is None else expert_idxs.contiguous()
-    width, _ = _h_like(x, A, expert_idxs)
+    width, _ = _h_like(x, A, expert_idxs, runs)
     h = x.new_empty((m, width) if save_h else (0,), dtype=torch.float32)
     shared = _shared(m, k, y_MN.shape[1], x.dtype, A, B, gates, expert_idxs, runs, scale, dropout_p,
                      seed, x, h if save_h else None, width)  # fmt: skip
@@ -182,7 +184,7 @@ def _backward(
     dA, dB = _outputs(A, need_dA), _outputs(B, need_dB)
     gates32 = None if gates is None else gates.to(torch.float32)
     expert_idxs = None if expert_idxs is None else expert_idxs.contiguous()
-    width, _ = _h_like(dy, A, expert_idxs)
+    width, _ = _h_like(dy, A, expert_idxs, runs)
     columns = len(A) if expert_idxs is None else expert_idxs.shape[1]
     dg = dy.new_zeros((m, columns) if need_dg else (0,), dtype=torch.float32)
     shared = _shared(m, k, n, dy.dtype, A, B, gates32, expert_idxs, runs, scale, dropout_p, seed, x,

@@ -41,12 +41,14 @@ def define_backend(
     backward: Callable[..., tuple[Tensor, Tensor, list[Tensor], list[Tensor]]],
     *,
     dispatch_key: str,
-    h_like: Callable[[Tensor, Sequence[Tensor], Tensor | None], tuple[int, torch.dtype]],
+    h_like: Callable[
+        [Tensor, Sequence[Tensor], Tensor | None, Sequence[int] | None], tuple[int, torch.dtype]
+    ],
 ) -> None:
     """Register a backend's two ops and their fakes.
 
     dispatch_key: "CPU", "CUDA", or "CompositeExplicitAutograd" for any device.
-    h_like(x, A, expert_idxs) -> (row width, dtype) of the h this backend saves.
+    h_like(x, A, expert_idxs, runs) -> (row width, dtype) of the h this backend saves.
     """
 
     def fake_forward(
@@ -57,7 +59,7 @@ def define_backend(
         like = weight if base is None else base
         assert like is not None
         n = like.shape[0] if base is None else like.shape[1]
-        width, dtype = h_like(x, A, expert_idxs)
+        width, dtype = h_like(x, A, expert_idxs, runs)
         h = x.new_empty((x.shape[0], width) if save_h else (0,), dtype=dtype)
         return like.new_empty((x.shape[0], n)), h
 

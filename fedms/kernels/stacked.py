@@ -22,7 +22,9 @@ from fedms.kernels.ops import define_backend
 from fedms.kernels.packing import stack_columns, stack_rows
 
 
-def _h_like(x: Tensor, A: Sequence[Tensor], expert_idxs: Tensor | None) -> tuple[int, torch.dtype]:
+def _h_like(
+    x: Tensor, A: Sequence[Tensor], expert_idxs: Tensor | None, runs: Sequence[int] | None
+) -> tuple[int, torch.dtype]:
     return sum(a.shape[0] for a in A), torch.promote_types(x.dtype, A[0].dtype)
 
 
@@ -46,7 +48,7 @@ def _forward(
         y_MN = F.linear(x, weight, bias)
     else:
         y_MN = base.clone()  # a custom op's output must not be its input
-    width, dtype = _h_like(x, A, expert_idxs)
+    width, dtype = _h_like(x, A, expert_idxs, runs)
     h_MR = x.new_empty((x.shape[0], width), dtype=dtype)
     coef = _coefficients(gates, expert_idxs, scale, x)
     ranks = _rank_offsets(A)
