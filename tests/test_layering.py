@@ -17,13 +17,14 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "fedms"
 
 # module (without `fedms.`) -> what it may import; a name ending in `.*` allows the whole subpackage
+TRITON_KERNELS = ("shrink", "finish", "linear", "outer")
 KERNELS = {
     "kernels": {"kernels.functional", "kernels.reference", "kernels.segments"},
     "kernels.functional": {
         "kernels.dropout", "kernels.plan", "kernels.segments", "kernels.stacked",
         "kernels.validate",
     },
-    "kernels.plan": {"kernels.native"},
+    "kernels.plan": {"kernels.native", "kernels.triton"},
     "kernels.validate": {"kernels.segments"},
     "kernels.reference": {"kernels.dropout", "kernels.segments"},
     "kernels.stacked": {"kernels.dropout", "kernels.ops", "kernels.packing"},
@@ -31,6 +32,15 @@ KERNELS = {
     "kernels.ops": set(),
     "kernels.cuda": {"kernels.packing"},
     "kernels.packing": set(),
+    "kernels.tiles": set(),
+    "kernels.triton": {"kernels.ops", "kernels.segments", "kernels.triton.backend"},
+    "kernels.triton.backend": {
+        "kernels.packing", "kernels.tiles", "kernels.triton.finish", "kernels.triton.layout",
+        "kernels.triton.linear", "kernels.triton.outer", "kernels.triton.shrink",
+    },
+    "kernels.triton.layout": {"kernels.segments"},
+    "kernels.triton.tile": set(),
+    **{f"kernels.triton.{kernel}": {"kernels.triton.tile"} for kernel in TRITON_KERNELS},
     "kernels.segments": set(),
     "kernels.dropout": set(),
 }  # fmt: skip
@@ -39,7 +49,7 @@ SURFACE = {
     "peft": {"layers", "kernels"},
     "doctor": {"", "kernels", "kernels.native", "kernels.plan"},  # reports what is under the hood
 }
-BACKENDS = {"kernels.stacked", "kernels.native"}
+BACKENDS = {"kernels.stacked", "kernels.native", "kernels.triton", "kernels.triton.backend"}
 
 # fl: a module may import lower levels only; the parts and the algorithms may import one another as
 # long as there is no cycle. A module that is not named here is a part.
@@ -140,4 +150,6 @@ def test_the_table_forbids_what_it_should():
     assert _forbidden("fl.data", "fl.client")
     assert not _forbidden("fl.cli", "fl.engines.local")
     for one in BACKENDS:
-        assert not KERNELS[one] & BACKENDS
+        inside = {other for other in BACKENDS if other.startswith("kernels.triton")}
+        others = BACKENDS - (inside if one in inside else set())
+        assert not KERNELS[one] & others

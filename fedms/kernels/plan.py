@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import torch
 
-from fedms.kernels import native
+from fedms.kernels import native, triton
 
-BACKENDS = ("stacked", "native")
+BACKENDS = ("stacked", "native", "triton")
 
 
 def choose(
@@ -33,4 +33,6 @@ def choose(
         raise ValueError(f"backend must be None or one of {BACKENDS}, got {backend!r}")
     if backend == "native":
         native.require(device, x, adapter, base)
+    if backend == "triton":
+        triton.require(device, x, adapter, base)
     return backend

@@ -65,5 +65,16 @@ class Segments:
         return flat
 
 
+def row_width(ranks: Sequence[int], runs: Sequence[int] | None) -> int:
+    """The most ranks that any one row uses: `runs` are `Segments.runs()`, None for all experts."""
+    if runs is None:
+        return sum(ranks)
+    widths: dict[tuple[int, int], int] = {}
+    for i in range(0, len(runs), 4):
+        begin, end, first, last = runs[i : i + 4]
+        widths[begin, end] = widths.get((begin, end), 0) + sum(ranks[first:last])
+    return max(widths.values(), default=0)
+
+
 def _short(values: Sequence[int]) -> str:
     return str(values) if len(values) <= 8 else f"({', '.join(map(str, values[:8]))}, ...)"

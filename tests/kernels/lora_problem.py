@@ -8,11 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from fedms.kernels import Segments, gated_lora_linear, gated_lora_linear_reference
-from fedms.kernels.native import available
+from fedms.kernels import (
+    Segments,
+    gated_lora_linear,
+    gated_lora_linear_reference,
+    native,
+    triton,
+)
 
-BACKENDS = ["stacked", "native"] if available() else ["stacked"]
+BACKENDS = ["stacked", *["native"] * native.available(), *["triton"] * triton.available()]
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,16 @@ def upstream(y: Tensor) -> Tensor:
     """A fixed dy of order one that bf16 holds exactly."""
     dy = torch.cos(torch.arange(y.numel(), dtype=torch.float64) * 0.7)
     return dy.to(torch.bfloat16).to(y.dtype).reshape(y.shape)
+
+
+def peft_arithmetic(x, weight, A, B, *, bias, gates, scaling, **_) -> Tensor:
+    """What peft computes, gate included: adapter by adapter, x cast to the adapters' dtype."""
+    y = F.linear(x, weight, bias)
+    dtype = y.dtype
+    for e, (a, b) in enumerate(zip(A, B, strict=True)):
+        delta = F.linear(F.linear(x.to(a.dtype), a), b) * scaling[e]
+        y = y + delta * gates[:, e : e + 1]
+    return y.to(dtype)
 
 
 def make_problem(

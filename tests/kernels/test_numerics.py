@@ -4,23 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lora_problem import BACKENDS, Problem, errors, make_problem
-from torch import Tensor
+from lora_problem import BACKENDS, Problem, errors, make_problem, peft_arithmetic
 from torch.nn import functional as F
 
 from fedms.kernels import Segments, native
 
 needs_native = pytest.mark.skipif(not native.available(), reason="the extension is not built")
-
-
-def peft_arithmetic(x, weight, A, B, *, bias, gates, scaling, **_) -> Tensor:
-    """What peft computes, gate included: adapter by adapter, x cast to the adapters' dtype."""
-    y = F.linear(x, weight, bias)
-    dtype = y.dtype
-    for e, (a, b) in enumerate(zip(A, B, strict=True)):
-        delta = F.linear(F.linear(x.to(a.dtype), a), b) * scaling[e]
-        y = y + delta * gates[:, e : e + 1]
-    return y.to(dtype)
 
 
 @needs_native

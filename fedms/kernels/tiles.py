@@ -1,0 +1,177 @@
+"""What a GPU call is made of: backend, strategy and tile sizes, from a table or a heuristic.
+
+The table has rows measured on a device (`plan.json` beside this file, then the user's own, which
+wins); a row holds for its device, dtypes, K, N, and the buckets of M and R. A row is written only
+by the tuner, after its result was checked on that device: a kernel without a row has never passed
+there and is not chosen by default. The committed table has no rows yet.
+
+Strategies, for y and for dx alike:
+    fused    one kernel: shrink inside the base GEMM's loop (no segments, no dropout, small R)
+    extend   shrink, then a GEMM whose accumulator takes the mixture
+    split    torch's GEMM (cuBLAS), then the mixture added by a kernel of its own
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+STRATEGIES = ("fused", "extend", "split")
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """One kernel's launch: block sizes, warps, software-pipeline stages.
+
+    tma: load x and w by tensor descriptors (sm_90 and later). persistent: one program a
+    multiprocessor instead of one a tile.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int = 4
+    stages: int = 3
+    tma: bool = False
+    persistent: bool = False
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How one call runs. `linear` is y's kernel, `dx` that of dx; shrink has no block_n."""
+
+    backend: str
+    forward: str
+    backward: str
+    linear: Tiles
+    dx: Tiles
+    shrink: Tiles
+    outer: Tiles
+    measured: bool = False
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a choice depends on. m and r are rounded up to powers of two, 16 at least."""
+
+    device: str
+    x: str
+    adapter: str
+    m: int
+    k: int
+    n: int
+    r: int
+
+    @staticmethod
+    def of(
+        device: str, x: torch.dtype, adapter: torch.dtype, m: int, k: int, n: int, r: int
+    ) -> Shape:
+        return Shape(device, _name(x), _name(adapter), _bucket(m), k, n, _bucket(r))
+
+
+def heuristic(shape: Shape) -> Choice:
+    """The choice for a shape that no table has.
+
+    The backend is plain torch: nothing here has been measured. The tiles are what the Triton
+    kernels take when they are named: fused below the width where repeating the shrink in every
+    column tile costs more than a launch and one more read of x (N about 1.8k, by arithmetic).
+    """
+    wide = shape.x == "float32"  # its base GEMM is cuBLAS's
+    block_m = min(128, shape.m)
+    gemm = Tiles(block_m, 128, 64, 8 if block_m == 128 else 4, 3)
+    if wide or shape.adapter == "float32":
+        gemm = replace(gemm, block_n=64, block_k=32)
+    small = shape.r <= 64
+
+    def strategy(out: int) -> str:
+        if wide or shape.m <= 64:
+            return "split"
+        return "fused" if out <= 1792 and small else "extend"
+
+    return Choice(
+        backend="stacked",
+        forward=strategy(shape.n),
+        backward=strategy(shape.k),
+        linear=gemm,
+        dx=gemm,
+        shrink=Tiles(min(64, shape.m), 0, 64 if wide else 128, 4, 3),
+        outer=Tiles(32 if wide else 64, 128, 0, 4 if small else 8, 2),
+    )
+
+
+@lru_cache(maxsize=8192)
+def choose(shape: Shape) -> Choice:
+    """The measured choice for a shape, else the heuristic's."""
+    return _table().get(shape) or heuristic(shape)
+
+
+def user_table() -> Path:
+    """Where the tuner writes: $XDG_CONFIG_HOME/fedms/plan.json, by default below ~/.config."""
+    home = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    return Path(home) / "fedms" / "plan.json"
+
+
+def save(rows: dict[Shape, Choice], path: Path) -> None:
+    """Merge rows into the table at `path` (the newer one of a shape wins); replaces it whole."""
+    kept = (_parse(path.read_text("utf-8"), str(path)) if path.exists() else {}) | rows
+    listed = [{"shape": asdict(s), "choice": asdict(c)} for s, c in kept.items()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(".tmp")
+    fresh.write_text(json.dumps(listed, indent=1) + "\n", "utf-8")
+    fresh.replace(path)
+    _table.cache_clear()
+    choose.cache_clear()
+
+
+@lru_cache(maxsize=1)
+def _table() -> dict[Shape, Choice]:
+    own = resources.files("fedms.kernels").joinpath("plan.json").read_text("utf-8")
+    rows = _parse(own, "fedms/kernels/plan.json")
+    path = user_table()
+    if path.exists():
+        rows |= _parse(path.read_text("utf-8"), str(path))
+    return rows
+
+
+def _parse(text: str, where: str) -> dict[Shape, Choice]:
+    """Rows of a table. Raises ValueError that names the file and the row."""
+    try:
+        listed = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} must be a JSON list of rows, got: {error}") from None
+    rows = {}
+    for i, row in enumerate(listed):
+        try:
+            shape, choice = Shape(**row["shape"]), _choice(row["choice"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{where}, row {i} must have a shape and a choice as the tuner writes them: {error}"
+            ) from None
+        if not {choice.forward, choice.backward} <= set(STRATEGIES):
+            raise ValueError(
+                f"{where}, row {i}: forward and backward must be of {STRATEGIES}, "
+                f"got {choice.forward!r} and {choice.backward!r}"
+            )
+        rows[shape] = choice
+    return rows
+
+
+def _choice(fields: dict[str, Any]) -> Choice:
+    tiles = ("linear", "dx", "shrink", "outer")
+    launches: dict[str, Any] = {name: Tiles(**fields[name]) for name in tiles}
+    return Choice(**fields | launches)
+
+
+def _bucket(size: int) -> int:
+    return max(16, 1 << (size - 1).bit_length()) if size > 0 else 16
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

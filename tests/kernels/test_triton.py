@@ -1,0 +1,205 @@
+"""The Triton kernels in every strategy and dtype: on a GPU where there is one, else interpreted."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from lora_problem import Problem, assert_close, errors, make_problem, peft_arithmetic
+
+from fedms.kernels import Segments, gated_lora_linear, tiles, triton
+from fedms.kernels.tiles import Choice, Tiles
+
+if not triton.available():
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+from fedms.kernels.triton import backend
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = {
+    "fp32": (torch.float32, torch.float32),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "fp16": (torch.float16, torch.float16),
+    "bf16-fp32": (torch.bfloat16, torch.float32),
+}
+
+
+def choice(strategy: str, *, tma: bool = False, persistent: bool = False) -> Choice:
+    """Small tiles, so that small problems have several of each."""
+    gemm = Tiles(32, 32, 32, 4, 2, tma=tma, persistent=persistent)
+    return Choice(
+        "triton", strategy, strategy, gemm, gemm, Tiles(32, 0, 32, 4, 2), Tiles(16, 32, 0, 4, 2)
+    )
+
+
+@pytest.fixture
+def force(monkeypatch):
+    """Make every call of the test run with this choice."""
+    return lambda chosen: monkeypatch.setattr(backend, "choose", lambda shape: chosen)
+
+
+def on_device(problem: Problem) -> Problem:
+    def move(t):
+        return None if t is None else t.detach().to(DEVICE).requires_grad_(t.requires_grad)
+
+    return replace(
+        problem, x=move(problem.x), weight=move(problem.weight), bias=move(problem.bias),
+        A=[move(a) for a in problem.A], B=[move(b) for b in problem.B], gates=move(problem.gates),
+        expert_idxs=move(problem.expert_idxs),
+    )  # fmt: skip
+
+
+def run(problem: Problem) -> dict[str, torch.Tensor | None]:
+    got = on_device(problem).run("triton")
+    return {name: None if t is None else t.cpu() for name, t in got.items()}
+
+
+@pytest.mark.parametrize("strategy", tiles.STRATEGIES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape", [(70, 72, 104, (8, 3)), (33, 100, 41, (16, 16, 4)), (16, 48, 64, (8,))], ids=str
+)
+def test_error_is_not_worse_than_pefts(force, strategy, dtype, shape):
+    """Against float64: at most twice the error of peft's arithmetic in the same dtypes."""
+    force(choice(strategy))
+    m, k, n, ranks = shape
+    problem = make_problem(m, k, n, ranks)
+    truth = problem.truth()
+    cast = problem.to(*DTYPES[dtype])
+    ours, theirs = errors(run(cast), truth), errors(cast.run(peft_arithmetic), truth)
+    for name, error in ours.items():
+        bound = 2 * max(theirs[name], torch.finfo(DTYPES[dtype][0]).eps / 4)
+        assert error <= bound, f"{name}: {error:.2e}, peft {theirs[name]:.2e}"
+
+
+@pytest.mark.parametrize("strategy", tiles.STRATEGIES)
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {"gates": None},
+        {"gates": "layer"},
+        {"dropout_p": 0.3},
+        {"gates": "listed", "expert_idxs": torch.arange(140).reshape(70, 2) * 3 // 2 % 3},
+        {"segments": Segments([0, 5, 5, 40, 61, 70], [0, 2, (2, 0), (), (2, 1, 0)])},
+        {"segments": Segments([0, 33, 70], [(0, 2), 1]), "dropout_p": 0.3},
+    ],
+    ids=["no-gates", "layer", "dropout", "top-k", "segments", "segments-dropout"],
+)
+def test_routing(force, strategy, variant):
+    force(choice(strategy))
+    problem = make_problem(70, 40, 56, (8, 3, 16), **variant)
+    assert_close(run(problem.to(torch.float32)), problem.truth(), 1e-5)
+
+
+@pytest.mark.parametrize("strategy", ["fused", "extend"])
+def test_descriptors_and_persistence_change_no_bit(force, strategy):
+    problem = make_problem(70, 64, 96, (8, 8)).to(torch.bfloat16)
+    force(choice(strategy))
+    plain = run(problem)
+    for tma, persistent in [(True, False), (False, True), (True, True)]:
+        force(choice(strategy, tma=tma, persistent=persistent))
+        for name, value in run(problem).items():
+            assert torch.equal(value, plain[name]), name
+
+
+def test_a_matrix_that_no_descriptor_takes_is_read_by_pointers(force):
+    force(choice("extend", tma=True))
+    problem = make_problem(33, 41, 43, (8,)).to(torch.bfloat16)  # rows of 82 and 86 bytes
+    assert max(errors(run(problem), problem.truth()).values()) < 1e-2
+
+
+@pytest.mark.parametrize("strategy", tiles.STRATEGIES)
+def test_frozen_experts_are_not_computed(force, strategy, monkeypatch):
+    """dA and dB of the trainable ones alone, and their items span no other rank."""
+    force(choice(strategy))
+    problem = make_problem(40, 40, 56, (8, 8, 8))
+    frozen = replace(
+        problem,
+        A=[problem.A[0].detach(), problem.A[1], problem.A[2].detach()],
+        B=[problem.B[0].detach(), problem.B[1], problem.B[2].detach()],
+    )
+    spans = []
+    outer = backend._outer
+
+    def spy(call, d, p, grads, need, **kwargs):
+        spans.append(call.layout.gradient_items(40, need).items[0, 6:].tolist())
+        return outer(call, d, p, grads, need, **kwargs)
+
+    monkeypatch.setattr(backend, "_outer", spy)
+    assert_close(run(frozen.to(torch.float32)), frozen.truth(), 1e-5)
+    assert spans == [[8, 16], [8, 16]]
+
+
+def test_more_ranks_than_a_program_takes(force):
+    """R over 128: several rank tiles, an expert that lies in two of them."""
+    force(choice("extend"))
+    problem = make_problem(40, 40, 48, (100, 60, 16))
+    assert_close(run(problem.to(torch.float32)), problem.truth(), 1e-5)
+
+
+def test_few_rows_split_the_columns(force, monkeypatch):
+    """One row tile and many columns: several programs share them, finish adds their sums."""
+    force(replace(choice("split"), shrink=Tiles(16, 0, 16, 4, 2)))
+    monkeypatch.setattr(backend, "_multiprocessors", lambda device: 8)
+    for gates in ("token", None):
+        problem = make_problem(5, 300, 280, (8, 3), gates=gates)
+        assert_close(run(problem.to(torch.float32)), problem.truth(), 1e-5)
+
+
+def test_negative_controls(force):
+    for strategy in tiles.STRATEGIES:
+        force(choice(strategy))
+        problem = make_problem(40, ranks=(8, 8)).to(torch.float32)
+        truth = problem.truth()
+        swapped = replace(problem, gates=problem.gates.detach().flip(1).requires_grad_())
+        assert errors(run(swapped), truth)["y"] > 0.1
+        assert errors(run(replace(problem, B=problem.B[::-1])), truth)["dx"] > 0.1
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_nan_and_infinity_stay_in_their_rows(force):
+    for strategy in tiles.STRATEGIES:
+        force(choice(strategy))
+        problem = make_problem(5, 32, 40, (8,), gates=None).to(torch.bfloat16)
+        with torch.no_grad():
+            problem.x[1, 3], problem.x[2, 3] = float("nan"), float("inf")
+        y = run(problem)["y"]
+        assert y[1].isnan().all()
+        assert not y[2].isfinite().any()
+        assert y[[0, 3, 4]].isfinite().all()
+
+
+def test_checkpointing_recomputes_the_same(force):
+    """Gates and the dropout seed are inputs of the op, so a recompute sees them."""
+    force(choice("split"))
+    p = on_device(make_problem(40, dropout_p=0.3).to(torch.float32))
+
+    def layer(x, gates):
+        return gated_lora_linear(
+            x, p.weight, p.A, p.B, gates=gates, dropout_p=0.3, backend="triton"
+        )
+
+    results = []
+    for recompute in (False, True):
+        torch.manual_seed(3)
+        if recompute:
+            y = torch.utils.checkpoint.checkpoint(layer, p.x, p.gates, use_reentrant=False)
+        else:
+            y = layer(p.x, p.gates)
+        results.append((y, *torch.autograd.grad(y.square().sum(), [p.x, p.gates, *p.A, *p.B])))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
+def test_without_a_gpu_and_without_the_interpreter_it_says_so(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    problem = make_problem(3).to(torch.float32)
+    with pytest.raises(ValueError, match=r"backend='triton' must have tensors on a GPU"):
+        problem.run("triton")
+
+
+def test_dtypes_it_has_no_kernels_for():
+    with pytest.raises(ValueError, match=r"backend='triton' must have x, base result and adapters"):
+        on_device(make_problem(3)).run("triton")  # float64
