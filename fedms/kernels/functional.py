@@ -72,7 +72,7 @@ def gated_lora_linear(
     scaling: s_e: None (ones), a float, or one an expert.
     dropout_p, seed: dropout on the experts' input, a mask of its own for each expert, a function
         of the seed alone (fedms.kernels.dropout); None draws one from torch's default generator.
-    backend: None (by fedms.kernels.plan), "stacked" or "native".
+    backend: None (by fedms.kernels.plan), "stacked", "native" or "triton".
 
     Returns [..., N] in the base result's dtype. M = 0, E = 0 and ranks of 0 equal the base. Under
     autocast x and the weight are cast to the autocast dtype and the adapters stay as they are.
@@ -119,7 +119,17 @@ def gated_lora_linear(
         expert_idxs = expert_idxs.reshape(-1, expert_idxs.shape[-1])
     out_dtype = x.dtype if base is None else base.dtype
     spec = _Spec(
-        backend=plan.choose(x.device, x.dtype, lora_A[0].dtype, out_dtype, backend),
+        backend=plan.choose(
+            x.device,
+            x.dtype,
+            lora_A[0].dtype,
+            out_dtype,
+            backend,
+            x_MK.shape[0],
+            k,
+            n,
+            sum(a.shape[0] for a in lora_A),
+        ),
         num_experts=e,
         runs=None if segments is None else segments.runs(),
         scale=scale,

@@ -1,16 +1,19 @@
-"""Which backend runs a call: a short table by device and dtype.
+"""Which backend runs a call.
 
 CPU, fp32 or bf16: native, for every shape. bench/results shows no crossover worth a rule: it is the
 faster one in all but a few rows and those are within the noise of a busy machine, as it does the
-same R (K + N) M multiply-adds in fewer passes over memory. Other dtypes (fp16, fp64) and devices:
-stacked. The CUDA module is in no row, because it has not run on a GPU yet.
+same R (K + N) M multiply-adds in fewer passes over memory.
+GPU: what the measured table of fedms.kernels.tiles says for the device, dtypes and shape. Without a
+row it is stacked (cuBLAS and addmm), which always is one of the tuner's candidates too: Triton and
+CUDA kernels are not chosen where nobody has seen them pass.
+Other dtypes (fp64) and devices: stacked.
 """
 
 from __future__ import annotations
 
 import torch
 
-from fedms.kernels import native, triton
+from fedms.kernels import native, tiles, triton
 
 BACKENDS = ("stacked", "native", "triton")
 
@@ -21,14 +24,24 @@ def choose(
     adapter: torch.dtype,
     base: torch.dtype,
     backend: str | None,
+    m: int = 1,
+    k: int = 1,
+    n: int = 1,
+    r: int = 1,
 ) -> str:
-    """The backend for these dtypes on this device; `backend` when the caller named one.
+    """The backend for these dtypes and sizes on this device; `backend` when the caller named one.
 
-    Raises ValueError for an unknown name and RuntimeError when the named one cannot run here.
+    m, k, n, r: rows, widths in and out, stacked ranks. Raises ValueError for an unknown name and
+    RuntimeError or ValueError when the named one cannot run here.
     """
     if backend is None:
-        able = device.type == "cpu" and native.available() and native.supports(x, adapter, base)
-        return "native" if able else "stacked"
+        if device.type == "cpu":
+            able = native.available() and native.supports(x, adapter, base)
+            return "native" if able else "stacked"
+        if device.type != "cuda" or x != base:
+            return "stacked"
+        shape = tiles.Shape.of(tiles.device_name(device), x, adapter, m, k, n, r)
+        return tiles.choose(shape).backend
     if backend not in BACKENDS:
         raise ValueError(f"backend must be None or one of {BACKENDS}, got {backend!r}")
     if backend == "native":
@@ -36,3 +49,11 @@ def choose(
     if backend == "triton":
         triton.require(device, x, adapter, base)
     return backend
+
+
+def runs(backend: str, device: torch.device, x: torch.dtype, adapter: torch.dtype) -> bool:
+    """Whether a backend can run on this device with these dtypes."""
+    try:
+        return choose(device, x, adapter, x, backend) == backend
+    except (RuntimeError, ValueError):
+        return False

@@ -84,16 +84,17 @@ def heuristic(shape: Shape) -> Choice:
     column tile costs more than a launch and one more read of x (N about 1.8k, by arithmetic).
     """
     wide = shape.x == "float32"  # its base GEMM is cuBLAS's
-    block_m = min(128, shape.m)
-    gemm = Tiles(block_m, 128, 64, 8 if block_m == 128 else 4, 3)
+    amd = torch.version.hip is not None  # 64 KiB of shared memory
+    block_m = min(64 if wide and amd else 128, shape.m)
+    gemm = Tiles(block_m, 128, 32 if amd else 64, 8 if block_m == 128 else 4, 2 if amd else 3)
     if wide or shape.adapter == "float32":
-        gemm = replace(gemm, block_n=64, block_k=32)
-    small = shape.r <= 64
+        gemm = replace(gemm, block_n=64 if block_m >= 64 else 32, block_k=32)
+    can_fuse = shape.r <= 64 and shape.adapter == shape.x
 
     def strategy(out: int) -> str:
         if wide or shape.m <= 64:
             return "split"
-        return "fused" if out <= 1792 and small else "extend"
+        return "fused" if out <= 1792 and can_fuse else "extend"
 
     return Choice(
         backend="stacked",
@@ -101,8 +102,8 @@ def heuristic(shape: Shape) -> Choice:
         backward=strategy(shape.k),
         linear=gemm,
         dx=gemm,
-        shrink=Tiles(min(64, shape.m), 0, 64 if wide else 128, 4, 3),
-        outer=Tiles(32 if wide else 64, 128, 0, 4 if small else 8, 2),
+        shrink=Tiles(min(32 if wide else 64, shape.m), 0, 32 if wide else 64, 4, 3),
+        outer=Tiles(32, 64, 0, 4, 2) if wide else Tiles(64, 128, 0, 4 if shape.r <= 64 else 8, 2),
     )
 
 
@@ -110,6 +111,12 @@ def heuristic(shape: Shape) -> Choice:
 def choose(shape: Shape) -> Choice:
     """The measured choice for a shape, else the heuristic's."""
     return _table().get(shape) or heuristic(shape)
+
+
+@lru_cache(maxsize=64)
+def device_name(device: torch.device) -> str:
+    """What the tables call a device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def user_table() -> Path:
@@ -120,7 +127,7 @@ def user_table() -> Path:
 
 def save(rows: dict[Shape, Choice], path: Path) -> None:
     """Merge rows into the table at `path` (the newer one of a shape wins); replaces it whole."""
-    kept = (_parse(path.read_text("utf-8"), str(path)) if path.exists() else {}) | rows
+    kept = (parse(path.read_text("utf-8"), str(path)) if path.exists() else {}) | rows
     listed = [{"shape": asdict(s), "choice": asdict(c)} for s, c in kept.items()]
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_suffix(".tmp")
@@ -133,14 +140,14 @@ def save(rows: dict[Shape, Choice], path: Path) -> None:
 @lru_cache(maxsize=1)
 def _table() -> dict[Shape, Choice]:
     own = resources.files("fedms.kernels").joinpath("plan.json").read_text("utf-8")
-    rows = _parse(own, "fedms/kernels/plan.json")
+    rows = parse(own, "fedms/kernels/plan.json")
     path = user_table()
     if path.exists():
-        rows |= _parse(path.read_text("utf-8"), str(path))
+        rows |= parse(path.read_text("utf-8"), str(path))
     return rows
 
 
-def _parse(text: str, where: str) -> dict[Shape, Choice]:
+def parse(text: str, where: str) -> dict[Shape, Choice]:
     """Rows of a table. Raises ValueError that names the file and the row."""
     try:
         listed = json.loads(text)

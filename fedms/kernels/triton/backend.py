@@ -18,7 +18,7 @@ h [M, W] in c is what forward keeps: ungated, so that dg is exact at a gate of z
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fedms.kernels.packing import stack_columns, stack_rows
-from fedms.kernels.tiles import Choice, Shape, Tiles, choose
+from fedms.kernels.tiles import Choice, Shape, Tiles, choose, device_name
 from fedms.kernels.triton.finish import finish_kernel
 from fedms.kernels.triton.layout import Layout, layout, rank_block
 from fedms.kernels.triton.linear import linear_kernel
@@ -74,8 +74,8 @@ class _Call:
             "TOP_K": 0 if idxs is None else idxs.shape[1],
         }
 
-    def dropout(self) -> dict[str, Any]:
-        p = self.dropout_p
+    def dropout(self, applies: bool) -> dict[str, Any]:
+        p = self.dropout_p if applies else 0.0
         return {
             "seed": self.seed,
             "threshold": int(p * 2**32),
@@ -223,7 +223,7 @@ def _call(
 ) -> _Call:  # fmt: skip
     ranks = tuple(a.shape[0] for a in A)
     if choice is None:
-        device = _device_name(x.device)
+        device = device_name(x.device)
         choice = choose(Shape.of(device, x.dtype, A[0].dtype, m, k, n, sum(ranks)))
     return _Call(
         layout=layout(
@@ -259,7 +259,6 @@ def _shrink(
     idle = _multiprocessors(x.device) // count
     split = max(1, min(idle, c // (4 * tiles.block_k)))
     partial = call.empty(split, m, call.layout.width, dtype=torch.float32) if split > 1 else gated
-    dropout = call.dropout()
     shrink_kernel[(count, split)](
         x_ptr=x, a_ptr=a, raw_ptr=gated if raw is None else raw, gated_ptr=gated,
         partial_ptr=partial, items_ptr=x if items is None else items, M=m, C=c,
@@ -267,8 +266,7 @@ def _shrink(
         stride_ar=a_strides[0], stride_ac=a_strides[1], BLOCK_M=tiles.block_m,
         BLOCK_C=tiles.block_k, BLOCK_R=call.layout.block_r, SPLIT=split, DENSE=call.dense,
         RAW=raw is not None, GATED=True, PRECISION=_mixture_precision(call, x),
-        num_warps=tiles.warps, num_stages=tiles.stages, **call.routing(),
-        **(dropout | {"DROPOUT": drop and dropout["DROPOUT"]}),
+        num_warps=tiles.warps, num_stages=tiles.stages, **call.routing(), **call.dropout(drop),
     )  # fmt: skip
     if split > 1:
         _finish(call, partial, gated, None, None, raw=raw)
@@ -281,6 +279,9 @@ def _linear(
 ) -> None:  # fmt: skip
     """y [M, O] = base + p b. w [O, C]; fused: p and raw are made here from a."""
     (m, o), c = y.shape, x.shape[1]
+    dropout = call.dropout(drop)
+    if not call.dense:  # the pieces' loop, and a dropped product of its own, need the registers
+        tiles = replace(tiles, block_n=min(tiles.block_n, 64 if dropout["DROPOUT"] else 128))
     by_row = w is not None and w.stride(1) == 1
     tma = tiles.tma and base == "gemm" and w is not None and _describable(x, w if by_row else w.t())
     pieces, offsets = (x, x) if call.dense else call.layout.tiles(tiles.block_m)
@@ -293,7 +294,6 @@ def _linear(
     grid = _ceil_div(m, tiles.block_m) * _ceil_div(o, tiles.block_n)
     if tiles.persistent:
         grid = min(grid, _multiprocessors(x.device))
-    dropout = call.dropout()
     linear_kernel[(grid,)](
         x_ptr=x_arg, w_ptr=w_arg, bias_ptr=x if bias is None else bias, y_ptr=y, a_ptr=a, b_ptr=b,
         raw_ptr=y if raw is None else raw, p_ptr=call.empty(0) if p is None else p,
@@ -307,7 +307,7 @@ def _linear(
         RAW=fused and raw is not None, SAVE_P=fused and p is not None,
         PRECISION=_base_precision(x), P_PRECISION=_mixture_precision(call, x),
         num_warps=tiles.warps, num_stages=tiles.stages, **call.routing(),
-        **(dropout | {"DROPOUT": drop and dropout["DROPOUT"]}),
+        **dropout,
     )  # fmt: skip
 
 
@@ -330,7 +330,6 @@ def _outer(
     partial_u = None if b is None else call.empty(tiles_c, m, width, dtype=torch.float32)
     b_tensor, b_strides = (d, (0, 0)) if b is None else b
     precision = _mixture_precision(call, d)
-    dropout = call.dropout()
     if items.count:
         outer_kernel[(items.count, tiles_c)](
             d_ptr=d, p_ptr=p, b_ptr=b_tensor, partial_w_ptr=partial_w,
@@ -339,7 +338,7 @@ def _outer(
             stride_bc=b_strides[1], BLOCK_M=tiles.block_m, BLOCK_C=block_c,
             BLOCK_R=call.layout.block_r, BLOCK_S=items.block_s, GATE=gate, SHRINK=b is not None,
             PRECISION=precision, num_warps=tiles.warps, num_stages=tiles.stages,
-            **call.routing(), **(dropout | {"DROPOUT": drop and dropout["DROPOUT"]}),
+            **call.routing(), **call.dropout(drop),
         )  # fmt: skip
     outs = [grad for grad, wanted in zip(grads, need, strict=True) if wanted]
     for first in range(0, len(outs), _REDUCED_AT_ONCE):
@@ -406,8 +405,3 @@ def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 4  # the interpreter's programs run one after the other
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@lru_cache(maxsize=64)
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,0 +1,278 @@
+"""Measure what the plan chooses from, for one shape on one device.
+
+Every candidate's result is compared with float64 before its time counts; one that fails to compile,
+needs more shared memory than there is, or is wrong, is listed with the reason and never chosen.
+Forward and backward are tuned apart, one kernel after the other: strategy and GEMM tiles first,
+then the shrink's tiles (forward) or the outer kernel's (backward). Last, the best Triton call races
+the other backends, plain torch (cuBLAS and addmm) among them.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedms.kernels import plan
+from fedms.kernels.tiles import Choice, Shape, Tiles, device_name, heuristic
+
+Clock = Callable[[Callable[[], object]], float]
+"""Median microseconds of a call."""
+
+BOUND = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+"""Largest relative L2 error against float64 of any output, by x's dtype."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One candidate: what ran, its median time, or why it does not count."""
+
+    direction: str
+    what: str
+    microseconds: float | None
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Tuned:
+    shape: Shape
+    choice: Choice
+    attempts: list[Attempt]
+
+
+def gemm_tiles(capability: int) -> list[Tiles]:
+    """Tiles worth trying for a GEMM of more than 64 rows (for fewer, torch's GEMM stays).
+
+    capability: 80, 90, ..., and 0 for a GPU that is not NVIDIA's.
+    """
+    if capability == 0:
+        return [Tiles(128, 128, 32, 8, 2), Tiles(64, 128, 32, 4, 2)]
+    pointers = [Tiles(128, 128, 64, 8, 3), Tiles(64, 128, 64, 4, 4)]
+    if capability < 90:
+        return pointers
+    described = [Tiles(128, 256, 64, 8, 3, tma=True), Tiles(128, 128, 64, 8, 4, tma=True)]
+    return [*pointers, *described, *[replace(t, persistent=True) for t in described]]
+
+
+def shrink_tiles(m: int, fp32: bool) -> list[Tiles]:
+    """Tiles worth trying for the shrink; fp32: x and adapters are, and three products cost more."""
+    block_m = min(64, max(16, 1 << (m - 1).bit_length()))
+    if fp32:
+        return [Tiles(min(32, block_m), 0, 32, 4, 3)]
+    tiles = [Tiles(block_m, 0, 128, 4, 3), Tiles(block_m, 0, 64, 4, 4)]
+    return tiles if block_m < 64 else [*tiles, Tiles(32, 0, 128, 4, 3)]
+
+
+def outer_tiles(fp32: bool) -> list[Tiles]:
+    """Tiles worth trying for the weight gradients."""
+    if fp32:
+        return [Tiles(32, 64, 0, 4, 2)]
+    return [Tiles(64, 128, 0, 4, 2), Tiles(64, 64, 0, 4, 3), Tiles(32, 128, 0, 4, 3)]
+
+
+def launches(capability: int, shape: Shape) -> list[tuple[str, Tiles]]:
+    """Strategies and GEMM tiles worth trying for a shape."""
+    found = [("split", heuristic(shape).linear)]
+    if shape.m <= 64 or shape.x == "float32":
+        return found
+    for tiles in gemm_tiles(capability):
+        found.append(("extend", tiles))
+        # A second accumulator must fit beside the GEMM's, and fp32 adapters would widen x for it.
+        if tiles.block_n <= 128 and shape.r <= 64 and shape.adapter == shape.x:
+            found.append(("fused", tiles))
+    return found
+
+
+def tune(
+    m: int,
+    k: int,
+    n: int,
+    ranks: Sequence[int],
+    *,
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+    adapter: torch.dtype = torch.bfloat16,
+    clock: Clock | None = None,
+) -> Tuned:
+    """The fastest right way to run M x K -> N with experts of these ranks, gated per token.
+
+    The first expert is frozen when there are several, as in stage 2 of FedMS. clock
+    None: CUDA events, or the wall clock off a GPU (under the interpreter, where the times mean
+    nothing). Raises RuntimeError when not even plain torch agrees with float64.
+    """
+    shape = Shape.of(device_name(device), dtype, adapter, m, k, n, sum(ranks))
+    race = _Race(_inputs(m, k, n, ranks, dtype, adapter, device), clock or _clock(device))
+    best = heuristic(shape)
+    if "triton" in race.backends:
+        grid = launches(_capability(device), shape)
+        fp32 = shape.x == shape.adapter == "float32"
+        best = race.fastest("forward", [replace(best, forward=s, linear=t) for s, t in grid], best)
+        tiles = shrink_tiles(m, fp32)
+        best = race.fastest("forward", [replace(best, shrink=t) for t in tiles], best)
+        best = race.fastest("backward", [replace(best, backward=s, dx=t) for s, t in grid], best)
+        tiles = outer_tiles(fp32)
+        best = race.fastest("backward", [replace(best, outer=t) for t in tiles], best)
+    totals = {b: race.total(b, best) for b in race.backends}
+    right = {backend: t for backend, t in totals.items() if t is not None}
+    if "stacked" not in right:
+        raise RuntimeError(f"plain torch must agree with float64 on {shape}, and it does not")
+    winner = min(right, key=right.__getitem__)
+    return Tuned(shape, replace(best, backend=winner, measured=True), race.attempts)
+
+
+class _Race:
+    """Runs candidates on one problem, checks them against float64 and keeps their times."""
+
+    def __init__(self, args: dict[str, Any], clock: Clock) -> None:
+        self.args, self.clock = args, clock
+        self.attempts: list[Attempt] = []
+        x, A = args["x"], args["A"]
+        self.backends = [b for b in plan.BACKENDS if plan.runs(b, x.device, x.dtype, A[0].dtype)]
+        self.truth = _results("stacked", _double(args), None)
+        self.bound = BOUND[x.dtype]
+
+    def fastest(self, direction: str, candidates: list[Choice], start: Choice) -> Choice:
+        """The candidate of the least time in this direction; `start` when none is right."""
+        timed = [(self._time("triton", direction, c), c) for c in candidates]
+        right = [(t, c) for t, c in timed if t is not None]
+        return min(right, key=lambda pair: pair[0])[1] if right else start
+
+    def total(self, backend: str, choice: Choice) -> float | None:
+        """Forward and backward of one backend, None when either is wrong."""
+        times = [self._time(backend, d, choice) for d in ("forward", "backward")]
+        return None if None in times else sum(t for t in times if t is not None)
+
+    def _time(self, backend: str, direction: str, choice: Choice) -> float | None:
+        chosen = choice if backend == "triton" else None
+        what = backend if chosen is None else f"triton {_describe(direction, choice)}"
+        try:
+            found = _results(backend, self.args, chosen)
+            problem = _wrong(found, self.truth, self.bound)
+            if not problem:
+                forward, backward = _steps(backend, self.args, chosen)
+                time_us = self.clock(forward if direction == "forward" else backward)
+                self.attempts.append(Attempt(direction, what, time_us))
+                return time_us
+        except Exception as error:  # a compiler's or a launch's own; the list says which
+            problem = f"{type(error).__name__}: {error}".splitlines()[0]
+        self.attempts.append(Attempt(direction, what, None, problem))
+        return None
+
+
+def _inputs(
+    m: int, k: int, n: int, ranks: Sequence[int], dtype: torch.dtype, adapter: torch.dtype,
+    device: torch.device,
+) -> dict[str, Any]:  # fmt: skip
+    """Random inputs of order one, as the ops take them."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*shape: int, scale: float = 1.0, to: torch.dtype = dtype) -> Tensor:
+        return (torch.randn(*shape, generator=generator, device=device) * scale).to(to)
+
+    return {
+        "x": draw(m, k),
+        "weight": draw(n, k, scale=k**-0.5),
+        "A": [draw(r, k, scale=k**-0.5, to=adapter) for r in ranks],
+        "B": [draw(n, r, to=adapter) for r in ranks],
+        "gates": draw(m, len(ranks), to=torch.float32),
+        "dy": draw(m, n),
+        "need": [e > 0 or len(ranks) == 1 for e in range(len(ranks))],
+    }
+
+
+def _double(args: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: [t.double() for t in value] if name in "AB" else value
+        if name == "need" else value.double()
+        for name, value in args.items()
+    }  # fmt: skip
+
+
+def _steps(
+    backend: str, args: dict[str, Any], choice: Choice | None
+) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Forward, and backward from a forward that ran once."""
+    if choice is not None:
+        from fedms.kernels.triton.backend import backward as run_backward
+        from fedms.kernels.triton.backend import forward as run_forward
+
+        extra = {"choice": choice}
+    else:
+        run_forward = getattr(torch.ops.fedms, f"{backend}_forward").default
+        run_backward = getattr(torch.ops.fedms, f"{backend}_backward").default
+        extra = {}
+    x, weight, A, B = args["x"], args["weight"], args["A"], args["B"]
+    routing = (A, B, args["gates"], None, None, [1.0] * len(A), 0.0, 0)
+
+    def forward() -> Any:
+        return run_forward(x, weight, None, None, *routing, True, **extra)
+
+    _, h = forward()
+
+    def backward() -> Any:
+        need = args["need"]
+        return run_backward(args["dy"], weight, x, h, *routing, True, True, need, need, **extra)
+
+    return forward, backward
+
+
+def _results(backend: str, args: dict[str, Any], choice: Choice | None) -> list[Tensor]:
+    forward, backward = _steps(backend, args, choice)
+    dx, dg, dA, dB = backward()
+    return [forward()[0], dx, dg, *dA, *dB]
+
+
+def _wrong(found: list[Tensor], truth: list[Tensor], bound: float) -> str:
+    for i, (value, right) in enumerate(zip(found, truth, strict=True)):
+        if right.numel() == 0:
+            continue
+        error = float((value.double() - right).norm() / right.norm())
+        if not error <= bound:
+            return f"output {i} is off by {error:.1e}, allowed is {bound:.0e}"
+    return ""
+
+
+def _describe(direction: str, choice: Choice) -> str:
+    forward = direction == "forward"
+    strategy, gemm = (choice.forward, choice.linear) if forward else (choice.backward, choice.dx)
+    other = choice.shrink if forward else choice.outer
+    return f"{strategy} {_tile(gemm)}, {'shrink' if forward else 'outer'} {_tile(other)}"
+
+
+def _tile(t: Tiles) -> str:
+    blocks = "x".join(str(b) for b in (t.block_m, t.block_n, t.block_k) if b)
+    flags = " tma" * t.tma + " persistent" * t.persistent
+    return f"{blocks} w{t.warps} s{t.stages}{flags}"
+
+
+def _capability(device: torch.device) -> int:
+    if device.type != "cuda" or torch.version.hip:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor
+
+
+def _clock(device: torch.device) -> Clock:
+    if device.type == "cuda":
+        from triton.testing import do_bench
+
+        def events(run: Callable[[], object]) -> float:
+            milliseconds: Any = do_bench(run, warmup=20, rep=60, return_mode="median")
+            return 1e3 * milliseconds
+
+        return events
+
+    def wall(run: Callable[[], object]) -> float:
+        times = []
+        for _ in range(3):
+            begin = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - begin)
+        return 1e6 * statistics.median(times)
+
+    return wall

@@ -1,0 +1,207 @@
+"""Cross-compile every Triton kernel that the plan or the tuner can launch, without a GPU.
+
+    python tests/kernels/triton_resources.py [--tuner] [sm_80 sm_90 sm_100 gfx942]
+
+prints a table (registers, spilled bytes, shared memory, wgmma) and fails when a kernel spills,
+wants more shared memory than the target has, or is a Hopper GEMM without wgmma. The launches are
+those of the backend itself for what the heuristic and the committed table choose, on small CPU
+tensors: a stand-in driver names the target, so Triton specialises and compiles as it would there,
+and nothing is run. --tuner adds the tuner's candidates.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import __file__ as nvidia
+from triton.runtime import driver
+
+from fedms.kernels import tiles, tune
+from fedms.kernels.tiles import Choice, Shape
+from fedms.kernels.triton import backend
+
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), 80, 163),
+    "sm_90": (GPUTarget("cuda", 90, 32), 90, 227),
+    "sm_100": (GPUTarget("cuda", 100, 32), 100, 227),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 0, 64),
+}
+"""Triton's target, the tuner's capability, and KiB of shared memory a program can have."""
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+PAIRS = [("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "fp32")]
+KERNELS = ("shrink_kernel", "finish_kernel", "linear_kernel", "outer_kernel", "reduce_kernel")
+
+
+@dataclass(frozen=True)
+class Row:
+    target: str
+    kernel: str
+    launch: str
+    registers: int
+    spilled: int
+    shared: int
+    wgmma: bool
+
+    @property
+    def problem(self) -> str:
+        limit = TARGETS[self.target][2] * 1024
+        if self.spilled:
+            return f"spills {self.spilled} bytes"
+        if self.shared > limit:
+            return f"wants {self.shared} bytes of shared memory, there are {limit}"
+        gemm = self.kernel == "linear_kernel" and self.launch.startswith("bf16/bf16 128x")
+        if self.target == "sm_90" and gemm and " gemm" in self.launch and not self.wgmma:
+            return "no wgmma"
+        return ""
+
+
+class _Driver:
+    """What Triton asks of a driver before it compiles."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class _Recorder:
+    """Takes a kernel's place in the backend: compiles the launch and keeps what came out."""
+
+    def __init__(
+        self, name: str, kernel: Any, found: list[tuple[str, str, Any]], what: str
+    ) -> None:
+        self.name, self.kernel, self.found, self.what = name, kernel, found, what
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            compiled = self.kernel.warmup(*args, grid=grid, **kwargs)
+            flags = [
+                str(v) if k == "BASE" else k.lower()
+                for k, v in kwargs.items()
+                if k in ("BASE", "SHRINK", "DENSE", "TMA", "DROPOUT", "TOP_K") and v
+            ]
+            blocks = [str(v) for k, v in kwargs.items() if k.startswith("BLOCK")]
+            launch = f"{self.what} {'x'.join(blocks)} w{kwargs['num_warps']} {' '.join(flags)}"
+            self.found.append((self.name, launch, compiled))
+
+        return launch
+
+
+def choices(capability: int, pair: tuple[str, str], tuner: bool) -> Iterator[Choice]:
+    """Every choice of the heuristic, the committed table and the tuner for one pair of dtypes."""
+    x, adapter = (str(DTYPES[d]).removeprefix("torch.") for d in pair)
+    committed = resources.files("fedms.kernels").joinpath("plan.json").read_text("utf-8")
+    for shape, choice in tiles.parse(committed, "plan.json").items():
+        if (shape.x, shape.adapter) == (x, adapter) and shape.device.startswith("NVIDIA"):
+            yield choice
+    for m, width in ((16, 1024), (8192, 1024), (8192, 4096)):
+        shape = Shape("any", x, adapter, m, width, width, 32)
+        start = tiles.heuristic(shape)
+        yield start
+        if tuner:
+            fp32 = pair == ("fp32", "fp32")
+            for strategy, gemm in tune.launches(capability, shape):
+                yield replace(start, forward=strategy, backward=strategy, linear=gemm, dx=gemm)
+            for shrink in tune.shrink_tiles(m, fp32):
+                yield replace(start, forward="extend", shrink=shrink)
+            for outer in tune.outer_tiles(fp32):
+                yield replace(start, backward="extend", outer=outer)
+
+
+def compiled(target: str, pair: tuple[str, str], tuner: bool) -> list[Row]:
+    gpu, capability, _ = TARGETS[target]
+    driver.set_active(_Driver(gpu))
+    torch.version.hip = "0" if gpu.backend == "hip" else None
+    found: list[tuple[str, str, Any]] = []
+    for name in KERNELS:
+        kernel = getattr(backend, name)
+        original = kernel.kernel if isinstance(kernel, _Recorder) else kernel
+        setattr(backend, name, _Recorder(name, original, found, "/".join(pair)))
+    for chosen in dict.fromkeys(choices(capability, pair, tuner)):
+        _launch_all(chosen, pair)
+    launches = {(name, launch): compiled for name, launch, compiled in found}
+    return [_row(target, name, launch, c) for (name, launch), c in launches.items()]
+
+
+def _launch_all(chosen: Choice, pair: tuple[str, str]) -> None:
+    """Forward and backward: dense, top-k, and dropout on segments."""
+    x, adapter = (DTYPES[d] for d in pair)
+    m, k, n, ranks = 256, 256, 512, (16, 16)
+    A = [torch.empty(r, k, dtype=adapter) for r in ranks]
+    B = [torch.empty(n, r, dtype=adapter) for r in ranks]
+    weight, gates = torch.empty(n, k, dtype=x), torch.empty(m, 2)
+    idxs = torch.zeros(m, 2, dtype=torch.int64)
+    x_MK, dy, need = torch.empty(m, k, dtype=x), torch.empty(m, n, dtype=x), [False, True]
+    for idx, runs, p in [
+        (None, None, 0.0),
+        (idxs, None, 0.0),
+        (None, (0, 96, 0, 1, 96, m, 1, 2), 0.1),
+    ]:
+        routing = (A, B, gates, idx, runs, [1.0, 2.0], p, 0)
+        _, h = backend.forward(x_MK, weight, None, None, *routing, True, choice=chosen)
+        backend.backward(dy, weight, x_MK, h, *routing, True, True, need, need, choice=chosen)
+
+
+def _row(target: str, name: str, launch: str, kernel: Any) -> Row:
+    shared = kernel.metadata.shared
+    if target.startswith("gfx"):
+        asm = kernel.asm["amdgcn"]
+        spilled = int(re.search(r"\.vgpr_spill_count:\s*(\d+)", asm)[1])  # type: ignore[index]
+        registers = int(re.search(r"\.vgpr_count:\s*(\d+)", asm)[1])  # type: ignore[index]
+        return Row(target, name, launch, registers, spilled, shared, False)
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(kernel.asm["ptx"], "utf-8")
+        assembler = "ptxas-blackwell" if target == "sm_100" else "ptxas"
+        arch = re.search(r"^\.target (\w+)", kernel.asm["ptx"], re.MULTILINE)[1]  # type: ignore[index]
+        said = subprocess.run(
+            [Path(nvidia).parent / "bin" / assembler, "-v", f"-arch={arch}", source,
+             "-o", Path(folder) / "kernel.cubin"],
+            capture_output=True, text=True, check=True,
+        ).stderr  # fmt: skip
+    registers = int(re.search(r"Used (\d+) registers", said)[1])  # type: ignore[index]
+    spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", said))
+    return Row(target, name, launch, registers, spilled, shared, "wgmma" in kernel.asm["ptx"])
+
+
+def main() -> int:
+    tuner = "--tuner" in sys.argv
+    targets = [t for t in sys.argv[1:] if t in TARGETS] or list(TARGETS)
+    jobs = [(target, pair, tuner) for target in targets for pair in PAIRS]
+    # a process each: a kernel remembers the first target that it was specialised for
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(2, mp_context=spawn, max_tasks_per_child=1) as pool:
+        rows = [row for part in pool.map(compiled, *zip(*jobs, strict=True)) for row in part]
+    print("| target | kernel | launch | registers | spilled | shared, KiB | wgmma | |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for r in rows:
+        print(f"| {r.target} | {r.kernel} | {r.launch} | {r.registers} | {r.spilled} "
+              f"| {r.shared / 1024:.0f} | {'yes' if r.wgmma else ''} | {r.problem} |")  # fmt: skip
+    bad = [r for r in rows if r.problem]
+    print(f"\n{len(rows)} kernels compiled with triton {triton.__version__}, {len(bad)} refused")
+    return 1 if bad or not rows else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
