@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from itertools import product
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from fedms import __version__
-from fedms.kernels import gated_lora_linear, gated_lora_linear_reference, native, plan
+from fedms.kernels import gated_lora_linear, gated_lora_linear_reference, native, plan, tiles
 
 PACKAGES = (
     "torch",
@@ -26,8 +28,11 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Largest relative L2 error against float64; bfloat16 rounds each result once, by up to 2 ** -9."""
 
 
-def diagnose(console: Console) -> bool:
-    """Print the installation's state; True if all kernels that run here match the reference."""
+def diagnose(console: Console, shape: Sequence[int] | None = None) -> bool:
+    """Print the installation's state; True if all kernels that run here match the reference.
+
+    shape: M, K, N and R (stacked ranks) for which to print what the plan chooses.
+    """
     facts = Table(title=f"fedms {__version__}", show_header=False)
     facts.add_row("python", f"{platform.python_version()} on {platform.machine()}")
     for name in PACKAGES:
@@ -50,17 +55,43 @@ def diagnose(console: Console) -> bool:
         title="forward and gradients against float64",
     )
     healthy = True
-    for dtype, limit in TOLERANCE.items():
-        chosen = plan.choose(torch.device("cpu"), dtype, dtype, dtype, None)
-        for backend in dict.fromkeys((chosen, "stacked")):
-            error = _worst_error(backend, dtype)
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    for device, (dtype, limit) in product(map(torch.device, devices), TOLERANCE.items()):
+        chosen = plan.choose(device, dtype, dtype, dtype, None)
+        for backend in plan.BACKENDS:
+            if not plan.runs(backend, device, dtype, dtype):
+                continue
+            error = _worst_error(backend, dtype, device)
             healthy &= error <= limit
             note = ("used" if backend == chosen else "") if error <= limit else "WRONG"
             checks.add_row(
-                backend, str(dtype).removeprefix("torch."), f"{error:.1e}", f"{limit:.0e}", note
-            )
+                f"{backend} on {device}", str(dtype).removeprefix("torch."), f"{error:.1e}",
+                f"{limit:.0e}", note,
+            )  # fmt: skip
     console.print(checks)
+    if shape is not None:
+        _print_choices(console, shape)
     return healthy
+
+
+def _print_choices(console: Console, shape: Sequence[int]) -> None:
+    """What the plan takes for M, K, N, R on the CPU and on a GPU, for each pair of dtypes."""
+    m, k, n, r = shape
+    table = Table("device", "x, adapters", "backend", "kernels", title=f"{m} x {k} -> {n}, R {r}")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "any GPU"
+    for x, adapter in product(TOLERANCE, repeat=2):
+        dtypes = f"{x}, {adapter}".replace("torch.", "")
+        backend = plan.choose(torch.device("cpu"), x, adapter, x, None, m, k, n, r)
+        table.add_row("cpu", dtypes, backend, "")
+        choice = tiles.choose(tiles.Shape.of(gpu, x, adapter, m, k, n, r))
+        how = "measured" if choice.measured else "not measured; backend='triton' would take"
+        kernels = (
+            how,
+            f"y: {choice.forward} {choice.linear}, shrink {choice.shrink}",
+            f"dx: {choice.backward} {choice.dx}, outer {choice.outer}",
+        )
+        table.add_row(gpu, dtypes, choice.backend, "\n".join(kernels))
+    console.print(table)
 
 
 def _version(package: str) -> str:
@@ -70,15 +101,17 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _worst_error(backend: str, dtype: torch.dtype) -> float:
+def _worst_error(backend: str, dtype: torch.dtype, device: torch.device) -> float:
     """Over the output and every gradient of two gated experts on 33 tokens."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((33, 48), (40, 48), (8, 48), (4, 48), (40, 8), (40, 4), (33, 2))
     values = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
     upstream = torch.randn((33, 40), generator=generator).to(dtype)
     exact = _results(None, [value.double() for value in values], upstream.double())
-    found = _results(backend, values, upstream)
-    return max(float((f.double() - e).norm() / e.norm()) for f, e in zip(found, exact, strict=True))
+    found = _results(backend, [v.to(device) for v in values], upstream.to(device))
+    return max(
+        float((f.cpu().double() - e).norm() / e.norm()) for f, e in zip(found, exact, strict=True)
+    )
 
 
 def _results(

@@ -24,7 +24,8 @@ KERNELS = {
         "kernels.dropout", "kernels.plan", "kernels.segments", "kernels.stacked",
         "kernels.validate",
     },
-    "kernels.plan": {"kernels.native", "kernels.triton"},
+    "kernels.plan": {"kernels.native", "kernels.tiles", "kernels.triton"},
+    "kernels.tune": {"kernels.plan", "kernels.tiles", "kernels.triton.backend"},
     "kernels.validate": {"kernels.segments"},
     "kernels.reference": {"kernels.dropout", "kernels.segments"},
     "kernels.stacked": {"kernels.dropout", "kernels.ops", "kernels.packing"},
@@ -47,7 +48,9 @@ KERNELS = {
 SURFACE = {
     "layers": {"kernels"},
     "peft": {"layers", "kernels"},
-    "doctor": {"", "kernels", "kernels.native", "kernels.plan"},  # reports what is under the hood
+    # these two report what is under the hood
+    "doctor": {"", "kernels", "kernels.native", "kernels.plan", "kernels.tiles"},
+    "tuning": {"kernels.tiles", "kernels.tune"},
 }
 BACKENDS = {"kernels.stacked", "kernels.native", "kernels.triton", "kernels.triton.backend"}
 
@@ -62,7 +65,7 @@ FL_LEVELS = {
     "fl.cli": 6,
 }  # fmt: skip
 PARTS = 1
-BELOW_FL = {"", "kernels", "layers", "peft", "doctor"}
+BELOW_FL = {"", "kernels", "layers", "peft", "doctor", "tuning"}
 
 
 def _name(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""The command line: ``fedms run``, ``resume``, ``report``, ``predict``, ``doctor``."""
+"""The command line: ``fedms run``, ``resume``, ``report``, ``predict``, ``doctor``, ``tune``."""
 
 from __future__ import annotations
 
@@ -94,7 +94,21 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("folder", type=Path, metavar="DIR")
     predict.add_argument("--client", required=True, metavar="ID", help="e.g. client-03")
     predict.add_argument("texts", nargs="+", metavar="TEXT")
-    add("doctor", _doctor, "show versions and kernels, and check the kernels against the reference")
+    doctor = add("doctor", _doctor, "show versions and kernels, and check them by the reference")
+    doctor.add_argument(
+        "--shape",
+        type=int,
+        nargs=4,
+        metavar=("M", "K", "N", "R"),
+        help="also show which backend and tiles run M rows, K in, N out, R stacked ranks",
+    )
+    tune = add("tune", _tune, "find the fastest kernels for a layer on this machine's GPU")
+    for name, what in (("M", "rows (tokens)"), ("K", "width in"), ("N", "width out")):
+        tune.add_argument(name, type=int, help=what)
+    tune.add_argument("--ranks", type=int, nargs="+", default=[16, 16], help="one an expert")
+    dtypes = ("bfloat16", "float16", "float32")
+    tune.add_argument("--dtype", choices=dtypes, default="bfloat16", help="of x and the weight")
+    tune.add_argument("--adapter-dtype", choices=dtypes, default="bfloat16")
     return parser
 
 
@@ -147,9 +161,18 @@ def _predict(args: argparse.Namespace) -> None:
 def _doctor(args: argparse.Namespace) -> None:
     from fedms.doctor import diagnose
 
-    healthy = diagnose(Console())
+    healthy = diagnose(Console(), args.shape)
     if not healthy:
         raise FedMSError("a kernel disagrees with the reference; see the table above")
+
+
+def _tune(args: argparse.Namespace) -> None:
+    from fedms.tuning import tune_and_save
+
+    try:
+        tune_and_save(args.M, args.K, args.N, args.ranks, args.dtype, args.adapter_dtype, Console())
+    except RuntimeError as error:
+        raise FedMSError(str(error)) from error
 
 
 def _print_table(folder: Path) -> None:

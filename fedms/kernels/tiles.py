@@ -42,6 +42,11 @@ class Tiles:
     tma: bool = False
     persistent: bool = False
 
+    def __str__(self) -> str:
+        blocks = "x".join(str(b) for b in (self.block_m, self.block_n, self.block_k) if b)
+        flags = " tma" * self.tma + " persistent" * self.persistent
+        return f"{blocks} w{self.warps} s{self.stages}{flags}"
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -133,6 +138,11 @@ def save(rows: dict[Shape, Choice], path: Path) -> None:
     fresh = path.with_suffix(".tmp")
     fresh.write_text(json.dumps(listed, indent=1) + "\n", "utf-8")
     fresh.replace(path)
+    forget()
+
+
+def forget() -> None:
+    """Read the tables again at the next choice."""
     _table.cache_clear()
     choose.cache_clear()
 
@@ -153,6 +163,8 @@ def parse(text: str, where: str) -> dict[Shape, Choice]:
         listed = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} must be a JSON list of rows, got: {error}") from None
+    if not isinstance(listed, list):
+        raise ValueError(f"{where} must be a JSON list of rows, got {type(listed).__name__}")
     rows = {}
     for i, row in enumerate(listed):
         try:

@@ -238,16 +238,9 @@ def _wrong(found: list[Tensor], truth: list[Tensor], bound: float) -> str:
 
 
 def _describe(direction: str, choice: Choice) -> str:
-    forward = direction == "forward"
-    strategy, gemm = (choice.forward, choice.linear) if forward else (choice.backward, choice.dx)
-    other = choice.shrink if forward else choice.outer
-    return f"{strategy} {_tile(gemm)}, {'shrink' if forward else 'outer'} {_tile(other)}"
-
-
-def _tile(t: Tiles) -> str:
-    blocks = "x".join(str(b) for b in (t.block_m, t.block_n, t.block_k) if b)
-    flags = " tma" * t.tma + " persistent" * t.persistent
-    return f"{blocks} w{t.warps} s{t.stages}{flags}"
+    if direction == "forward":
+        return f"{choice.forward} {choice.linear}, shrink {choice.shrink}"
+    return f"{choice.backward} {choice.dx}, outer {choice.outer}"
 
 
 def _capability(device: torch.device) -> int:

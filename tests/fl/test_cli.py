@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from fedms import __version__
@@ -19,7 +20,8 @@ ARGUMENTS = {
     "resume": ["DIR", "--quiet"],
     "report": ["DIR"],
     "predict": ["DIR", "--client ID", "TEXT"],
-    "doctor": [],
+    "doctor": ["--shape M K N R"],
+    "tune": ["M", "K", "N", "--ranks", "--dtype", "--adapter-dtype"],
 }
 PREDICTION = r"  (bone|heart|lung|skin)  ([\d.]+) %   global expert ([\d.]+), local expert ([\d.]+)"
 
@@ -197,6 +199,21 @@ def test_doctor(capsys):
     for part in (__version__, "torch", "kernels", "float32", "bfloat16", "stacked"):
         assert part in out
     assert "WRONG" not in out
+
+
+def test_doctor_shows_what_the_plan_chooses(capsys):
+    assert main(["doctor", "--shape", "8192", "4096", "4096", "32"]) == 0
+    out = capsys.readouterr().out
+    assert "8192 x 4096 -> 4096, R 32" in out
+    assert "not measured" in out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_tune_needs_a_gpu(capsys):
+    assert main(["tune", "64", "64", "64"]) == 2
+    assert (
+        capsys.readouterr().err == "fedms: tune needs a GPU that torch can use, and there is none\n"
+    )
 
 
 def test_doctor_tells_a_kernel_that_is_wrong(capsys, monkeypatch):

@@ -1,0 +1,141 @@
+"""The op inside what people train with: activation checkpointing, DDP, CUDA graphs, optimizers."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from lora_problem import BACKENDS, make_problem
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from fedms.kernels import gated_lora_linear
+
+
+class Layer(nn.Module):
+    """Two gated experts on a frozen linear, the gate read from x."""
+
+    def __init__(self, backend: str) -> None:
+        super().__init__()
+        self.backend = backend
+        self.weight = nn.Parameter(torch.randn(24, 16) / 4, requires_grad=False)
+        self.A = nn.ParameterList(torch.randn(4, 16) for _ in range(2))
+        self.B = nn.ParameterList(torch.randn(24, 4) for _ in range(2))
+        self.gate = nn.Linear(16, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gates = self.gate(x).softmax(-1)
+        return gated_lora_linear(
+            x, self.weight, list(self.A), list(self.B), gates=gates, backend=self.backend
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_recomputes_the_same(backend, reentrant):
+    """Gates and the dropout seed are inputs of the op, so a recompute sees them."""
+    p = make_problem(40, dropout_p=0.3).to(torch.float32)
+
+    def layer(x, gates):
+        return gated_lora_linear(x, p.weight, p.A, p.B, gates=gates, dropout_p=0.3, backend=backend)
+
+    results = []
+    for recompute in (False, True):
+        torch.manual_seed(3)
+        inputs = [p.x, p.gates, *p.A, *p.B]
+        for t in inputs:
+            t.grad = None
+        y = checkpoint(layer, p.x, p.gates, use_reentrant=reentrant) if recompute else layer(
+            p.x, p.gates
+        )  # fmt: skip
+        y.square().sum().backward()
+        results.append([y, *(t.grad for t in inputs)])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _rank(rank: int, port: int, backend: str, path: str) -> None:
+    """One of two processes: half of the batch each; rank 0 keeps the averaged gradients."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    layer = Layer(backend)
+    x = torch.randn(8, 16)
+    parallel = DistributedDataParallel(layer)  # it averages as long as it is alive
+    parallel(x[4 * rank : 4 * rank + 4]).square().mean().backward()
+    if rank == 0:
+        torch.save({name: p.grad for name, p in layer.named_parameters()}, path)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_processes_equal_one(backend, tmp_path):
+    path = str(tmp_path / "gradients.pt")
+    mp.spawn(_rank, args=(_free_port(), backend, path), nprocs=2)
+    torch.manual_seed(0)
+    layer = Layer(backend)
+    layer(torch.randn(8, 16)).square().mean().backward()
+    averaged = torch.load(path)
+    assert averaged["weight"] is None
+    for name, p in layer.named_parameters():
+        if name != "weight":
+            assert p.grad.norm() > 0
+            assert torch.allclose(averaged[name], p.grad, rtol=1e-4, atol=1e-6), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_training_reaches_what_it_is_shown(backend):
+    """Twenty steps on another layer's outputs: the loss falls, the frozen weight stays."""
+    torch.manual_seed(1)
+    target, layer = Layer("stacked"), Layer(backend)
+    layer.weight = target.weight
+    before = layer.weight.clone()
+    optimizer = torch.optim.Adam([p for p in layer.parameters() if p.requires_grad], lr=0.05)
+    x = torch.randn(64, 16)
+    want = target(x).detach()
+    losses = []
+    for _ in range(20):
+        loss = (layer(x) - want).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.3 * losses[0]
+    assert torch.equal(layer.weight, before)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "native"])
+def test_a_cuda_graph_replays_the_step(backend):
+    layer = Layer(backend).cuda()
+    x = torch.randn(64, 16, device="cuda")
+    trained = [p for p in layer.parameters() if p.requires_grad]
+
+    def step() -> tuple[torch.Tensor, ...]:
+        y = layer(x)
+        return (y, *torch.autograd.grad(y.square().mean(), trained))
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(2):
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        for got, want in zip(captured, step(), strict=True):
+            assert torch.allclose(got, want, rtol=1e-4, atol=1e-5)
