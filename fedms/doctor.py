@@ -83,7 +83,7 @@ def _print_choices(console: Console, shape: Sequence[int]) -> None:
         dtypes = f"{x}, {adapter}".replace("torch.", "")
         backend = plan.choose(torch.device("cpu"), x, adapter, x, None, m, k, n, r)
         table.add_row("cpu", dtypes, backend, "")
-        choice = tiles.choose(tiles.Shape.of(gpu, x, adapter, m, k, n, r))
+        choice = tiles.lookup(tiles.Shape.of(gpu, x, adapter, m, k, n, r))
         how = "measured" if choice.measured else "not measured; backend='triton' would take"
         kernels = (
             how,

@@ -40,8 +40,7 @@ def choose(
             return "native" if able else "stacked"
         if device.type != "cuda" or x != base:
             return "stacked"
-        shape = tiles.Shape.of(tiles.device_name(device), x, adapter, m, k, n, r)
-        return tiles.choose(shape).backend
+        return tiles.choose(device, x, adapter, m, k, n, r).backend
     if backend not in BACKENDS:
         raise ValueError(f"backend must be None or one of {BACKENDS}, got {backend!r}")
     if backend == "native":

@@ -34,7 +34,7 @@ def test_buckets():
 def test_nothing_unmeasured_is_chosen(own_table):
     for m in (1, 64, 8192):
         for dtype in (torch.float32, torch.bfloat16):
-            choice = tiles.choose(Shape.of("GPU", dtype, dtype, m, 768, 3072, 16))
+            choice = tiles.lookup(Shape.of("GPU", dtype, dtype, m, 768, 3072, 16))
             assert choice.backend == "stacked"
             assert not choice.measured
 
@@ -42,11 +42,11 @@ def test_nothing_unmeasured_is_chosen(own_table):
 def test_the_users_table_wins(own_table):
     measured = replace(tiles.heuristic(SHAPE), backend="triton", measured=True)
     tiles.save({SHAPE: measured}, own_table)
-    assert tiles.choose(SHAPE) == measured
-    assert tiles.choose(replace(SHAPE, k=8)).backend == "stacked"
+    assert tiles.lookup(SHAPE) == measured
+    assert tiles.lookup(replace(SHAPE, k=8)).backend == "stacked"
     other = replace(SHAPE, n=8)
     tiles.save({other: measured}, own_table)
-    assert tiles.choose(SHAPE) == tiles.choose(other) == measured
+    assert tiles.lookup(SHAPE) == tiles.lookup(other) == measured
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_a_damaged_table_is_named(own_table, text, message):
     own_table.parent.mkdir()
     own_table.write_text(text, "utf-8")
     with pytest.raises(ValueError, match=message) as caught:
-        tiles.choose(SHAPE)
+        tiles.lookup(SHAPE)
     assert str(own_table) in str(caught.value)
 
 
@@ -73,7 +73,7 @@ def test_an_unknown_strategy_is_named(own_table):
     own_table.write_text(json.dumps(rows), "utf-8")
     tiles.forget()
     with pytest.raises(ValueError, match=r"row 0: forward and backward must be of .* 'magic'"):
-        tiles.choose(SHAPE)
+        tiles.lookup(SHAPE)
 
 
 @pytest.mark.skipif(not triton.available(), reason="triton is not installed")

@@ -36,7 +36,7 @@ def choice(strategy: str, *, tma: bool = False, persistent: bool = False) -> Cho
 @pytest.fixture
 def force(monkeypatch):
     """Make every call of the test run with this choice."""
-    return lambda chosen: monkeypatch.setattr(backend, "choose", lambda shape: chosen)
+    return lambda chosen: monkeypatch.setattr(backend, "choose", lambda *call: chosen)
 
 
 def on_device(problem: Problem) -> Problem:

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fedms.kernels.packing import stack_columns, stack_rows
-from fedms.kernels.tiles import Choice, Shape, Tiles, choose, device_name
+from fedms.kernels.tiles import Choice, Tiles, choose
 from fedms.kernels.triton.finish import finish_kernel
 from fedms.kernels.triton.layout import Layout, layout, rank_block
 from fedms.kernels.triton.linear import linear_kernel
@@ -223,8 +223,7 @@ def _call(
 ) -> _Call:  # fmt: skip
     ranks = tuple(a.shape[0] for a in A)
     if choice is None:
-        device = device_name(x.device)
-        choice = choose(Shape.of(device, x.dtype, A[0].dtype, m, k, n, sum(ranks)))
+        choice = choose(x.device, x.dtype, A[0].dtype, m, k, n, sum(ranks))
     return _Call(
         layout=layout(
             m, ranks, tuple(scale), None if runs is None else tuple(runs), dropout_p > 0.0, x.device
