@@ -83,7 +83,7 @@ def launches(capability: int, shape: Shape) -> list[tuple[str, Tiles]]:
     for tiles in gemm_tiles(capability):
         found.append(("extend", tiles))
         # A second accumulator must fit beside the GEMM's, and fp32 adapters would widen x for it.
-        if tiles.block_n <= 128 and shape.r <= 64 and shape.adapter == shape.x:
+        if shape.r <= 64 and shape.adapter == shape.x:
             found.append(("fused", tiles))
     return found
 

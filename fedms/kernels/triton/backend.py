@@ -282,20 +282,25 @@ def _linear(
     if not call.dense:  # the pieces' loop, and a dropped product of its own, need the registers
         tiles = replace(tiles, block_n=min(tiles.block_n, 64 if dropout["DROPOUT"] else 128))
     by_row = w is not None and w.stride(1) == 1
-    tma = tiles.tma and base == "gemm" and w is not None and _describable(x, w if by_row else w.t())
+    rows_of_w = w if by_row or w is None else w.t()
+    tma = tiles.tma and base == "gemm" and rows_of_w is not None and _describable(x, rows_of_w)
+    if fused:
+        tma = tma and _describable(a)
     pieces, offsets = (x, x) if call.dense else call.layout.tiles(tiles.block_m)
-    x_arg, w_arg = x, x if w is None else w
+    x_arg, w_arg, a_arg = x, x if w is None else w, a
     if tma:
-        assert w is not None
-        k, n = tiles.block_k, tiles.block_n
+        assert rows_of_w is not None
+        k, n, r = tiles.block_k, tiles.block_n, call.layout.block_r
         x_arg = TensorDescriptor.from_tensor(x, [tiles.block_m, k])
-        w_arg = TensorDescriptor.from_tensor(w if by_row else w.t(), [n, k] if by_row else [k, n])
+        w_arg = TensorDescriptor.from_tensor(rows_of_w, [n, k] if by_row else [k, n])
+        if fused:
+            a_arg = TensorDescriptor.from_tensor(a, [r, k] if a_strides[1] == 1 else [k, r])
     grid = _ceil_div(m, tiles.block_m) * _ceil_div(o, tiles.block_n)
     if tiles.persistent:
         grid = min(grid, _multiprocessors(x.device))
     linear_kernel[(grid,)](
-        x_ptr=x_arg, w_ptr=w_arg, bias_ptr=x if bias is None else bias, y_ptr=y, a_ptr=a, b_ptr=b,
-        raw_ptr=y if raw is None else raw, p_ptr=call.empty(0) if p is None else p,
+        x_ptr=x_arg, w_ptr=w_arg, bias_ptr=x if bias is None else bias, y_ptr=y, a_ptr=a_arg,
+        b_ptr=b, raw_ptr=y if raw is None else raw, p_ptr=call.empty(0) if p is None else p,
         piece_ptr=pieces, piece_offset_ptr=offsets, M=m, C=c, N=o, R=call.layout.total,
         width=call.layout.width, stride_xm=x.stride(0),
         stride_wc=0 if w is None else w.stride(1), stride_wo=0 if w is None else w.stride(0),
@@ -303,6 +308,7 @@ def _linear(
         stride_bo=b_strides[1], BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
         BLOCK_K=tiles.block_k, BLOCK_R=call.layout.block_r, GROUP_M=8, BASE=base, SHRINK=fused,
         DENSE=call.dense, BIAS=bias is not None, TMA=tma, W_BY_ROW=by_row,
+        A_BY_ROW=a_strides[1] == 1,
         RAW=fused and raw is not None, SAVE_P=fused and p is not None,
         PRECISION=_base_precision(x), P_PRECISION=_mixture_precision(call, x),
         num_warps=tiles.warps, num_stages=tiles.stages, **call.routing(),

@@ -17,7 +17,7 @@ Bytes beyond the plain GEMM: M R + R N read; with SHRINK, R C read and M R writt
 2 M R N, plus 2 M R C N / BLOCK_N with SHRINK.
 
 Programs walk the tiles in groups of GROUP_M rows for the L2 cache; a grid below the number of tiles
-makes the kernel persistent. TMA: x and w are tensor descriptors (Hopper and later). Without
+makes the kernel persistent. TMA: x, w and a are tensor descriptors (Hopper and later). Without
 segments and dropout, and with R up to BLOCK_R, p and b are loaded before the loop over C, which
 hides them. Otherwise `piece` lists, for each row tile, the row ranges and ranks that meet it.
 """
@@ -47,9 +47,10 @@ def linear_kernel(
     stride_gm, stride_ge, seed, threshold, keep_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr, BASE: tl.constexpr, SHRINK: tl.constexpr, DENSE: tl.constexpr,
-    BIAS: tl.constexpr, TMA: tl.constexpr, W_BY_ROW: tl.constexpr, RAW: tl.constexpr,
-    SAVE_P: tl.constexpr, GATES: tl.constexpr, TOP_K: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr, P_PRECISION: tl.constexpr,
+    BIAS: tl.constexpr, TMA: tl.constexpr, W_BY_ROW: tl.constexpr,
+    A_BY_ROW: tl.constexpr, RAW: tl.constexpr, SAVE_P: tl.constexpr, GATES: tl.constexpr,
+    TOP_K: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    P_PRECISION: tl.constexpr,
 ):  # fmt: skip
     P_DTYPE: tl.constexpr = p_ptr.dtype.element_ty
     tiles_m, tiles_o = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
@@ -105,10 +106,16 @@ def linear_kernel(
                     )  # fmt: skip
                 acc_mo = dot(x_mc, w_co, acc_mo, PRECISION)
                 if SHRINK:
-                    a_rc = load_by_rank(
-                        a_ptr, rank_r, rank_ok, col_c, col_c_ok, stride_ar, stride_ac, P_DTYPE
-                    )
-                    shrunk_mr = dot(x_mc.to(P_DTYPE), tl.trans(a_rc), shrunk_mr, P_PRECISION)
+                    if TMA and A_BY_ROW:
+                        a_cr = a_ptr.load([0, start]).T.to(P_DTYPE)
+                    elif TMA:
+                        a_cr = a_ptr.load([start, 0]).to(P_DTYPE)
+                    else:
+                        a_rc = load_by_rank(
+                            a_ptr, rank_r, rank_ok, col_c, col_c_ok, stride_ar, stride_ac, P_DTYPE
+                        )
+                        a_cr = tl.trans(a_rc)
+                    shrunk_mr = dot(x_mc.to(P_DTYPE), a_cr, shrunk_mr, P_PRECISION)
 
         if SHRINK:
             expert_r = tl.load(expert_ptr + rank_r, mask=rank_ok, other=0)
