@@ -64,8 +64,9 @@ def shrink_tiles(m: int, fp32: bool) -> list[Tiles]:
     block_m = min(64, max(16, 1 << (m - 1).bit_length()))
     if fp32:
         return [Tiles(min(32, block_m), 0, 32, 4, 3)]
-    tiles = [Tiles(block_m, 0, 128, 4, 3), Tiles(block_m, 0, 64, 4, 4)]
-    return tiles if block_m < 64 else [*tiles, Tiles(32, 0, 128, 4, 3)]
+    if block_m < 64:
+        return [Tiles(block_m, 0, 64, 4, 4)]
+    return [Tiles(64, 0, 128, 4, 3), Tiles(64, 0, 64, 4, 4), Tiles(32, 0, 128, 4, 3)]
 
 
 def outer_tiles(fp32: bool) -> list[Tiles]:
