@@ -23,13 +23,14 @@ KERNELS = {
         "kernels.dropout", "kernels.plan", "kernels.segments", "kernels.stacked",
         "kernels.validate",
     },
-    "kernels.plan": {"kernels.native"},
+    "kernels.plan": {"kernels.cuda", "kernels.native"},
     "kernels.validate": {"kernels.segments"},
     "kernels.reference": {"kernels.dropout", "kernels.segments"},
     "kernels.stacked": {"kernels.dropout", "kernels.ops", "kernels.packing"},
     "kernels.native": {"kernels.ops"},
     "kernels.ops": set(),
-    "kernels.cuda": {"kernels.packing"},
+    "kernels.cuda": {"kernels.cuda_tables", "kernels.ops"},
+    "kernels.cuda_tables": set(),
     "kernels.packing": set(),
     "kernels.segments": set(),
     "kernels.dropout": set(),
@@ -39,7 +40,7 @@ SURFACE = {
     "peft": {"layers", "kernels"},
     "doctor": {"", "kernels", "kernels.native", "kernels.plan"},  # reports what is under the hood
 }
-BACKENDS = {"kernels.stacked", "kernels.native"}
+BACKENDS = {"kernels.stacked", "kernels.native", "kernels.cuda"}
 
 # fl: a module may import lower levels only; the parts and the algorithms may import one another as
 # long as there is no cycle. A module that is not named here is a part.

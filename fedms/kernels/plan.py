@@ -3,16 +3,16 @@
 CPU, fp32 or bf16: native, for every shape. bench/results shows no crossover worth a rule: it is the
 faster one in all but a few rows and those are within the noise of a busy machine, as it does the
 same R (K + N) M multiply-adds in fewer passes over memory. Other dtypes (fp16, fp64) and devices:
-stacked. The CUDA module is in no row, because it has not run on a GPU yet.
+stacked. The cuda backend is in no row, because it has not run on a GPU yet.
 """
 
 from __future__ import annotations
 
 import torch
 
-from fedms.kernels import native
+from fedms.kernels import cuda, native
 
-BACKENDS = ("stacked", "native")
+BACKENDS = ("stacked", "native", "cuda")
 
 
 def choose(
@@ -33,4 +33,6 @@ def choose(
         raise ValueError(f"backend must be None or one of {BACKENDS}, got {backend!r}")
     if backend == "native":
         native.require(device, x, adapter, base)
+    if backend == "cuda":
+        cuda.require(device, x, adapter, base)
     return backend
