@@ -1,6 +1,7 @@
 // IEEE half for a C++ compiler, rounded to nearest even.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -21,6 +22,7 @@ inline __half __float2half_rn(float v) {
     const std::uint16_t sign = std::signbit(v) ? 0x8000 : 0;
     v = std::fabs(v);
     if (v != v) return {0x7FFF};
+    if (v == 0.0f) return {sign};
     if (v >= 65520.0f) return {std::uint16_t(sign | 0x7C00)};
     int exponent = 0;
     std::frexp(v, &exponent);                       // v < 2^exponent

@@ -9,6 +9,7 @@
 // kernels one at a time; nothing here is fast.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cstdint>
@@ -93,6 +94,8 @@ class Block {
     struct Fibre {
         std::unique_ptr<char[]> stack;
         ucontext_t context;
+        jmp_buf jump;
+        bool begun;
         void* fake_stack;
         State state;
         bool vote;
@@ -105,6 +108,7 @@ class Block {
 
     void prepare(Fibre& fibre) {
         fibre.state = State::ready;
+        fibre.begun = false;
         fibre.fake_stack = nullptr;
         getcontext(&fibre.context);
         fibre.context.uc_stack.ss_sp = fibre.stack.get();
@@ -120,6 +124,9 @@ class Block {
         block.wait(State::done);
     }
 
+    // Contexts begin a fibre; after that it is left and entered by jumps, as swapcontext makes a
+    // system call each time. The address sanitizer has to be told of every switch, and of jumps
+    // between stacks it makes nothing.
     void resume(int thread) {
         running_ = thread;
         threadIdx = dim3(unsigned(thread), 0, 0);
@@ -130,7 +137,10 @@ class Block {
         swapcontext(&main_, &fibre.context);
         __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
 #else
-        swapcontext(&main_, &fibre.context);
+        if (_setjmp(main_jump_) != 0) return;
+        if (fibre.begun) _longjmp(fibre.jump, 1);
+        fibre.begun = true;
+        setcontext(&fibre.context);
 #endif
     }
 
@@ -140,9 +150,11 @@ class Block {
 #if defined(__SANITIZE_ADDRESS__)
         const bool last = state == State::done;
         __sanitizer_start_switch_fiber(last ? nullptr : &fibre.fake_stack, main_stack_, main_size_);
-#endif
         swapcontext(&fibre.context, &main_);
         arrived(fibre.fake_stack);
+#else
+        if (_setjmp(fibre.jump) == 0) _longjmp(main_jump_, 1);
+#endif
     }
 
     // First thing on a fibre's stack after every switch to it.
@@ -195,6 +207,7 @@ class Block {
     std::function<void()> body_;
     std::unique_ptr<char, Release> shared_;
     ucontext_t main_;
+    jmp_buf main_jump_;
     int running_ = 0;
     const void* main_stack_ = nullptr;
     std::size_t main_size_ = 0;
