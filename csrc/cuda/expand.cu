@@ -11,23 +11,60 @@ namespace {
 constexpr int kWarps = 4;
 constexpr int kOwn = kRows / kWarps;  // rows of a warp: warp, warp + kWarps, ...
 constexpr int kStride = kRows + 4;    // of a rank in shared memory: no two ranks in one bank
+constexpr int kElements = kRows * kRanks / (32 * kWarps);  // of a tile's h that a thread loads
+
+// The row of a thread's i-th element. Neighbouring threads have neighbouring ranks.
+__device__ inline int row_of(int i) {
+    return (i * 32 * kWarps + int(threadIdx.x)) / kRanks;
+}
 
 // Where a row's coefficient times h is: the rows of a warp are neighbours, two 16-byte reads.
 __device__ inline int slot_of(int row) {
     return row % kWarps * kOwn + row / kWarps;
 }
 
+template <int V>
+struct Shared {
+    Tile<V> tile;
+    alignas(16) float h[kRanks][kStride];
+    std::uint64_t keys[kRows];
+    float coefficients[kRows];
+    std::int32_t rows[kRows], columns[kRows];
+};
+
+// s.h: coefficient times h, summed over its splits, of ranks [first, first + ranks); zeros beside.
+template <class S>
+__device__ inline void stage_h(S& s, const Expand& call, int first, int ranks) {
+    const Problem& p = call.problem;
+    const int j = threadIdx.x % kRanks;
+    std::int64_t at[kElements];  // -1: not there
+    float sums[kElements] = {};
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) {
+        const int row = row_of(i);
+        const bool there = j < ranks && s.columns[row] >= 0;
+        at[i] = there ? std::int64_t(s.rows[row]) * p.width + s.columns[row] + first + j : -1;
+    }
+    // Many loads under way at once: in a decoding step their latency is most of the kernel's time.
+#pragma unroll 4
+    for (int split = 0; split < call.splits; ++split) {
+#pragma unroll
+        for (int i = 0; i < kElements; ++i) {
+            if (at[i] >= 0) sums[i] += call.h[split * p.m * p.width + at[i]];
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) {
+        if (at[i] >= 0 && call.sum != nullptr && blockIdx.y == 0) call.sum[at[i]] = sums[i];
+        const int row = row_of(i);
+        s.h[j][slot_of(row)] = s.coefficients[row] * sums[i];
+    }
+}
+
 // Selective: whether an expert's part is kept is decided for each element (dropout) or row (top-k).
 template <class T, int V, bool Selective>
 __global__ void __launch_bounds__(32 * kWarps) expand(const __grid_constant__ Expand call) {
-    struct Shared {
-        Tile<V> tile;
-        alignas(16) float h[kRanks][kStride];
-        std::uint64_t keys[kRows];
-        float coefficients[kRows];
-        std::int32_t rows[kRows], columns[kRows];
-    };
-    FEDMS_SHARED(Shared, s);
+    FEDMS_SHARED(Shared<V>, s);
     const Problem& p = call.problem;
     const bool grouped = p.routes.num_groups >= 0;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -63,17 +100,7 @@ __global__ void __launch_bounds__(32 * kWarps) expand(const __grid_constant__ Ex
 
         for (int first = 0; first < expert.rank; first += kRanks) {
             const int ranks = min(expert.rank - first, kRanks);
-            for (int i = threadIdx.x; i < kRows * kRanks; i += 32 * kWarps) {
-                const int j = i % kRanks, row = i / kRanks;
-                float sum = 0.0f;
-                if (j < ranks && s.columns[row] >= 0) {
-                    const std::int64_t at =
-                        std::int64_t(s.rows[row]) * p.width + s.columns[row] + first + j;
-                    for (int k = 0; k < call.splits; ++k) sum += call.h[k * p.m * p.width + at];
-                    if (call.sum != nullptr && blockIdx.y == 0) call.sum[at] = sum;
-                }
-                s.h[j][slot_of(row)] = s.coefficients[row] * sum;
-            }
+            stage_h(s, call, first, ranks);
             s.tile.stage(p, expert, call.from_b, first, call.columns, c0);
             __syncthreads();
 #pragma unroll

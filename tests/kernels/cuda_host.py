@@ -31,36 +31,38 @@ SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 
 class HostBuild:
-    """Compiles the module into folders below `root`; the bindings, the slow part, once."""
+    """Builds of the module in folders below `root`; no source is compiled twice alike."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
+        self._objects: dict[tuple[Path, tuple[str, ...]], Path] = {}
         self._count = 0
-        self._bindings = self._compile(CSRC / "cuda/bindings.cpp", root / "bindings.o")
 
     def build(self, *flags: str, kernels: list[Path] = KERNELS) -> Path:
-        """The module with its kernels compiled with `flags`. Raises with the compiler's words."""
+        """The module, its kernels compiled with `flags`. Raises with the compiler's words."""
         self._count += 1
         folder = self._root / f"build{self._count}"
         folder.mkdir()
+        wanted = [(CSRC / "cuda/bindings.cpp", ()), *((kernel, flags) for kernel in kernels)]
         with ThreadPoolExecutor(2) as pool:
-            objects = list(
-                pool.map(lambda s: self._compile(s, folder / f"{s.stem}.o", *flags), kernels)
-            )
+            objects = list(pool.map(lambda one: self._compiled(*one, folder), wanted))
         module = folder / "_C_cuda.so"
-        self._run("-shared", *flags, self._bindings, *objects, "-o", module)
+        self._run("-shared", *flags, *objects, "-o", module)
         return module
 
-    def _compile(self, source: Path, to: Path, *flags: str) -> Path:
+    def _compiled(self, source: Path, flags: tuple[str, ...], folder: Path) -> Path:
+        if (source, flags) in self._objects:
+            return self._objects[source, flags]
+        to = folder / f"{source.stem}.o"
         ours = [flag for path in (CSRC / "cuda/host", CSRC) for flag in ("-I", path)]
         others = (*include_paths(), sysconfig.get_path("include"))
         system = [flag for path in others for flag in ("-isystem", path)]
         self._run(
             "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-DFEDMS_CUDA_HOST", "-Wall",
             "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE",
-            *flags, *ours, *system, "-x", "c++",
-            "-c", source, "-o", to,
+            *flags, *ours, *system, "-x", "c++", "-c", source, "-o", to,
         )  # fmt: skip
+        self._objects[source, flags] = to
         return to
 
     @staticmethod

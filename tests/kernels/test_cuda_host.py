@@ -57,11 +57,11 @@ def test_problems(module, name, multiprocessors, reverse):
     assert_close(got, problem.truth(), FP32_BOUND)
 
 
-@pytest.mark.parametrize("name", ["odd widths", "dropout", "segments", "top 2"])
+@pytest.mark.parametrize("name", ["odd widths", "segments"])
 @pytest.mark.parametrize("adapter", [F32, BF16, F16])
 @pytest.mark.parametrize("base", [F32, BF16, F16])
 def test_dtypes(module, name, base, adapter):
-    """No worse than one rounding of each result to its own dtype; torch's bf16 GEMM is the base."""
+    """One rounding of each result to its own dtype, with rows that can and cannot be vectors."""
     problem = PROBLEMS[name]()
     limits = {F32: FP32_BOUND, BF16: 6e-3, F16: 1e-3}
     bound = max(limits[base], limits[adapter])
