@@ -220,11 +220,11 @@ PYBIND11_MODULE(_C_cuda, m) {
     m.attr("MAX_INLINE_EXPERTS") = fedms::kInline;
     m.attr("TILE_ROWS") = fedms::kRows;
     m.attr("CHUNK_RANKS") = fedms::kRanks;
-    py::class_<Call>(m, "Call", py::module_local()).def(
-        py::init<int, int64_t, int64_t, int64_t, int64_t, int, int, const Ints&, const Ints&,
-                 const Ints&, const Ints&, const Ints&, const std::vector<double>&, int64_t,
-                 int64_t, int, int64_t, int64_t, int64_t, int, int, const std::array<int64_t, 5>&,
-                 double, int64_t>());
+    py::class_<Call>(m, "Call", py::module_local())
+        .def(py::init<int, int64_t, int64_t, int64_t, int64_t, int, int, const Ints&, const Ints&,
+                      const Ints&, const Ints&, const Ints&, const std::vector<double>&, int64_t,
+                      int64_t, int, int64_t, int64_t, int64_t, int, int,
+                      const std::array<int64_t, 5>&, double, int64_t>());
     m.def("project", &project, unlocked);
     m.def("expand", &expand, unlocked);
     m.def("combine", &combine, unlocked);

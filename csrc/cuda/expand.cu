@@ -33,8 +33,8 @@ struct Shared {
 };
 
 // s.h: coefficient times h, summed over its splits, of ranks [first, first + ranks); zeros beside.
-template <class S>
-__device__ inline void stage_h(S& s, const Expand& call, int first, int ranks) {
+template <int V>
+__device__ inline void stage_h(Shared<V>& s, const Expand& call, int first, int ranks) {
     const Problem& p = call.problem;
     const int j = threadIdx.x % kRanks;
     std::int64_t at[kElements];  // -1: not there
@@ -45,7 +45,8 @@ __device__ inline void stage_h(S& s, const Expand& call, int first, int ranks) {
         const bool there = j < ranks && s.columns[row] >= 0;
         at[i] = there ? std::int64_t(s.rows[row]) * p.width + s.columns[row] + first + j : -1;
     }
-    // Many loads under way at once: in a decoding step their latency is most of the kernel's time.
+    // Many loads under way at once: their latency is most of a decoding step's time. Eight splits
+    // at once spill on sm_80.
 #pragma unroll 4
     for (int split = 0; split < call.splits; ++split) {
 #pragma unroll

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -99,6 +100,7 @@ class TableCache:
 
     def __init__(self, limit: int = 128) -> None:
         self._limit = limit
+        self._lock = Lock()
         self._tables: OrderedDict[tuple[torch.device, int, bytes], Tensor] = OrderedDict()
         self._captured: dict[int, Tensor] = {}
 
@@ -112,16 +114,17 @@ class TableCache:
     ) -> Tensor:
         """words on the device, int64; upload(device index, stream, address, words) fills it."""
         key = (device, stream, words)
-        table = self._tables.get(key)
-        if table is not None:
-            self._tables.move_to_end(key)
-            if capturing:
-                self._captured[table.data_ptr()] = table
+        with self._lock:  # autograd runs backward passes on a thread of its own
+            table = self._tables.get(key)
+            if table is not None:
+                self._tables.move_to_end(key)
+                if capturing:
+                    self._captured[table.data_ptr()] = table
+                return table
+            table = torch.empty(-(-len(words) // 8), dtype=torch.int64, device=device)
+            upload(device.index or 0, stream, table.data_ptr(), words)
+            if not capturing:
+                self._tables[key] = table
+                if len(self._tables) > self._limit:
+                    self._tables.popitem(last=False)
             return table
-        table = torch.empty(-(-len(words) // 8), dtype=torch.int64, device=device)
-        upload(device.index or 0, stream, table.data_ptr(), words)
-        if not capturing:
-            self._tables[key] = table
-            if len(self._tables) > self._limit:
-                self._tables.popitem(last=False)
-        return table

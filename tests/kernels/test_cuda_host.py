@@ -19,9 +19,10 @@ import pytest
 import torch
 from cuda_problems import PROBLEMS, SANITIZED, listed
 from lora_problem import Problem, assert_close, errors, make_problem
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from fedms.kernels import gated_lora_linear
+from fedms.kernels import cuda, gated_lora_linear
 
 pytestmark = pytest.mark.skipif(cuda_host.COMPILER is None, reason="g++ is not installed")
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -168,6 +169,31 @@ def test_non_contiguous_x_and_parameters(module):
     strided = problem.x.detach().t().contiguous().t().requires_grad_()
     assert not strided.is_contiguous()
     assert_close(_run(module, replace(problem, x=strided, A=tied)), problem.truth(), FP32_BOUND)
+
+
+@pytest.mark.parametrize("name", ["mixed ranks", "segments", "top 2", "gates: layer"])
+def test_what_is_traced_has_the_shapes_of_what_runs(module, name):
+    """The fakes that torch.compile sees, forward and backward, against the backend's outputs."""
+    p = PROBLEMS[name]().to(BF16, F32)
+    runs = None if p.segments is None else p.segments.runs()
+    tensors = [t.detach() for t in (p.x, p.weight, p.gates, *p.A, *p.B)]
+    e = len(p.A)
+
+    def both(forward: Any, backward: Any, idxs: Any, x: Any, weight: Any, gates: Any, *ab: Any):
+        call = (ab[:e], ab[e:], gates, idxs, runs, p.scaling, 0.0, 0)
+        y, h = forward(x, weight, None, None, *call, True)
+        need = [True] * (e - 1) + [False]
+        dx, dg, dA, dB = backward(y, weight, x, h, *call, True, True, need, need)
+        return [(t.shape, t.dtype) for t in (y, h, dx, dg, *dA, *dB)]
+
+    with cuda_host.installed(module, 132):
+        real = both(cuda._forward, cuda._backward, p.expert_idxs, *tensors)
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(t) for t in tensors]
+        idxs = None if p.expert_idxs is None else mode.from_tensor(p.expert_idxs)
+        ops = torch.ops.fedms
+        traced = both(ops.cuda_forward.default, ops.cuda_backward.default, idxs, *fakes)
+    assert traced == real
 
 
 def test_callable_base(module):
