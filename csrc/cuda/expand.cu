@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(32 * kWarps) expand(const __grid_constant__ Ex
         first_member = p.routes.groups[group].first_member;
         last_member = p.routes.groups[group].last_member;
     }
-    if (threadIdx.x < kRows) {
+    if (threadIdx.x < kRows) {  // read by others behind a barrier: no group is without experts
         s.rows[threadIdx.x] = row_in_group(p, group, tile * kRows + std::int64_t(threadIdx.x));
     }
     float sums[kOwn][V] = {};
@@ -141,7 +141,6 @@ __global__ void __launch_bounds__(32 * kWarps) expand(const __grid_constant__ Ex
         }
         __syncthreads();  // the next expert's pairs replace these
     }
-    __syncthreads();  // rows, in a group without experts
 
     T* out = static_cast<T*>(call.out);
     const bool vector = aligned(out, call.columns);

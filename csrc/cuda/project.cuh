@@ -17,7 +17,7 @@ struct Project {
     const void* in;  // [M, columns]
     float* out;      // [splits, M, width]
     std::int64_t columns;
-    std::int64_t columns_per_split;  // a multiple of 256
+    std::int64_t columns_per_split;  // a multiple of 512 bytes of in
     std::int32_t splits;
     std::int32_t from_b;  // 1: Bᵀ, 0: A with the problem's dropout
     DType dtype;          // of in

@@ -228,6 +228,10 @@ def _too_wide(module: Any) -> None:
     module.expand(call, 0, 1, 0, 0, True, False)
 
 
+def test_python_and_the_kernels_agree_on_the_tile(module):
+    assert module.TILE_ROWS == cuda._TILE_ROWS
+
+
 def test_too_many_experts_need_a_table(module):
     many = [0] * 33
     with pytest.raises(ValueError, match="more than 32 experts, got 33"):
