@@ -24,14 +24,15 @@ KERNELS = {
         "kernels.dropout", "kernels.plan", "kernels.segments", "kernels.stacked",
         "kernels.validate",
     },
-    "kernels.plan": {"kernels.native", "kernels.tiles", "kernels.triton"},
+    "kernels.plan": {"kernels.cuda", "kernels.native", "kernels.tiles", "kernels.triton"},
     "kernels.tune": {"kernels.plan", "kernels.tiles", "kernels.triton.backend"},
     "kernels.validate": {"kernels.segments"},
     "kernels.reference": {"kernels.dropout", "kernels.segments"},
     "kernels.stacked": {"kernels.dropout", "kernels.ops", "kernels.packing"},
     "kernels.native": {"kernels.ops"},
     "kernels.ops": set(),
-    "kernels.cuda": {"kernels.packing"},
+    "kernels.cuda": {"kernels.cuda_tables", "kernels.ops"},
+    "kernels.cuda_tables": set(),
     "kernels.packing": set(),
     "kernels.tiles": set(),
     "kernels.triton": {"kernels.ops", "kernels.segments", "kernels.triton.backend"},
@@ -52,7 +53,9 @@ SURFACE = {
     "doctor": {"", "kernels", "kernels.native", "kernels.plan", "kernels.tiles"},
     "tuning": {"kernels.tiles", "kernels.tune"},
 }
-BACKENDS = {"kernels.stacked", "kernels.native", "kernels.triton", "kernels.triton.backend"}
+BACKENDS = {
+    "kernels.stacked", "kernels.native", "kernels.cuda", "kernels.triton", "kernels.triton.backend",
+}  # fmt: skip
 
 # fl: a module may import lower levels only; the parts and the algorithms may import one another as
 # long as there is no cycle. A module that is not named here is a part.

@@ -72,7 +72,7 @@ def gated_lora_linear(
     scaling: s_e: None (ones), a float, or one an expert.
     dropout_p, seed: dropout on the experts' input, a mask of its own for each expert, a function
         of the seed alone (fedms.kernels.dropout); None draws one from torch's default generator.
-    backend: None (by fedms.kernels.plan), "stacked", "native" or "triton".
+    backend: None (by fedms.kernels.plan), "stacked", "native", "triton" or "cuda".
 
     Returns [..., N] in the base result's dtype. M = 0, E = 0 and ranks of 0 equal the base. Under
     autocast x and the weight are cast to the autocast dtype and the adapters stay as they are.

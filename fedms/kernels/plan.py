@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import torch
 
-from fedms.kernels import native, tiles, triton
+from fedms.kernels import cuda, native, tiles, triton
 
-BACKENDS = ("stacked", "native", "triton")
+BACKENDS = ("stacked", "native", "triton", "cuda")
 
 
 def choose(
@@ -47,6 +47,8 @@ def choose(
         native.require(device, x, adapter, base)
     if backend == "triton":
         triton.require(device, x, adapter, base)
+    if backend == "cuda":
+        cuda.require(device, x, adapter, base)
     return backend
 
 

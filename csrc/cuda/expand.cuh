@@ -1,0 +1,29 @@
+// Expand from the experts' ranks and add to a matrix in place, the second step of both directions:
+//
+//   forward    y[m, n] += sum over j of coef(m, e(j)) h[m, j] B[n, j]          columns = N
+//   backward   dx[m, k] += undrop(sum over j of coef(m, e(j)) u[m, j] A[j, k]) columns = K
+//
+// with coef = gate * scale. A block owns a tile of kRows rows that use the same experts and a strip
+// of columns; it sums all of their experts in fp32 and rounds once. A split projection is added up
+// here, so that a decoding step is two launches.
+#pragma once
+
+#include "cuda/problem.cuh"
+
+namespace fedms {
+
+struct Expand {
+    Problem problem;
+    const float* h;  // [splits, M, width], from project
+    float* sum;      // null, or [M, width]: h summed over the splits, for the backward pass
+    void* out;       // [M, columns]
+    std::int64_t columns;
+    std::int32_t splits;
+    std::int32_t from_b;  // 1: Bᵀ, 0: A with the problem's dropout undone
+    std::int32_t narrow;  // 1: strips of 64 columns, so that few rows fill the device
+    DType dtype;          // of out
+};
+
+Status launch_expand(const Expand& call, cudaStream_t stream);
+
+}  // namespace fedms

@@ -1,0 +1,130 @@
+"""What the CUDA kernels read from device memory besides tensors: tables, sent once and kept.
+
+Segments become `Routes`: rows that use the same experts are a group, however many segments they
+come from, so a thousand segments of two rows are a few full tiles. The layout of the words is
+csrc/cuda/problem.cuh's: groups, members, row sets, ranges, all int32.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from threading import Lock
+
+import torch
+from torch import Tensor
+
+Range = tuple[int, int, int]  # position, row, column: csrc/cuda/problem.cuh's
+
+
+@dataclass(frozen=True)
+class Routes:
+    """Segments as the kernels walk them.
+
+    words: the tables. width: of a row of h, the largest sum of ranks that a row uses. max_rows: of
+    an expert. The counts are those of csrc/cuda/problem.cuh.
+    """
+
+    words: bytes
+    width: int
+    max_rows: int
+    num_groups: int
+    num_members: int
+    group_tiles: int
+    member_tiles: int
+
+
+@lru_cache(maxsize=64)
+def routes_of(runs: tuple[int, ...], ranks: tuple[int, ...], tile_rows: int) -> Routes:
+    """`Segments.runs()` of experts of these ranks, in tiles of `tile_rows` rows."""
+    experts_of_rows: dict[tuple[int, int], list[int]] = {}
+    for begin, end, first, last in zip(*(iter(runs),) * 4, strict=True):
+        experts_of_rows.setdefault((begin, end), []).extend(range(first, last))
+    groups: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+    for rows, experts in experts_of_rows.items():
+        groups.setdefault(tuple(experts), []).append(rows)
+
+    group_words, member_words, ranges = array("i"), array("i"), array("i")
+    row_sets: list[list[Range]] = [[] for _ in ranks]
+    counts = [0] * len(ranks)
+    width = group_tiles = member_tiles = num_members = 0
+    for g, (experts, spans) in enumerate(groups.items()):
+        first_range, rows = len(ranges) // 3, 0
+        for begin, end in spans:
+            ranges.extend((rows, begin, 0))
+            rows += end - begin
+        tiles = -(-rows // tile_rows)
+        last_range = len(ranges) // 3
+        group_words.extend(
+            (group_tiles, rows, first_range, last_range, num_members, num_members + len(experts))
+        )
+        column = 0
+        for e in experts:
+            member_words.extend((member_tiles, g, e, column))
+            for begin, end in spans:
+                row_sets[e].append((counts[e], begin, column))
+                counts[e] += end - begin
+            member_tiles += tiles
+            column += ranks[e]
+        num_members += len(experts)
+        group_tiles += tiles
+        width = max(width, column)
+    set_words = array("i")
+    for rows, row_set in zip(counts, row_sets, strict=True):
+        first_range = len(ranges) // 3
+        for entry in row_set:
+            ranges.extend(entry)
+        set_words.extend((rows, first_range, first_range + len(row_set)))
+    return Routes(
+        words=b"".join(t.tobytes() for t in (group_words, member_words, set_words, ranges)),
+        width=width,
+        max_rows=max(counts, default=0),
+        num_groups=len(groups),
+        num_members=num_members,
+        group_tiles=group_tiles,
+        member_tiles=member_tiles,
+    )
+
+
+class TableCache:
+    """Device copies of tables, found again by their content, their device and the stream.
+
+    In a steady state nothing is sent. An entry belongs to one stream: the copy is ordered before
+    its uses without an event, and its memory before who gets it next. A table that a CUDA graph's
+    capture uses stays for good, as replays read it; one that is new during a capture becomes part
+    of the graph and is not kept here, since it is filled by the replays alone.
+    """
+
+    def __init__(self, limit: int = 128) -> None:
+        self._limit = limit
+        self._lock = Lock()
+        self._tables: OrderedDict[tuple[torch.device, int, bytes], Tensor] = OrderedDict()
+        self._captured: dict[int, Tensor] = {}
+
+    def resident(
+        self,
+        words: bytes,
+        device: torch.device,
+        stream: int,
+        capturing: bool,
+        upload: Callable[[int, int, int, bytes], None],
+    ) -> Tensor:
+        """words on the device, int64; upload(device index, stream, address, words) fills it."""
+        key = (device, stream, words)
+        with self._lock:  # autograd runs backward passes on a thread of its own
+            table = self._tables.get(key)
+            if table is not None:
+                self._tables.move_to_end(key)
+                if capturing:
+                    self._captured[table.data_ptr()] = table
+                return table
+            table = torch.empty(-(-len(words) // 8), dtype=torch.int64, device=device)
+            upload(device.index or 0, stream, table.data_ptr(), words)
+            if not capturing:
+                self._tables[key] = table
+                if len(self._tables) > self._limit:
+                    self._tables.popitem(last=False)
+            return table

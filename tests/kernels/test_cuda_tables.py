@@ -1,0 +1,84 @@
+"""Segments as the CUDA kernels' tables, and the cache of what was sent."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+import torch
+
+from fedms.kernels import Segments
+from fedms.kernels.cuda_tables import TableCache, routes_of
+
+CPU = torch.device("cpu")
+
+
+def test_routes_by_hand():
+    """Two segments of experts (0, 2) share a group; expert 2 comes after ranks of 0 there."""
+    segments = Segments([0, 3, 10, 12, 15], [(0, 2), 1, (), (2, 0)])
+    routes = routes_of(tuple(segments.runs()), (8, 4, 16), 4)
+    counts = (routes.num_groups, routes.num_members, routes.group_tiles, routes.member_tiles)
+    assert counts == (2, 3, 4, 6)
+    assert routes.width == 24
+    assert routes.max_rows == 7
+    words = struct.unpack(f"{len(routes.words) // 4}i", routes.words)
+    assert words[:12] == (0, 6, 0, 2, 0, 2, 2, 7, 2, 3, 2, 3)  # groups of 6 and of 7 rows
+    assert words[12:24] == (0, 0, 0, 0, 2, 0, 2, 8, 4, 1, 1, 0)  # members
+    assert words[24:33] == (6, 3, 5, 7, 5, 6, 6, 6, 8)  # row sets
+    assert words[33:42] == (0, 0, 0, 3, 12, 0, 0, 3, 0)  # ranges of the groups
+    assert words[42:] == (0, 0, 0, 3, 12, 0, 0, 3, 0, 0, 0, 8, 3, 12, 8)  # and of the experts
+
+
+def test_segments_without_experts_are_no_group():
+    routes = routes_of(tuple(Segments([0, 5], [()]).runs()), (8,), 4)
+    assert (routes.width, routes.num_groups, routes.group_tiles) == (0, 0, 0)
+
+
+@pytest.fixture
+def sent() -> list[bytes]:
+    return []
+
+
+@pytest.fixture
+def ask(sent: list[bytes]):
+    cache = TableCache(limit=2)
+
+    def upload(device: int, stream: int, address: int, words: bytes) -> None:
+        sent.append(words)
+
+    def resident(words: bytes, stream: int = 0, capturing: bool = False) -> torch.Tensor:
+        return cache.resident(words, CPU, stream, capturing, upload)
+
+    return resident
+
+
+def test_equal_tables_are_sent_once_a_stream(ask, sent):
+    first = ask(b"12345678")
+    assert first.numel() == 1
+    assert ask(b"123456789").numel() == 2
+    assert ask(bytes(bytearray(b"12345678"))) is first
+    assert ask(b"12345678", stream=7) is not first
+    assert sent == [b"12345678", b"123456789", b"12345678"]
+
+
+def test_the_least_recently_used_is_dropped(ask, sent):
+    first = ask(b"a")
+    ask(b"b")
+    assert ask(b"a") is first
+    ask(b"c")
+    assert ask(b"a") is first
+    ask(b"b")
+    assert sent == [b"a", b"b", b"c", b"b"]
+
+
+def test_a_capture_fills_its_own_table_and_keeps_a_used_one(ask, sent):
+    """A table first seen in a capture is filled by replays alone, so nobody else may find it."""
+    inside = ask(b"a", capturing=True)
+    outside = ask(b"a")
+    assert outside is not inside
+    assert sent == [b"a", b"a"]
+    assert ask(b"a", capturing=True) is outside
+    address = outside.data_ptr()
+    del outside, inside
+    for word in (b"b", b"c", b"d"):
+        assert ask(word).data_ptr() != address  # dropped from the cache, yet still alive
