@@ -74,8 +74,8 @@ class HostBuild:
 
 
 def load(path: Path) -> Any:
-    """The module at `path`. Its name has the folder in it: pybind11 makes a name only once."""
-    loader = ExtensionFileLoader(f"{path.parent.name}._C_cuda", str(path))
+    """The module at `path`. Its name has the path in it: pybind11 makes a name only once."""
+    loader = ExtensionFileLoader(f"{path.parent}._C_cuda", str(path))
     spec = spec_from_loader(loader.name, loader)
     assert spec is not None
     module = module_from_spec(spec)

@@ -88,7 +88,7 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
         segments=Segments([32 * i for i in range(9)], list(range(8))),
     ),
     "tiny segments": tiny_segments,
-    "many rows": lambda: make_problem(600, 64, 96, (8, 8)),
+    "many rows": lambda: make_problem(600, 64, 96, (20, 8)),
     "frozen experts": frozen,
     "only x": lambda: only("x"),
     "only gates": lambda: only("gates"),
