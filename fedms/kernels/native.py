@@ -123,6 +123,7 @@ def _shared(
     x: Tensor | None,
     h: Tensor | None,
     h_width: int,
+    add: bool,
 ) -> tuple:
     """What both directions pass, in the binding's order. The caller keeps the tensors alive."""
     ranks = [0]
@@ -141,6 +142,7 @@ def _shared(
         [] if runs is None else runs, -1 if runs is None else len(runs) // 4,
         dropout_p, seed,
         0 if x is None else x.data_ptr(), 0 if h is None else h.data_ptr(), h_width,
+        add,
     )  # fmt: skip
 
 
@@ -162,7 +164,7 @@ def _forward(
     width, _ = _h_like(x, A, expert_idxs, runs)
     h = x.new_empty((m, width) if save_h else (0,), dtype=torch.float32)
     shared = _shared(m, k, y_MN.shape[1], x.dtype, A, B, gates, expert_idxs, runs, scale, dropout_p,
-                     seed, x, h if save_h else None, width)  # fmt: skip
+                     seed, x, h if save_h else None, width, True)  # fmt: skip
     _C.forward(torch.get_num_threads(), y_MN.data_ptr(), *shared)  # type: ignore[union-attr]
     return y_MN, h
 
@@ -188,7 +190,7 @@ def _backward(
     columns = len(A) if expert_idxs is None else expert_idxs.shape[1]
     dg = dy.new_zeros((m, columns) if need_dg else (0,), dtype=torch.float32)
     shared = _shared(m, k, n, dy.dtype, A, B, gates32, expert_idxs, runs, scale, dropout_p, seed, x,
-                     h, width)  # fmt: skip
+                     h, width, True)  # fmt: skip
     _C.backward(  # type: ignore[union-attr]
         torch.get_num_threads(),
         dy.data_ptr(),
