@@ -2,7 +2,7 @@
 // autograd are Python's (fedms/kernels/native.py); the arithmetic is gated_lora*.cpp's.
 //
 //   set_parallel_for(address)   torch's thread pool, once at import
-//   forward(call)               y (+)= the mixture, optionally keeping h
+//   forward(call)               y = what it starts from + the mixture, optionally keeping h
 //   backward(call)              dx, dgates, dA, dB
 //   isa(), set_isa(name), compiler()
 #include <pybind11/pybind11.h>
@@ -44,7 +44,7 @@ struct Call {
     Call(int64_t m, int64_t k, int64_t n, bool bf16, bool adapters_bf16, const Ints& a_,
          const Ints& b_, Ints ranks_, const std::vector<double>& scale_, int64_t gates,
          int64_t gate_row, int64_t gate_col, int64_t idxs, int64_t top_k, Ints runs_,
-         int64_t num_runs, double p, int64_t seed, int64_t x, int64_t h, int64_t h_width, bool add)
+         int64_t num_runs, double p, int64_t seed, int64_t x, int64_t h, int64_t h_width)
         : a(pointers(a_)),
           b(pointers(b_)),
           ranks(std::move(ranks_)),
@@ -69,21 +69,22 @@ struct Call {
         problem.x = pointer<const void>(x);
         problem.h = pointer<float>(h);
         problem.h_width = h_width;
-        problem.add = add;
     }
 };
 
 template <class... Args>
-void forward(int64_t threads, int64_t y, Args... args) {
+void forward(int64_t threads, int64_t y, int64_t y_from, int64_t y_from_row, Args... args) {
     py::gil_scoped_release release;
     Call call(std::move(args)...);
     call.problem.y = pointer<void>(y);
+    call.problem.y_from = pointer<const void>(y_from);
+    call.problem.y_from_row = y_from_row;
     fedms::forward(call.problem, threads);
 }
 
 // da, db: addresses, 0 where no gradient is wanted.
 template <class... Args>
-void backward(int64_t threads, int64_t dy, int64_t dx, int64_t dgates, const Ints& da,
+void backward(int64_t threads, int64_t dy, int64_t dx, bool dx_add, int64_t dgates, const Ints& da,
               const Ints& db, Args... args) {
     py::gil_scoped_release release;
     Call call(std::move(args)...);
@@ -98,6 +99,7 @@ void backward(int64_t threads, int64_t dy, int64_t dx, int64_t dgates, const Int
     }
     call.problem.dy = pointer<const void>(dy);
     call.problem.dx = pointer<void>(dx);
+    call.problem.dx_add = dx_add;
     call.problem.dgates = pointer<float>(dgates);
     call.problem.want_da = want.get();
     call.problem.want_db = want.get() + count;
@@ -108,7 +110,7 @@ void backward(int64_t threads, int64_t dy, int64_t dx, int64_t dgates, const Int
 template <template <class...> class Holder>
 using Shared = Holder<int64_t, int64_t, int64_t, bool, bool, Ints, Ints, Ints, std::vector<double>,
                       int64_t, int64_t, int64_t, int64_t, int64_t, Ints, int64_t, double, int64_t,
-                      int64_t, int64_t, int64_t, bool>;
+                      int64_t, int64_t, int64_t>;
 
 template <class... Args>
 struct Bind {

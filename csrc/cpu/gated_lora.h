@@ -32,11 +32,12 @@ struct Problem {
     const void* x;  // [M, K]; null in a backward without dA
     float* h;       // [M, h_width]: written by the forward (null: not kept), read by the backward
     std::int64_t h_width;  // R, or with idxs top_k * largest rank
-    bool add;              // y and dx hold the base's part; else they are written, and every row
-                           // has to have a pair (dense calls without dropout)
     void* y;               // forward: [M, N]
+    const void* y_from;    // what y starts from: y itself, other rows [M, N], a bias [N] (with a
+    std::int64_t y_from_row;  // row stride of 0), or null for zero. Not y: dense calls only
     const void* dy;        // backward: [M, N]
     void* dx;              // [M, K]; null: not wanted
+    bool dx_add;           // dx holds the base's part; else it is written: dense calls only
     float* dgates;         // [M, E] or [M, top_k], zeroed by the caller; null: not wanted
     const bool* want_da;   // [E]
     const bool* want_db;   // [E]
@@ -74,7 +75,7 @@ struct RowKernels {
     void (*backward)(const Problem&, const Scratch&, std::int64_t begin, std::int64_t end);
 };
 
-// y (+)= the mixture, on all threads. See Problem for what is read and written.
+// y = y_from + the mixture, on all threads. See Problem for what is read and written.
 void forward(const Problem& problem, std::int64_t threads);
 
 // da_out[e] [r_e, K], db_out[e] [N, r_e] in the adapters' dtype; entries not wanted are ignored.

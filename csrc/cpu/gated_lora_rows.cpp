@@ -171,13 +171,14 @@ void shrink(const Problem& p, const Scratch& s, const Item& item) {
     }
 }
 
+// y = from + left times the tiles of ranks [r0, r1); from may be null.
 template <class T>
-void expand_rows(T* const* y, const Problem& p, const Scratch& s, const Item& item, int64_t r0,
-                 int64_t r1, const float* h, int64_t columns, bool add) {
+void expand_rows(T* const* y, const T* const* from, const Problem& p, const Scratch& s,
+                 const Item& item, int64_t r0, int64_t r1, const float* left, int64_t columns) {
     const float* tiles = s.tiles + r0 * kTile;
     const int64_t stride = p.ranks[p.num_experts] * kTile;
-    add ? expand<true>(y, item.n, h + r0, s.ld, tiles, stride, r1 - r0, columns)
-        : expand<false>(y, item.n, h + r0, s.ld, tiles, stride, r1 - r0, columns);
+    from ? expand<true>(y, from, item.n, left + r0, s.ld, tiles, stride, r1 - r0, columns)
+         : expand<false>(y, from, item.n, left + r0, s.ld, tiles, stride, r1 - r0, columns);
 }
 
 template <class T>
@@ -193,7 +194,9 @@ void forward_item(const Problem& p, const Scratch& s, const Item& item, int64_t 
     }
     gate(at, s.h + r0, s.h + r0, s.ld);
     T** y = row_pointers_mut<T>(s, 1, p.y, p.n, item);
-    expand_rows(y, p, s, item, r0, r1, s.h, p.n, p.add);
+    const T* const* from =
+        p.y_from != nullptr ? row_pointers<T>(s, 2, p.y_from, p.y_from_row, item) : nullptr;
+    expand_rows<T>(y, from, p, s, item, r0, r1, s.h, p.n);
 }
 
 // Calls f(e, end) for neighbouring experts of the item that are all wanted; zeroes their partial
@@ -277,7 +280,7 @@ void backward_dropped(const Problem& p, const Scratch& s, const Item& item, cons
     if (dx == nullptr) return;
     float** rows = const_cast<float**>(reinterpret_cast<const float**>(s.rows)) + 3 * s.block;
     for (int64_t i = 0; i < item.n; ++i) rows[i] = s.dropped + i * p.k;
-    expand_rows(rows, p, s, item, r0, r1, s.u, p.k, false);
+    expand_rows<float>(rows, nullptr, p, s, item, r0, r1, s.u, p.k);
     drop_rows(p, s, static_cast<const float* const*>(rows), item, item.first);  // in place: undrop
     for (int64_t i = 0; i < item.n; ++i) {
         int64_t c = 0;
@@ -325,7 +328,7 @@ void backward_item(const Problem& p, const Scratch& s, const Item& item, int64_t
         return;
     }
     if (want_da) add_outer(p, s, item, p.want_da, s.da_touched, s.da, p.k, s.u, x, 0, p.k);
-    if (dx != nullptr) expand_rows(dx, p, s, item, r0, r1, s.u, p.k, p.add);
+    if (dx != nullptr) expand_rows<T>(dx, p.dx_add ? dx : nullptr, p, s, item, r0, r1, s.u, p.k);
 }
 
 // The (row, slot) pairs of rows [begin, end), by expert and then by row.

@@ -1,8 +1,8 @@
 // Register-blocked inner kernels of the gated LoRA op. fp32 accumulation; rows by pointer.
 //
-//   dots    out[i, j] (+)= sum over c of x[i, c] w[j, c]        x_MK Aᵀ and dy_MN B
-//   expand  y[i, c]   (+)= sum over j of h[i, j] w[j, c]        y += h~ Bᵀ and dx += u~ A
-//   outer   g[j, c]    += sum over i of h[i, j] x[i, c]         dB = dyᵀ h~ and dA = u~ᵀ x
+//   dots    out[i, j] (+)= sum over c of x[i, c] w[j, c]              x_MK Aᵀ and dy_MN B
+//   expand  y[i, c]    = from[i, c] + sum over j of h[i, j] w[j, c]   y += h~ Bᵀ and dx += u~ A
+//   outer   g[j, c]    += sum over i of h[i, j] x[i, c]               dB = dyᵀ h~ and dA = u~ᵀ x
 //
 // i runs over rows, j over stacked ranks, c over columns (K or N). The factors w and the gradients
 // g are packed (cpu/pack.h), so that an inner loop reads them as one stream: rows of a matrix with
@@ -84,12 +84,14 @@ inline void dots(const float* const* x, int64_t m, const float* panels, int64_t 
     }
 }
 
-template <bool Add, class T>
-FEDMS_INLINE void expand_tile(T* const* y, const float* const* h, const float* w, int64_t r,
-                              int64_t c) {
+template <bool From, class T>
+FEDMS_INLINE void expand_tile(T* const* y, const T* const* from, const float* const* h,
+                              const float* w, int64_t r, int64_t c) {
     Vec acc[kExpandRows][kTileVecs];
     for (int i = 0; i < kExpandRows; ++i) {
-        for (int v = 0; v < kTileVecs; ++v) acc[i][v] = Add ? load(y[i] + c + v * kWidth) : Vec{};
+        for (int v = 0; v < kTileVecs; ++v) {
+            acc[i][v] = From ? load(from[i] + c + v * kWidth) : Vec{};
+        }
     }
     for (int64_t j = 0; j < r; ++j) {
         Vec wv[kTileVecs];
@@ -105,41 +107,44 @@ FEDMS_INLINE void expand_tile(T* const* y, const float* const* h, const float* w
 }
 
 // The last columns, fewer than a tile: computed beside y.
-template <bool Add, class T>
-void expand_rest(T* const* y, const float* const* h, const float* w, int64_t r, int64_t c,
-                 int64_t n) {
+template <bool From, class T>
+void expand_rest(T* const* y, const T* const* from, const float* const* h, const float* w,
+                 int64_t r, int64_t c, int64_t n) {
     T beside[kExpandRows][kTile];
     T* rows[kExpandRows];
     const auto bytes = static_cast<std::size_t>(n) * sizeof(T);
     std::memset(beside, 0, sizeof beside);
     for (int i = 0; i < kExpandRows; ++i) {
         rows[i] = beside[i];
-        if (Add) std::memcpy(beside[i], y[i] + c, bytes);
+        if (From) std::memcpy(beside[i], from[i] + c, bytes);
     }
-    expand_tile<Add>(rows, h, w, r, 0);
+    expand_tile<From, T>(rows, rows, h, w, r, 0);
     for (int i = 0; i < kExpandRows; ++i) std::memcpy(y[i] + c, beside[i], bytes);
 }
 
-// w: tiles of [r][kTile], tile_stride apart. Without Add y is written only.
-template <bool Add, class T>
-void expand(T* const* y, int64_t m, const float* h, int64_t ldh, const float* w,
-            int64_t tile_stride, int64_t r, int64_t columns) {
+// w: tiles of [r][kTile], tile_stride apart. y starts from the rows `from` (y itself to add to it),
+// without From from zero and is written only.
+template <bool From, class T>
+void expand(T* const* y, const T* const* from, int64_t m, const float* h, int64_t ldh,
+            const float* w, int64_t tile_stride, int64_t r, int64_t columns) {
     for (int64_t strip = 0; strip < columns; strip += kStrip) {
         const int64_t end = strip + kStrip < columns ? strip + kStrip : columns;
         for (int64_t i0 = 0; i0 < m; i0 += kExpandRows) {
             T* yi[kExpandRows];
+            const T* fi[kExpandRows];
             const float* hi[kExpandRows];
             for (int i = 0; i < kExpandRows; ++i) {
                 const int64_t row = i0 + i < m ? i0 + i : m - 1;
                 yi[i] = y[row];
+                fi[i] = From ? from[row] : nullptr;
                 hi[i] = h + row * ldh;
             }
             int64_t c = strip;
             const float* tile = w + strip / kTile * tile_stride;
             for (; c + kTile <= end; c += kTile, tile += tile_stride) {
-                expand_tile<Add>(yi, hi, tile, r, c);
+                expand_tile<From, T>(yi, fi, hi, tile, r, c);
             }
-            if (c < end) expand_rest<Add>(yi, hi, tile, r, c, end - c);
+            if (c < end) expand_rest<From, T>(yi, fi, hi, tile, r, c, end - c);
         }
     }
 }

@@ -28,6 +28,11 @@ from torch.nn import functional as F
 from fedms.kernels.ops import define_backend
 
 _DTYPES = (torch.float32, torch.bfloat16)
+# oneDNN multiplies bf16 at full speed with these. With AVX-512 alone it takes about twice as long as
+# fp32 does, and without it torch's own loops take 10 (forward) to 100 times (backward) as long: from
+# so many rows on, casting the weight to fp32 costs less than it saves.
+_FAST_BF16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+_MIN_ROWS_IN_FP32 = 64 if torch.cpu._is_avx512_supported() else 4
 
 
 def _load(name: str) -> tuple[ModuleType | None, str]:
@@ -107,6 +112,23 @@ def _h_like(
     return width, torch.float32
 
 
+def _writes_all(width: int, expert_idxs: Tensor | None, runs: Sequence[int] | None) -> bool:
+    """True when the kernels visit every row exactly once, so that nothing has to be there before.
+
+    Then the base GEMM comes last and adds to what they wrote, where its type is theirs: writing y
+    and dx is a third less traffic than adding to them.
+    """
+    return width > 0 and expert_idxs is None and runs is None
+
+
+def _better_in_fp32(x: Tensor) -> bool:
+    """True for bf16 where torch has only slow bf16 GEMMs and the rows pay for casting the weight.
+
+    The whole layer then runs in fp32 and rounds once at the end.
+    """
+    return x.dtype == torch.bfloat16 and not _FAST_BF16 and x.shape[0] >= _MIN_ROWS_IN_FP32
+
+
 def _shared(
     m: int,
     k: int,
@@ -123,7 +145,6 @@ def _shared(
     x: Tensor | None,
     h: Tensor | None,
     h_width: int,
-    add: bool,
 ) -> tuple:
     """What both directions pass, in the binding's order. The caller keeps the tensors alive."""
     ranks = [0]
@@ -142,7 +163,6 @@ def _shared(
         [] if runs is None else runs, -1 if runs is None else len(runs) // 4,
         dropout_p, seed,
         0 if x is None else x.data_ptr(), 0 if h is None else h.data_ptr(), h_width,
-        add,
     )  # fmt: skip
 
 
@@ -151,21 +171,44 @@ def _forward(
     A: Sequence[Tensor], B: Sequence[Tensor], gates: Tensor | None, expert_idxs: Tensor | None,
     runs: Sequence[int] | None, scale: Sequence[float], dropout_p: float, seed: int, save_h: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    if base is not None:
-        y_MN = base.clone(memory_format=torch.contiguous_format)
-    else:
-        assert weight is not None
-        y_MN = F.linear(x, weight, bias)
+    if weight is not None and _better_in_fp32(x):
+        y, h = _forward(
+            x.float(), weight.float(), None if bias is None else bias.float(), None, A, B, gates,
+            expert_idxs, runs, scale, dropout_p, seed, save_h,
+        )  # fmt: skip
+        return y.to(x.dtype), h
     m, k = x.shape
+    width, _ = _h_like(x, A, expert_idxs, runs)
+    writes_all = _writes_all(width, expert_idxs, runs)
+    base_last = base is None and writes_all and x.dtype == torch.float32
     x = x.contiguous()
     A, B = [a.contiguous() for a in A], [b.contiguous() for b in B]
     gates = None if gates is None else gates.to(torch.float32)
     expert_idxs = None if expert_idxs is None else expert_idxs.contiguous()
-    width, _ = _h_like(x, A, expert_idxs, runs)
+    if base_last:
+        y_from = None if bias is None else bias.contiguous()
+        y_MN = x.new_empty((m, B[0].shape[0]))
+    elif base is not None and writes_all:
+        y_from = base.contiguous()
+        y_MN = torch.empty_like(y_from)
+    elif base is not None:
+        y_from = y_MN = base.clone(memory_format=torch.contiguous_format)
+    else:
+        assert weight is not None
+        y_from = y_MN = F.linear(x, weight, bias)
+    n = y_MN.shape[1]
     h = x.new_empty((m, width) if save_h else (0,), dtype=torch.float32)
-    shared = _shared(m, k, y_MN.shape[1], x.dtype, A, B, gates, expert_idxs, runs, scale, dropout_p,
-                     seed, x, h if save_h else None, width, True)  # fmt: skip
-    _C.forward(torch.get_num_threads(), y_MN.data_ptr(), *shared)  # type: ignore[union-attr]
+    shared = _shared(m, k, n, x.dtype, A, B, gates, expert_idxs, runs, scale, dropout_p, seed, x,
+                     h if save_h else None, width)  # fmt: skip
+    _C.forward(  # type: ignore[union-attr]
+        torch.get_num_threads(),
+        y_MN.data_ptr(),
+        0 if y_from is None else y_from.data_ptr(),
+        0 if base_last else n,  # a bias is one row for all
+        *shared,
+    )
+    if base_last:
+        y_MN.addmm_(x, weight.t())  # type: ignore[union-attr]
     return y_MN, h
 
 
@@ -175,31 +218,45 @@ def _backward(
     runs: Sequence[int] | None, scale: Sequence[float], dropout_p: float, seed: int, need_dx: bool,
     need_dg: bool, need_dA: Sequence[bool], need_dB: Sequence[bool],
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
+    if weight is not None and need_dx and _better_in_fp32(dy):
+        dx, *gradients = _backward(
+            dy.float(), weight.float(), None if x is None else x.float(), h, A, B, gates,
+            expert_idxs, runs, scale, dropout_p, seed, need_dx, need_dg, need_dA, need_dB,
+        )  # fmt: skip
+        return dx.to(dy.dtype), *gradients
     (m, n), k = dy.shape, A[0].shape[1]
     dy = dy.contiguous()
-    if need_dx:
-        dx_MK = dy.new_zeros((m, k)) if weight is None else dy @ weight
-    else:
+    width, _ = _h_like(dy, A, expert_idxs, runs)
+    writes_all = _writes_all(width, expert_idxs, runs) and dropout_p == 0.0
+    base_last = need_dx and weight is not None and writes_all and dy.dtype == torch.float32
+    dx_add = not (base_last or (weight is None and writes_all))
+    if not need_dx:
         dx_MK = dy.new_empty(0)
+    elif not dx_add:
+        dx_MK = dy.new_empty((m, k))
+    else:
+        dx_MK = dy.new_zeros((m, k)) if weight is None else dy @ weight
     x = None if x is None else x.contiguous()
     A, B = [a.contiguous() for a in A], [b.contiguous() for b in B]
     dA, dB = _outputs(A, need_dA), _outputs(B, need_dB)
     gates32 = None if gates is None else gates.to(torch.float32)
     expert_idxs = None if expert_idxs is None else expert_idxs.contiguous()
-    width, _ = _h_like(dy, A, expert_idxs, runs)
     columns = len(A) if expert_idxs is None else expert_idxs.shape[1]
     dg = dy.new_zeros((m, columns) if need_dg else (0,), dtype=torch.float32)
     shared = _shared(m, k, n, dy.dtype, A, B, gates32, expert_idxs, runs, scale, dropout_p, seed, x,
-                     h, width, True)  # fmt: skip
+                     h, width)  # fmt: skip
     _C.backward(  # type: ignore[union-attr]
         torch.get_num_threads(),
         dy.data_ptr(),
         dx_MK.data_ptr() if need_dx else 0,
+        dx_add,
         dg.data_ptr() if need_dg else 0,
         [g.data_ptr() if need else 0 for g, need in zip(dA, need_dA, strict=True)],
         [g.data_ptr() if need else 0 for g, need in zip(dB, need_dB, strict=True)],
         *shared,
     )
+    if base_last:
+        dx_MK.addmm_(dy, weight)  # type: ignore[arg-type]
     if need_dg and gates is not None:
         dg = (dg.sum(0) if gates.dim() == 1 else dg).to(gates.dtype)
     return dx_MK, dg, dA, dB
