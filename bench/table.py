@@ -5,9 +5,10 @@ does so for all of them; the table has the median over rounds of each row's time
 frozen row's in the same round.
 `--threads 1 --cpu` counts one thread's processor time, for a busy machine.
 
-`extra` is what LoRA adds to the frozen layer's time as a share of what it adds in peft ("none" where
-the layer with LoRA is the faster one). `over cast` is the native row over the `cast` row of bf16 cases (gated_lora_cases.py). The second
-table is microseconds of a tiny layer, where only the calls count.
+`extra` is what LoRA adds to the frozen layer's time as a share of what it adds in peft ("none"
+where the layer with LoRA is the faster one); `over cast` is the native row over the `cast` row of
+bf16 cases (gated_lora_cases.py). The second table is microseconds of a tiny layer, where only the
+calls count.
 """
 
 from __future__ import annotations

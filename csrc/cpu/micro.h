@@ -32,6 +32,7 @@ constexpr int64_t kTile = kTileVecs * kWidth;
 // Columns worked on at once, a multiple of every kTile: a block's strip of rows with its strips of
 // w and g stays in the second-level cache.
 constexpr int64_t kStrip = 384;
+static_assert(kStrip % kTile == 0);
 
 template <int Rows, int Vecs>
 FEDMS_INLINE void dot_tile(const float* const* x, const float* const* panels, int64_t columns,

@@ -144,7 +144,7 @@ def gated_lora_linear(
         has_base=base is not None,
     )
     weight_NK = None if base is not None else weight
-    y_MN = _GatedLora.apply(
+    y_MN = _apply(
         spec, x_MK, weight_NK, bias if base is None else None, base_MN, gates, expert_idxs,
         *lora_A, *lora_B,
     )  # fmt: skip
@@ -212,6 +212,13 @@ class _GatedLora(torch.autograd.Function):
             *[g if need else None for g, need in zip(dA, need_A, strict=True)],
             *[g if need else None for g, need in zip(dB, need_B, strict=True)],
         )
+
+
+def _apply(*args: Any) -> Any:
+    """_GatedLora.apply without its walk over the arguments for functorch's wrappers, 6 us."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return _GatedLora.apply(*args)
+    return super(torch.autograd.Function, _GatedLora).apply(*args)  # type: ignore[misc]
 
 
 def _trainable(needs: Sequence[bool], spec: _Spec) -> tuple[list[bool], list[bool]]:

@@ -248,7 +248,7 @@ def backward(
     if need_dx and not dx_add:
         dx_MK = torch.empty((m, k), dtype=dy.dtype)
     elif need_dx:
-        dx_MK = dy.new_zeros((m, k)) if weight is None else dy @ weight
+        dx_MK = dy.new_zeros((m, k)) if weight is None else dy.mm(weight)
     x = None if x is None else x.contiguous()
     A, B = [a.contiguous() for a in A], [b.contiguous() for b in B]
     dA, dB = _outputs(A, need_dA), _outputs(B, need_dB)
