@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from lora_problem import BACKENDS, Problem, errors, make_problem
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedms.kernels import Segments, native
+from fedms.kernels import Segments, gated_lora_linear, native
 
 needs_native = pytest.mark.skipif(not native.available(), reason="the extension is not built")
 
@@ -87,6 +89,39 @@ def test_both_ways_to_compute_bf16(fast_bf16, gates, routing, monkeypatch):
     assert got["y"].dtype == got["dx"].dtype == torch.bfloat16
     assert got["dA0"].dtype == torch.float32
     assert max(errors(got, problem.truth()).values()) < 6e-3
+
+
+@needs_native
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+@pytest.mark.parametrize("least", [0, 1 << 40], ids=["base last", "base first"])
+def test_the_base_gemm_first_or_last(least, dropout_p, bias, monkeypatch):
+    """Small layers add to the base result; large ones write y and dx, and the GEMM adds to them."""
+    monkeypatch.setattr(native, "_MIN_ELEMENTS_BASE_LAST", least)
+    problem = make_problem(50, 31, 45, (8, 3), dropout_p=dropout_p)
+    if not bias:
+        problem = replace(problem, bias=torch.zeros_like(problem.bias))
+    truth, single = problem.truth(), problem.to(torch.float32)
+    if not bias:
+        single = replace(single, bias=None)
+    assert max(errors(single.run("native"), truth).values()) < 1e-5
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_callable_base_is_left_as_it_is(dtype):
+    """The mixture is added to a copy, also where the base result is a stride-0 view."""
+    problem = make_problem(50, 31, 45, (8, 3)).to(dtype, torch.float32)
+    row = torch.randn(45).to(dtype)
+    before = row.clone()
+    got = [
+        gated_lora_linear(problem.x, lambda _: row.expand(50, 45), problem.A, problem.B,
+                          gates=problem.gates, backend=backend)
+        for backend in ("native", "stacked")
+    ]  # fmt: skip
+    assert torch.equal(row, before)
+    assert (got[0] - row).norm() > 1
+    assert torch.allclose(got[0], got[1], atol=1e-5 if dtype is torch.float32 else 5e-2)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
