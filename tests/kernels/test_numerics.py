@@ -109,19 +109,20 @@ def test_the_base_gemm_first_or_last(least, dropout_p, bias, monkeypatch):
 
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_callable_base_is_left_as_it_is(dtype):
-    """The mixture is added to a copy, also where the base result is a stride-0 view."""
+@pytest.mark.parametrize("rows", [1, 50], ids=["stride-0 view", "whole"])
+def test_a_callable_base_is_left_as_it_is(dtype, rows):
+    """The mixture is added to a copy of the base result."""
     problem = make_problem(50, 31, 45, (8, 3)).to(dtype, torch.float32)
-    row = torch.randn(45).to(dtype)
-    before = row.clone()
-    got = [
-        gated_lora_linear(problem.x, lambda _: row.expand(50, 45), problem.A, problem.B,
+    base = torch.randn(rows, 45).to(dtype)
+    before = base.clone()
+    native_y, stacked_y = (
+        gated_lora_linear(problem.x, lambda _: base.expand(50, 45), problem.A, problem.B,
                           gates=problem.gates, backend=backend)
         for backend in ("native", "stacked")
-    ]  # fmt: skip
-    assert torch.equal(row, before)
-    assert (got[0] - row).norm() > 1
-    assert torch.allclose(got[0], got[1], atol=1e-5 if dtype is torch.float32 else 5e-2)
+    )  # fmt: skip
+    assert torch.equal(base, before)
+    assert (native_y - base).norm() > 1
+    assert torch.allclose(native_y, stacked_y, atol=1e-5 if dtype is torch.float32 else 5e-2)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
