@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from fedms.kernels import native, plan, validate
+from fedms.kernels import plan, validate
 from fedms.kernels import stacked as _stacked  # noqa: F401  (defines its ops)
 from fedms.kernels.dropout import draw_seed
 from fedms.kernels.segments import Segments
@@ -28,8 +28,8 @@ _TRACED: Mapping[tuple[str, str], Callable[..., Any]] = {
 # the C++ work of a tiny layer 3 us.
 _OPS: dict[tuple[str, str], Callable[..., Any]] = {
     **_TRACED,
-    ("native", "forward"): native.forward,
-    ("native", "backward"): native.backward,
+    ("native", "forward"): plan.native.forward,
+    ("native", "backward"): plan.native.backward,
 }
 
 
