@@ -8,7 +8,7 @@
 // memory once.
 #include <type_traits>
 
-#include "cpu/dropout.h"
+#include "cpu/drop_row.h"
 #include "cpu/gated_lora.h"
 #include "cpu/micro.h"
 
@@ -74,26 +74,7 @@ const float** drop_rows(const Problem& p, const Scratch& s, const T* const* x, c
         const auto lo = static_cast<std::uint32_t>(row), hi = static_cast<std::uint32_t>(row >> 32);
         float* out = s.dropped + i * p.k;
         rows[i] = out;
-        int64_t c = 0;
-        VecU column;
-        for (int lane = 0; lane < kWidth; ++lane) column[lane] = static_cast<std::uint32_t>(lane);
-        for (; c + kWidth <= p.k; c += kWidth, column += kWidth) {
-            VecU v = column * 0x9E3779B1u + lo;
-            v = (v ^ (v >> 16)) * 0x7FEB352Du;
-            v = ((v ^ (v >> 15)) ^ hi) * 0x846CA68Bu;
-            v ^= v >> 16;
-            const VecU keep = (VecU)(v >= threshold);
-            store(out + c, (Vec)((VecU)(load(x[i] + c) * inverse) & keep));
-        }
-        if (c < p.k) {
-            float part[kWidth];
-            store(part, load_part(x[i] + c, p.k - c));
-            for (int64_t j = 0; c < p.k; ++c, ++j) {
-                const bool keep =
-                    fedms::keep_element(lo, hi, static_cast<std::uint32_t>(c), threshold);
-                out[c] = keep ? part[j] * inverse : 0.0f;
-            }
-        }
+        drop_row(x[i], out, p.k, lo, hi, threshold, inverse);
     }
     return rows;
 }
@@ -225,7 +206,7 @@ void for_each_wanted(const Problem& p, const Item& item, const bool* want, bool*
     }
 }
 
-// Adds left^T rows into the partial gradients of the wanted experts, columns [begin, begin +
+// Adds leftᵀ rows into the partial gradients of the wanted experts, columns [begin, begin +
 // columns) of all `c`.
 template <class T>
 void add_outer(const Problem& p, const Scratch& s, const Item& item, const bool* want,
