@@ -6,6 +6,10 @@ Rows, all forward + backward of one layer, all gradients but the frozen weight's
     peft     what peft computes, adapter by adapter in plain torch; with a gate, X-LoRA-style
     stacked  fedms' plain-torch backend: one [R, K] and one [N, R] matrix, beta = 1 into the base
     native   fedms' C++ backend
+    cast     bf16 only: the frozen layer cast to fp32 and back, which is what native's base is on a
+             CPU without bf16 instructions; there `frozen` measures torch's slow bf16 GEMM
+
+`tiny_rows` is a layer whose arithmetic takes no time, with a real peft layer beside it.
 
 Shape suffixes: M rows, K in, N out, E experts, r one rank.
 """
@@ -25,7 +29,14 @@ from fedms.kernels import gated_lora_linear, native
 SHAPES = [(512, 384, 384), (512, 384, 1536), (1576, 768, 768), (1576, 768, 3072), (1576, 3072, 768)]
 SMOKE = [(512, 384, 384), (512, 384, 1536)]
 # (r, E, gated per token)
-MIXTURES = [(8, 1, False), (16, 1, False), (8, 2, True), (8, 4, True), (16, 4, True)]
+MIXTURES = [
+    (8, 1, False),
+    (16, 1, False),
+    (8, 2, True),
+    (8, 4, True),
+    (16, 4, True),
+    (8, 8, True),
+]
 SCALE = 2.0
 
 
@@ -65,6 +76,18 @@ def peft_style(
     return y.to(dtype)
 
 
+def _step(
+    forward: Callable[[], Tensor], inputs: list[Tensor], dy: Tensor
+) -> Callable[[], list[Tensor]]:
+    """A function that runs forward and backward once and gives [y, *gradients]."""
+
+    def run() -> list[Tensor]:
+        y = forward()
+        return [y, *torch.autograd.grad(y, inputs, dy)]
+
+    return run
+
+
 def rows(case: Case) -> dict[str, Callable[[], list[Tensor]]]:
     """For each row a function that runs forward and backward once and gives [y, *gradients]."""
     torch.manual_seed(0)
@@ -76,13 +99,6 @@ def rows(case: Case) -> dict[str, Callable[[], list[Tensor]]]:
     gates = torch.rand(case.m, case.experts, requires_grad=True) if case.gated else None
     leaves = [x, *(t.requires_grad_() for t in (*A, *B)), *([gates] if gates is not None else [])]
     dy = torch.randn(case.m, case.n, dtype=dtype)
-
-    def step(forward: Callable[[], Tensor], inputs: list[Tensor]) -> Callable[[], list[Tensor]]:
-        def run() -> list[Tensor]:
-            y = forward()
-            return [y, *torch.autograd.grad(y, inputs, dy)]
-
-        return run
 
     def ours(backend: str) -> Callable[[], Tensor]:
         return lambda: gated_lora_linear(
@@ -98,23 +114,54 @@ def rows(case: Case) -> dict[str, Callable[[], list[Tensor]]]:
         )
 
     found = {
-        "frozen": step(lambda: F.linear(x, weight), [x]),
-        "peft": step(lambda: peft_style(x, weight, A, B, gates, case.dropout_p), leaves),
-        "stacked": step(ours("stacked"), leaves),
+        "frozen": _step(lambda: F.linear(x, weight), [x], dy),
+        "peft": _step(lambda: peft_style(x, weight, A, B, gates, case.dropout_p), leaves, dy),
+        "stacked": _step(ours("stacked"), leaves, dy),
     }
     if native.available():
-        found["native"] = step(ours("native"), leaves)
+        found["native"] = _step(ours("native"), leaves, dy)
+    if case.bf16:
+        cast = lambda: F.linear(x.float(), weight.float()).to(dtype)  # noqa: E731
+        found["cast"] = _step(cast, [x], dy)
     return found
 
 
-def check(found: dict[str, Callable[[], list[Tensor]]], case: Case) -> None:
-    """The rows compute the same thing. With dropout peft draws masks of its own and is left out."""
-    right = found["stacked"]() if case.dropout_p else found["peft"]()
-    bound = 2e-2 if case.bf16 else 1e-4
+def tiny_rows() -> dict[str, Callable[[], list[Tensor]]]:
+    """Forward and backward of 4 tokens through 32 x 32, r = 4; `peft` is peft's own layer."""
+    import peft
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(32, 32, bias=False))
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["0"], init_lora_weights=False)
+    layer = peft.get_peft_model(model, config).base_model.model[0]
+    weight = layer.base_layer.weight
+    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    x, dy = torch.randn(4, 32, requires_grad=True), torch.randn(4, 32)
+
+    def ours(backend: str) -> Callable[[], Tensor]:
+        return lambda: gated_lora_linear(x, weight, [A], [B], scaling=SCALE, backend=backend)
+
+    found = {
+        "frozen": _step(lambda: F.linear(x, weight), [x], dy),
+        "peft": _step(lambda: layer(x), [x, A, B], dy),
+        "stacked": _step(ours("stacked"), [x, A, B], dy),
+    }
+    if native.available():
+        found["native"] = _step(ours("native"), [x, A, B], dy)
+    return found
+
+
+def check(found: dict[str, Callable[[], list[Tensor]]], case: Case | None = None) -> None:
+    """The rows compute the same thing. With dropout peft draws masks of its own and is left out.
+
+    case: None for the rows of `tiny_rows`.
+    """
+    right = found["stacked"]() if case is not None and case.dropout_p else found["peft"]()
+    bound = 2e-2 if case is not None and case.bf16 else 1e-4
     for name in ("stacked", "native"):
         if name not in found:
             continue
         for value, want in zip(found[name](), right, strict=True):
             error = (value.double() - want.double()).norm() / want.double().norm()
             if not error < bound:
-                raise AssertionError(f"{case}: {name} is off by {error:.1e}")
+                raise AssertionError(f"{case or 'tiny'}: {name} is off by {error:.1e}")

@@ -4,6 +4,11 @@ The rows of a case run in turn, round after round, so that a machine that speeds
 does so for all of them; the table has the median over rounds of each row's time divided by the
 frozen row's in the same round.
 `--threads 1 --cpu` counts one thread's processor time, for a busy machine.
+
+`extra` is what LoRA adds to the frozen layer's time as a share of what it adds in peft ("none"
+where the layer with LoRA is the faster one); `over cast` is the native row over the `cast` row of
+bf16 cases (gated_lora_cases.py). The second table is microseconds of a tiny layer, where only the
+calls count.
 """
 
 from __future__ import annotations
@@ -14,18 +19,21 @@ import time
 from collections.abc import Callable
 
 import torch
-from gated_lora_cases import SHAPES, SMOKE, Case, cases, check, rows
+from gated_lora_cases import SHAPES, SMOKE, Case, cases, check, rows, tiny_rows
 
 ROWS = ["peft", "stacked", "native"]
 
 
 def measure(
-    found: dict[str, Callable[[], object]], seconds: float, clock: Callable[[], float]
+    found: dict[str, Callable[[], object]],
+    seconds: float,
+    rounds: int,
+    clock: Callable[[], float],
 ) -> dict[str, list[float]]:
-    """Seconds of every round of every row, at least 9 rounds."""
+    """Seconds of every round of every row, at least `rounds` of them."""
     times: dict[str, list[float]] = {name: [] for name in found}
     start = time.perf_counter()
-    while len(times["frozen"]) < 9 or time.perf_counter() - start < seconds:
+    while len(times["frozen"]) < rounds or time.perf_counter() - start < seconds:
         for name, run in found.items():
             begin = clock()
             run()
@@ -47,7 +55,10 @@ def line(case: Case, times: dict[str, list[float]]) -> str:
         cells.append(f"{ratios[name]:.2f} ({low:.2f}-{high:.2f})")
     if "native" in ratios:
         cells.append(f"{ratios['stacked'] / ratios['native']:.2f}")
-        cells.append(f"{(ratios['native'] - 1) / (ratios['peft'] - 1):.2f}")
+        extra = (ratios["native"] - 1) / (ratios["peft"] - 1)
+        cells.append("none" if ratios["native"] < 1 else f"{extra:.2f}")
+        over = [n / c for n, c in zip(times["native"], times.get("cast", []), strict=False)]
+        cells.append(f"{statistics.median(over):.2f}" if over else "")
     return "| " + " | ".join(cells) + " |"
 
 
@@ -55,6 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--smoke", action="store_true", help="two small shapes")
     parser.add_argument("--seconds", type=float, default=2.0, help="time a case")
+    parser.add_argument("--rounds", type=int, default=9, help="at least so many, 2 or more")
     parser.add_argument("--match", default="", help="only cases whose name contains this")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--cpu", action="store_true", help="processor time of this thread")
@@ -65,16 +77,29 @@ def main() -> None:
         torch.autograd.set_multithreading_enabled(False)
     clock = time.thread_time if args.cpu else time.perf_counter
     print(
-        "| case | frozen, ms | peft | stacked | native | stacked / native | extra, native / peft |"
+        "| case | frozen, ms | peft | stacked | native | stacked / native | extra, native / peft "
+        "| over cast |"
     )
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     listed = cases(SMOKE if args.smoke else SHAPES)
     if not args.smoke:
         listed += [Case(1576, 768, 768, 8, 1, False, bf16, 0.1) for bf16 in (False, True)]
     for case in filter(lambda c: args.match in str(c), listed):
         found = rows(case)
         check(found, case)
-        print(line(case, measure(found, args.seconds, clock)), flush=True)
+        times = measure(found, args.seconds, args.rounds, clock)
+        print(line(case, times), flush=True)
+    if args.match in "tiny":
+        found = tiny_rows()
+        check(found)
+        times = measure(found, args.seconds, 500, clock)
+        print("\n| 4x32x32 fp32 r4 E1 | " + " | ".join(times) + " |")
+        print("| --- " * (len(times) + 1) + "|")
+        print(
+            "| us | "
+            + " | ".join(f"{statistics.median(t) * 1e6:.0f}" for t in times.values())
+            + " |"
+        )
 
 
 if __name__ == "__main__":

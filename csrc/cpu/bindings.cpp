@@ -2,7 +2,7 @@
 // autograd are Python's (fedms/kernels/native.py); the arithmetic is gated_lora*.cpp's.
 //
 //   set_parallel_for(address)   torch's thread pool, once at import
-//   forward(call)               y += the mixture, optionally keeping h
+//   forward(call)               y = what it starts from + the mixture, optionally keeping h
 //   backward(call)              dx, dgates, dA, dB
 //   isa(), set_isa(name), compiler()
 #include <pybind11/pybind11.h>
@@ -14,7 +14,6 @@
 #include <vector>
 
 #include "cpu/gated_lora.h"
-#include "cpu/pack.h"
 #include "isa.h"
 #include "parallel.h"
 
@@ -29,18 +28,25 @@ T* pointer(int64_t address) {
     return reinterpret_cast<T*>(address);
 }
 
+std::vector<const void*> pointers(const Ints& addresses) {
+    std::vector<const void*> out;
+    for (int64_t address : addresses) out.push_back(pointer<const void>(address));
+    return out;
+}
+
 // What both directions share. Owns the arrays that the Problem points into.
 struct Call {
-    fedms::PackedExperts experts;
+    std::vector<const void*> a, b;
     Ints ranks, runs;
     std::vector<float> scale;
     fedms::Problem problem{};
 
-    Call(int64_t m, int64_t k, int64_t n, bool bf16, bool adapters_bf16, const Ints& a,
-         const Ints& b, Ints ranks_, const std::vector<double>& scale_, int64_t gates,
+    Call(int64_t m, int64_t k, int64_t n, bool bf16, bool adapters_bf16, const Ints& a_,
+         const Ints& b_, Ints ranks_, const std::vector<double>& scale_, int64_t gates,
          int64_t gate_row, int64_t gate_col, int64_t idxs, int64_t top_k, Ints runs_,
          int64_t num_runs, double p, int64_t seed, int64_t x, int64_t h, int64_t h_width)
-        : experts(a, b, ranks_, k, n, adapters_bf16),
+        : a(pointers(a_)),
+          b(pointers(b_)),
           ranks(std::move(ranks_)),
           runs(std::move(runs_)),
           scale(scale_.begin(), scale_.end()) {
@@ -48,8 +54,9 @@ struct Call {
         problem.num_experts = static_cast<int64_t>(scale.size());
         problem.bf16 = bf16;
         problem.ranks = ranks.data();
-        problem.a = experts.a_rows.data();
-        problem.bt = experts.bt_rows.data();
+        problem.a = a.data();
+        problem.b = b.data();
+        problem.adapters_bf16 = adapters_bf16;
         problem.scale = scale.data();
         problem.gates = pointer<const float>(gates);
         problem.gate_row = gate_row, problem.gate_col = gate_col;
@@ -66,19 +73,20 @@ struct Call {
 };
 
 template <class... Args>
-void forward(int64_t threads, int64_t y, Args... args) {
+void forward(int64_t threads, int64_t y, int64_t y_from, int64_t y_from_row, Args... args) {
     py::gil_scoped_release release;
     Call call(std::move(args)...);
     call.problem.y = pointer<void>(y);
+    call.problem.y_from = pointer<const void>(y_from);
+    call.problem.y_from_row = y_from_row;
     fedms::forward(call.problem, threads);
 }
 
 // da, db: addresses, 0 where no gradient is wanted.
 template <class... Args>
-void backward(int64_t threads, int64_t dy, int64_t dx, int64_t dgates, const Ints& da,
+void backward(int64_t threads, int64_t dy, int64_t dx, bool dx_add, int64_t dgates, const Ints& da,
               const Ints& db, Args... args) {
     py::gil_scoped_release release;
-    const bool adapters_bf16 = std::get<4>(std::tie(args...));
     Call call(std::move(args)...);
     const std::size_t count = da.size();
     std::unique_ptr<bool[]> want(new bool[2 * count + 1]);
@@ -91,10 +99,11 @@ void backward(int64_t threads, int64_t dy, int64_t dx, int64_t dgates, const Int
     }
     call.problem.dy = pointer<const void>(dy);
     call.problem.dx = pointer<void>(dx);
+    call.problem.dx_add = dx_add;
     call.problem.dgates = pointer<float>(dgates);
     call.problem.want_da = want.get();
     call.problem.want_db = want.get() + count;
-    fedms::backward(call.problem, threads, da_out.data(), db_out.data(), adapters_bf16);
+    fedms::backward(call.problem, threads, da_out.data(), db_out.data());
 }
 
 // The shared arguments' types, in Call's order.

@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/pack.h"
 #include "isa.h"
 #include "parallel.h"
 
@@ -19,16 +20,14 @@ namespace {
 
 using std::int64_t;
 
-// Rows a block. Measured for R = 8 to 64 and K, N = 768, 3072: flat in the forward; in the backward
-// small blocks move the partial gradients [R, K + N] too often (R = 64: 17.9 ms at 12 rows, 14.0 at
-// 96), large ones drop dy out of the second-level cache before its second use (R = 16: 3.6 ms at
-// 36, 4.7 at 192).
-constexpr int64_t kBlock = 48, kLargestBlock = 96;
+// Rows a block: enough that packed factors and partial gradients, which pass the second-level cache
+// once a block, are small traffic beside the rows; few enough that a strip of them stays there.
+constexpr int64_t kBlock = 96;
 // Below this many multiply-adds a second thread costs more than it gives.
 constexpr int64_t kSerialWork = 300'000;
 
-int64_t align64(int64_t bytes) {
-    return (bytes + 63) / 64 * 64;
+int64_t round_up(int64_t count, int64_t unit) {
+    return (count + unit - 1) / unit * unit;
 }
 
 // One allocation, cut into aligned arrays.
@@ -37,7 +36,7 @@ class Arena {
     template <class T>
     int64_t reserve(int64_t count) {
         const int64_t at = size_;
-        size_ += align64(count * static_cast<int64_t>(sizeof(T)));
+        size_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
         return at;
     }
     void allocate() { memory_.reset(new char[static_cast<std::size_t>(size_ + 64)]); }
@@ -59,28 +58,35 @@ struct Chunks {
     int64_t begin(int64_t i) const { return m * i / count; }
 };
 
-int64_t block_rows(const Problem& p) {
-    const int64_t rows = std::clamp<int64_t>(p.ranks[p.num_experts] * 3 / 2, kBlock, kLargestBlock);
-    return std::min(rows, std::max<int64_t>(p.m, 1));
-}
-
-void prepare(Chunks& chunks, const Problem& p, int64_t threads, bool backward) {
+// Scratch of every chunk. The shared panels are those of A in a forward and of B in a backward.
+void prepare(Chunks& chunks, const Problem& p, const RowKernels& rows, int64_t threads,
+             bool backward) {
     const int64_t ranks = p.ranks[p.num_experts];
     const int64_t work = p.m * ranks * (p.k + p.n) * (backward ? 2 : 1);
     chunks.m = p.m;
     chunks.count =
         work < kSerialWork ? 1 : std::clamp<int64_t>(threads, 1, std::max<int64_t>(p.m, 1));
-    const int64_t block = block_rows(p);
+    const int64_t block = std::min(kBlock, std::max<int64_t>(p.m, 1));
     const int64_t pairs = p.idxs != nullptr ? block * p.top_k : 0;
+    const int64_t ld = round_up(ranks, rows.width);
+    const int64_t k = round_up(p.k, rows.tile), n = round_up(p.n, rows.tile);
+    const bool dropout = p.dropout_p > 0.0;
 
     Arena& arena = chunks.arena;
+    const int64_t panels = arena.reserve<float>(ld * (backward ? p.n : p.k));
+    const int64_t tiles = arena.reserve<float>(ranks * (backward ? k : n));
+    constexpr int64_t kArrays = 13;
     std::vector<int64_t> at;
+    at.reserve(static_cast<std::size_t>(kArrays * chunks.count));
     for (int64_t i = 0; i < chunks.count; ++i) {
-        at.push_back(arena.reserve<float>(block * ranks));
-        at.push_back(arena.reserve<float>(backward ? block * ranks : 0));
-        at.push_back(arena.reserve<float>(p.dropout_p > 0.0 ? block * p.k : 0));
-        at.push_back(arena.reserve<float>(backward ? ranks * p.k : 0));
-        at.push_back(arena.reserve<float>(backward ? ranks * p.n : 0));
+        at.push_back(arena.reserve<float>(block * ld));
+        at.push_back(arena.reserve<float>(backward ? block * ld : 0));
+        at.push_back(arena.reserve<float>(backward || dropout ? block * ld : 0));
+        at.push_back(arena.reserve<float>(p.bf16 ? block * rows.strip : 0));
+        at.push_back(arena.reserve<float>(backward ? block * rows.tile : 0));
+        at.push_back(arena.reserve<float>(dropout ? block * p.k : 0));
+        at.push_back(arena.reserve<float>(backward ? ranks * k : 0));
+        at.push_back(arena.reserve<float>(backward ? ranks * n : 0));
         at.push_back(arena.reserve<bool>(2 * p.num_experts));
         at.push_back(arena.reserve<void*>(4 * block));
         at.push_back(arena.reserve<int64_t>(pairs));
@@ -89,15 +95,43 @@ void prepare(Chunks& chunks, const Problem& p, int64_t threads, bool backward) {
     }
     arena.allocate();
     for (int64_t i = 0; i < chunks.count; ++i) {
-        const int64_t* o = at.data() + 10 * i;
-        bool* touched = arena.get<bool>(o[5]);
-        std::memset(touched, 0, static_cast<std::size_t>(2 * p.num_experts));
-        chunks.scratch.push_back(
-            Scratch{arena.get<float>(o[0]), arena.get<float>(o[1]), arena.get<float>(o[2]),
-                    arena.get<float>(o[3]), arena.get<float>(o[4]), touched,
-                    touched + p.num_experts, arena.get<const void*>(o[6]), arena.get<int64_t>(o[7]),
-                    arena.get<int64_t>(o[8]), arena.get<int64_t>(o[9]), block});
+        const int64_t* o = at.data() + kArrays * i;
+        Scratch s{};
+        s.panels = arena.get<float>(panels), s.tiles = arena.get<float>(tiles);
+        s.ld = ld, s.block = block;
+        s.h = arena.get<float>(o[0]), s.u = arena.get<float>(o[1]);
+        s.one = arena.get<float>(o[2]), s.wide = arena.get<float>(o[3]);
+        s.copy = arena.get<float>(o[4]), s.dropped = arena.get<float>(o[5]);
+        s.da = arena.get<float>(o[6]), s.db = arena.get<float>(o[7]);
+        s.da_touched = arena.get<bool>(o[8]), s.db_touched = s.da_touched + p.num_experts;
+        std::memset(s.da_touched, 0, static_cast<std::size_t>(2 * p.num_experts));
+        s.rows = arena.get<const void*>(o[9]);
+        s.pair_row = arena.get<int64_t>(o[10]), s.pair_slot = arena.get<int64_t>(o[11]);
+        s.expert_begin = arena.get<int64_t>(o[12]);
+        chunks.scratch.push_back(s);
     }
+}
+
+// Packs the factors that all chunks read, each thread a range of columns.
+void pack(const Chunks& chunks, const Problem& p, const RowKernels& rows, bool backward) {
+    const Factor a{p.a, p.ranks, p.num_experts, p.k, p.adapters_bf16, true};
+    const Factor b{p.b, p.ranks, p.num_experts, p.n, p.adapters_bf16, false};
+    const Factor &to_rank = backward ? b : a, &from_rank = backward ? a : b;
+    const int64_t tiles = round_up(from_rank.columns, rows.tile) / rows.tile;
+    auto* panels_out = const_cast<float*>(chunks.scratch[0].panels);
+    auto* tiles_out = const_cast<float*>(chunks.scratch[0].tiles);
+    const int64_t parts = chunks.count;
+    parallel_for(parts, [&](int64_t i) {
+        const int64_t begin = to_rank.columns * i / parts, end = to_rank.columns * (i + 1) / parts;
+        const int64_t first = tiles * i / parts, last = tiles * (i + 1) / parts;
+        if (p.adapters_bf16) {
+            pack_panels<std::uint16_t>(to_rank, rows.width, begin, end, panels_out);
+            pack_tiles<std::uint16_t>(from_rank, rows.tile, first, last, tiles_out);
+        } else {
+            pack_panels<float>(to_rank, rows.width, begin, end, panels_out);
+            pack_tiles<float>(from_rank, rows.tile, first, last, tiles_out);
+        }
+    });
 }
 
 std::uint16_t to_bf16(float x) {
@@ -115,25 +149,24 @@ void put(void* out, int64_t at, float value, bool bf16) {
     }
 }
 
-// One expert's gradient from the chunks' partials, columns [begin, end). Partials are [r, columns];
-// dA is stored like them, dB transposed.
-void reduce(const Chunks& chunks, const Problem& p, int64_t e, bool is_a, int64_t begin,
-            int64_t end, void* out, bool bf16) {
-    const int64_t columns = is_a ? p.k : p.n;
+// One expert's gradient from the chunks' partials, tiles [begin, end). dA is stored as it is
+// summed, dB transposed.
+void reduce(const Chunks& chunks, const Problem& p, int64_t tile, int64_t e, bool is_a,
+            int64_t begin, int64_t end, void* out) {
+    const int64_t columns = is_a ? p.k : p.n, all = p.ranks[p.num_experts];
     const int64_t r0 = p.ranks[e], r = p.ranks[e + 1] - r0;
-    constexpr int64_t kTile = 64;
-    float total[kTile];
-    for (int64_t c0 = begin; c0 < end; c0 += kTile) {
-        const int64_t width = std::min(kTile, end - c0);
+    std::vector<float> total(static_cast<std::size_t>(tile));
+    for (int64_t t = begin; t < end; ++t) {
+        const int64_t c0 = t * tile, width = std::min(tile, columns - c0);
         for (int64_t j = 0; j < r; ++j) {
-            std::fill(total, total + kTile, 0.0f);
+            std::fill(total.begin(), total.end(), 0.0f);
             for (const Scratch& s : chunks.scratch) {
                 if (!(is_a ? s.da_touched : s.db_touched)[e]) continue;
-                const float* part = (is_a ? s.da : s.db) + (r0 + j) * columns + c0;
+                const float* part = (is_a ? s.da : s.db) + (t * all + r0 + j) * tile;
                 for (int64_t c = 0; c < width; ++c) total[c] += part[c];
             }
             for (int64_t c = 0; c < width; ++c) {
-                put(out, is_a ? j * columns + c0 + c : (c0 + c) * r + j, total[c], bf16);
+                put(out, is_a ? j * columns + c0 + c : (c0 + c) * r + j, total[c], p.adapters_bf16);
             }
         }
     }
@@ -155,33 +188,36 @@ void forward(const Problem& p, int64_t threads) {
     check_indices(p);
     if (p.m == 0) return;
     Chunks chunks;
-    prepare(chunks, p, threads, false);
-    const RowKernels* rows = rows_slot();
+    const RowKernels& rows = *rows_slot();
+    prepare(chunks, p, rows, threads, false);
+    pack(chunks, p, rows, false);
     parallel_for(chunks.count, [&](int64_t i) {
-        rows->forward(p, chunks.scratch[i], chunks.begin(i), chunks.begin(i + 1));
+        rows.forward(p, chunks.scratch[i], chunks.begin(i), chunks.begin(i + 1));
     });
 }
 
-void backward(const Problem& p, int64_t threads, void* const* da_out, void* const* db_out,
-              bool grads_bf16) {
+void backward(const Problem& p, int64_t threads, void* const* da_out, void* const* db_out) {
     check_indices(p);
     Chunks chunks;
-    prepare(chunks, p, threads, true);
-    const RowKernels* rows = rows_slot();
+    const RowKernels& rows = *rows_slot();
+    prepare(chunks, p, rows, threads, true);
+    pack(chunks, p, rows, true);
     parallel_for(chunks.count, [&](int64_t i) {
-        rows->backward(p, chunks.scratch[i], chunks.begin(i), chunks.begin(i + 1));
+        rows.backward(p, chunks.scratch[i], chunks.begin(i), chunks.begin(i + 1));
     });
-    // By columns, so that each part is written by one thread.
+    // By tiles, so that each part is written by one thread.
     const int64_t parts = chunks.count;
+    const int64_t a_tiles = round_up(p.k, rows.tile) / rows.tile;
+    const int64_t b_tiles = round_up(p.n, rows.tile) / rows.tile;
     parallel_for(parts, [&](int64_t i) {
         for (int64_t e = 0; e < p.num_experts; ++e) {
             if (p.want_da[e]) {
-                reduce(chunks, p, e, true, p.k * i / parts, p.k * (i + 1) / parts, da_out[e],
-                       grads_bf16);
+                reduce(chunks, p, rows.tile, e, true, a_tiles * i / parts,
+                       a_tiles * (i + 1) / parts, da_out[e]);
             }
             if (p.want_db[e]) {
-                reduce(chunks, p, e, false, p.n * i / parts, p.n * (i + 1) / parts, db_out[e],
-                       grads_bf16);
+                reduce(chunks, p, rows.tile, e, false, b_tiles * i / parts,
+                       b_tiles * (i + 1) / parts, db_out[e]);
             }
         }
     });

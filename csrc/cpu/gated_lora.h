@@ -16,8 +16,9 @@ struct Problem {
     std::int64_t m, k, n, num_experts;
     bool bf16;                  // dtype of x, y, dy, dx
     const std::int64_t* ranks;  // [E + 1] offsets of the experts' ranks in 0..R
-    const float* const* a;      // [R] rows of the stacked A, each K floats
-    const float* const* bt;     // [R] rows of the stacked Bᵀ, each N floats
+    const void* const* a;       // [E] A_e [r_e, K]
+    const void* const* b;       // [E] B_e [N, r_e]
+    bool adapters_bf16;         // dtype of a, b and their gradients
     const float* scale;         // [E]
     // gate of (m, e) at gates[m * gate_row + e * gate_col]; with idxs, of (m, j) likewise
     const float* gates;  // null: ones
@@ -31,22 +32,31 @@ struct Problem {
     const void* x;  // [M, K]; null in a backward without dA
     float* h;       // [M, h_width]: written by the forward (null: not kept), read by the backward
     std::int64_t h_width;  // R, or with idxs top_k * largest rank
-    void* y;               // forward: [M, N], holds the base result
+    void* y;               // forward: [M, N]
+    const void* y_from;    // what y starts from: y itself, other rows [M, N], a bias [N] (with a
+    std::int64_t y_from_row;  // row stride of 0), or null for zero. Not y: dense calls only
     const void* dy;        // backward: [M, N]
-    void* dx;              // [M, K], holds the base's dx; null: not wanted
+    void* dx;              // [M, K]; null: not wanted
+    bool dx_add;           // dx holds the base's part; else it is written: dense calls only
     float* dgates;         // [M, E] or [M, top_k], zeroed by the caller; null: not wanted
     const bool* want_da;   // [E]
     const bool* want_db;   // [E]
 };
 
-// Memory of one thread. Sized by the driver, never shared.
+// Memory of one thread, and the packed factors that all share. Sized by the driver.
 struct Scratch {
-    float* h;          // [block, R]
-    float* u;          // [block, R]
-    float* dropped;    // [block, K]; dropout only
-    float* da;         // [R, K] partial gradients; backward only
-    float* db;         // [R, N]
-    bool* da_touched;  // [E] false at the start; a partial is zeroed when first touched
+    const float* panels;  // forward: A; backward: Bᵀ (cpu/pack.h)
+    const float* tiles;   // forward: Bᵀ; backward: A
+    std::int64_t ld;      // of h, u and one: R rounded up to whole panels
+    float* h;             // [block, ld]
+    float* u;             // [block, ld]
+    float* one;           // [block, ld]; one expert's part, dropout only
+    float* wide;          // [block, strip] of x or dy in fp32; bf16 only
+    float* copy;          // [block, tile]; backward only
+    float* dropped;       // [block, K]; dropout only
+    float* da;            // partial gradients as tiles of [R, K] (cpu/pack.h); backward only
+    float* db;            // tiles of [R, N]
+    bool* da_touched;     // [E] false at the start; a partial is zeroed when first touched
     bool* db_touched;
     const void** rows;           // [4 * block] row pointers
     std::int64_t* pair_row;      // [block * top_k] with idxs
@@ -58,16 +68,18 @@ struct Scratch {
 // Both walk rows [begin, end) block by block.
 struct RowKernels {
     const char* isa;
+    std::int64_t width;  // ranks of a panel
+    std::int64_t tile;   // columns of a tile
+    std::int64_t strip;  // columns of `wide`
     void (*forward)(const Problem&, const Scratch&, std::int64_t begin, std::int64_t end);
     void (*backward)(const Problem&, const Scratch&, std::int64_t begin, std::int64_t end);
 };
 
-// y += the mixture, on all threads. See Problem for what is read and written.
+// y = y_from + the mixture, on all threads. See Problem for what is read and written.
 void forward(const Problem& problem, std::int64_t threads);
 
-// da_out[e] [r_e, K], db_out[e] [N, r_e], fp32 or bf16 (grads_bf16); entries not wanted are
-// ignored.
+// da_out[e] [r_e, K], db_out[e] [N, r_e] in the adapters' dtype; entries not wanted are ignored.
 void backward(const Problem& problem, std::int64_t threads, void* const* da_out,
-              void* const* db_out, bool grads_bf16);
+              void* const* db_out);
 
 }  // namespace fedms

@@ -6,7 +6,9 @@
 // calls have one item a block, segments one a run, top-k routing one an expert. Within an item
 // everything is done while the block's rows are in the second-level cache, so x, y, dy and dx cross
 // memory once.
-#include "cpu/dropout.h"
+#include <type_traits>
+
+#include "cpu/drop_row.h"
 #include "cpu/gated_lora.h"
 #include "cpu/micro.h"
 
@@ -72,70 +74,118 @@ const float** drop_rows(const Problem& p, const Scratch& s, const T* const* x, c
         const auto lo = static_cast<std::uint32_t>(row), hi = static_cast<std::uint32_t>(row >> 32);
         float* out = s.dropped + i * p.k;
         rows[i] = out;
-        int64_t c = 0;
-        VecU column;
-        for (int lane = 0; lane < kWidth; ++lane) column[lane] = static_cast<std::uint32_t>(lane);
-        for (; c + kWidth <= p.k; c += kWidth, column += kWidth) {
-            VecU v = column * 0x9E3779B1u + lo;
-            v = (v ^ (v >> 16)) * 0x7FEB352Du;
-            v = ((v ^ (v >> 15)) ^ hi) * 0x846CA68Bu;
-            v ^= v >> 16;
-            const VecU keep = (VecU)(v >= threshold);
-            store(out + c, (Vec)((VecU)(load(x[i] + c) * inverse) & keep));
-        }
-        if (c < p.k) {
-            float part[kWidth];
-            store(part, load_part(x[i] + c, p.k - c));
-            for (int64_t j = 0; c < p.k; ++c, ++j) {
-                const bool keep =
-                    fedms::keep_element(lo, hi, static_cast<std::uint32_t>(c), threshold);
-                out[c] = keep ? part[j] * inverse : 0.0f;
-            }
-        }
+        drop_row(x[i], out, p.k, lo, hi, threshold, inverse);
     }
     return rows;
 }
 
-// h~ (or u~) in place of h (or u): every rank of an expert times its gate and scale.
-void apply_gates(const Layout& at, float* h, int64_t ldh) {
+// to = from * expand(gate * scale), `from` and `to` at the item's first rank; they may be one.
+void gate(const Layout& at, const float* from, float* to, int64_t ld) {
     const Problem& p = at.p;
     const int64_t r0 = p.ranks[at.item.first];
-    for (int64_t i = 0; i < at.item.n; ++i) {
+    for (int64_t i = 0; i < at.item.n; ++i, from += ld, to += ld) {
         for (int64_t e = at.item.first; e < at.item.last; ++e) {
             const float c = at.coefficient(i, e - at.item.first);
-            for (int64_t j = p.ranks[e]; j < p.ranks[e + 1]; ++j) h[i * ldh + j - r0] *= c;
+            for (int64_t j = p.ranks[e] - r0; j < p.ranks[e + 1] - r0; ++j) to[j] = from[j] * c;
         }
     }
+}
+
+// out = rows times the panels that cover ranks [r0, r1), columns [begin, begin + columns) of `c`;
+// out's columns are absolute ranks, those beside the range are overwritten too.
+void dots_of(const Scratch& s, const float* const* rows, const Item& item, int64_t r0, int64_t r1,
+             int64_t c, int64_t begin, int64_t columns, int64_t rows_at, float* out) {
+    const int64_t first = r0 / kWidth, last = (r1 + kWidth - 1) / kWidth;
+    const float* panels = s.panels + (first * c + begin) * kWidth;
+    dots(rows, item.n, panels, c * kWidth, last - first, rows_at, columns, out + first * kWidth,
+         s.ld, begin > 0);
+}
+
+// Columns [begin, begin + columns) as fp32 rows: x itself, or a copy of bf16 ones in s.wide.
+inline const float* const* widened(const Scratch&, const float* const* x, const Item&, int64_t,
+                                   int64_t) {
+    return x;
+}
+
+const float* const* widened(const Scratch& s, const bf16* const* x, const Item& item, int64_t begin,
+                            int64_t columns) {
+    const float** rows = reinterpret_cast<const float**>(s.rows) + 3 * s.block;
+    for (int64_t i = 0; i < item.n; ++i) {
+        float* out = s.wide + i * kStrip;
+        rows[i] = out;
+        int64_t c = 0;
+        for (; c + kWidth <= columns; c += kWidth) store(out + c, load(x[i] + begin + c));
+        if (c < columns) store_part(out + c, load_part(x[i] + begin + c, columns - c), columns - c);
+    }
+    return rows;
+}
+
+// Calls f(begin, columns, rows, rows_at) for every strip of the rows; see `widened`.
+template <class T, class F>
+void for_each_strip(const Scratch& s, const T* const* x, const Item& item, int64_t c, const F& f) {
+    constexpr bool direct = std::is_same_v<T, float>;
+    for (int64_t begin = 0; begin < c; begin += kStrip) {
+        const int64_t columns = begin + kStrip < c ? kStrip : c - begin;
+        f(begin, columns, widened(s, x, item, begin, columns), direct ? begin : 0);
+    }
+}
+
+// h of the item in s.h.
+template <class T>
+void shrink(const Problem& p, const Scratch& s, const Item& item) {
+    const T* const* x = row_pointers<T>(s, 0, p.x, p.k, item);
+    if (p.dropout_p <= 0.0) {
+        for_each_strip(s, x, item, p.k, [&](int64_t begin, int64_t columns, auto rows, int64_t at) {
+            dots_of(s, rows, item, p.ranks[item.first], p.ranks[item.last], p.k, begin, columns, at,
+                    s.h);
+        });
+        return;
+    }
+    for (int64_t e = item.first; e < item.last; ++e) {
+        const int64_t r0 = p.ranks[e], r1 = p.ranks[e + 1];
+        if (r0 == r1) continue;
+        const float* const* dropped = drop_rows(p, s, x, item, e);
+        dots_of(s, dropped, item, r0, r1, p.k, 0, p.k, 0, s.one);
+        for (int64_t i = 0; i < item.n; ++i) {
+            std::memcpy(s.h + i * s.ld + r0, s.one + i * s.ld + r0, (r1 - r0) * sizeof(float));
+        }
+    }
+}
+
+// y = from + left times the tiles of ranks [r0, r1); from may be null.
+template <class T>
+void expand_rows(T* const* y, const T* const* from, const Problem& p, const Scratch& s,
+                 const Item& item, int64_t r0, int64_t r1, const float* left, int64_t columns) {
+    const float* tiles = s.tiles + r0 * kTile;
+    const int64_t stride = p.ranks[p.num_experts] * kTile;
+    from ? expand<true>(y, from, item.n, left + r0, s.ld, tiles, stride, r1 - r0, columns)
+         : expand<false>(y, from, item.n, left + r0, s.ld, tiles, stride, r1 - r0, columns);
 }
 
 template <class T>
 void forward_item(const Problem& p, const Scratch& s, const Item& item, int64_t largest) {
-    const int64_t r0 = p.ranks[item.first], r = p.ranks[item.last] - r0;
-    if (r == 0) return;
+    const int64_t r0 = p.ranks[item.first], r1 = p.ranks[item.last];
+    if (r0 == r1) return;
     const Layout at{p, item, largest};
-    const T* const* x = row_pointers<T>(s, 0, p.x, p.k, item);
-    if (p.dropout_p > 0.0) {
-        for (int64_t e = item.first; e < item.last; ++e) {
-            const int64_t re = p.ranks[e + 1] - p.ranks[e];
-            if (re == 0) continue;
-            const float* const* dropped = drop_rows(p, s, x, item, e);
-            dots(dropped, item.n, p.a + p.ranks[e], re, p.k, s.h + p.ranks[e] - r0, r);
-        }
-    } else {
-        dots(x, item.n, p.a + r0, r, p.k, s.h, r);
-    }
+    shrink<T>(p, s, item);
     if (p.h != nullptr) {
-        for (int64_t i = 0; i < item.n; ++i) std::memcpy(at.h(i), s.h + i * r, r * sizeof(float));
+        for (int64_t i = 0; i < item.n; ++i) {
+            std::memcpy(at.h(i), s.h + i * s.ld + r0, (r1 - r0) * sizeof(float));
+        }
     }
-    apply_gates(at, s.h, r);
-    expand(row_pointers_mut<T>(s, 1, p.y, p.n, item), item.n, s.h, r, p.bt + r0, r, p.n);
+    gate(at, s.h + r0, s.h + r0, s.ld);
+    T** y = row_pointers_mut<T>(s, 1, p.y, p.n, item);
+    const T* const* from =
+        p.y_from != nullptr ? row_pointers<T>(s, 2, p.y_from, p.y_from_row, item) : nullptr;
+    expand_rows<T>(y, from, p, s, item, r0, r1, s.h, p.n);
 }
 
-// Adds leftᵀ rows into the partial gradients of the wanted experts, neighbours together.
-template <class T>
-void add_outer(const Problem& p, const Item& item, const bool* want, bool* touched, float* partial,
-               int64_t columns, const float* left, const T* const* rows) {
-    const int64_t r0 = p.ranks[item.first], r = p.ranks[item.last] - r0;
+// Calls f(e, end) for neighbouring experts of the item that are all wanted; zeroes their partial
+// gradients (tiles of `columns` columns) when they are touched first.
+template <class F>
+void for_each_wanted(const Problem& p, const Item& item, const bool* want, bool* touched,
+                     float* partial, int64_t columns, const F& f) {
+    const int64_t total = p.ranks[p.num_experts];
     for (int64_t e = item.first; e < item.last;) {
         if (!want[e]) {
             ++e;
@@ -145,13 +195,29 @@ void add_outer(const Problem& p, const Item& item, const bool* want, bool* touch
         for (; end < item.last && want[end]; ++end) {
             if (touched[end]) continue;
             touched[end] = true;
-            const int64_t count = (p.ranks[end + 1] - p.ranks[end]) * columns;
-            std::memset(partial + p.ranks[end] * columns, 0, count * sizeof(float));
+            const int64_t r = p.ranks[end + 1] - p.ranks[end];
+            for (int64_t t = 0; t * kTile < columns; ++t) {
+                std::memset(partial + (t * total + p.ranks[end]) * kTile, 0,
+                            static_cast<std::size_t>(r * kTile) * sizeof(float));
+            }
         }
-        outer(partial + p.ranks[e] * columns, columns, left + p.ranks[e] - r0, r,
-              p.ranks[end] - p.ranks[e], rows, item.n, columns);
+        f(e, end);
         e = end;
     }
+}
+
+// Adds leftᵀ rows into the partial gradients of the wanted experts, columns [begin, begin +
+// columns) of all `c`.
+template <class T>
+void add_outer(const Problem& p, const Scratch& s, const Item& item, const bool* want,
+               bool* touched, float* partial, int64_t c, const float* left, const T* const* rows,
+               int64_t begin, int64_t columns) {
+    const int64_t stride = p.ranks[p.num_experts] * kTile;
+    for_each_wanted(p, item, want, touched, partial, c, [&](int64_t e, int64_t end) {
+        const int64_t r0 = p.ranks[e];
+        outer(partial + begin / kTile * stride + r0 * kTile, stride, left + r0, s.ld,
+              p.ranks[end] - r0, rows, item.n, begin, columns, s.copy);
+    });
 }
 
 bool any(const bool* want, const Item& item) {
@@ -161,74 +227,89 @@ bool any(const bool* want, const Item& item) {
     return false;
 }
 
+// h of the item as the forward kept it, in s.h.
+void fetch_h(const Layout& at, const Scratch& s) {
+    const int64_t r0 = at.p.ranks[at.item.first], r = at.p.ranks[at.item.last] - r0;
+    for (int64_t i = 0; i < at.item.n; ++i) {
+        std::memcpy(s.h + i * s.ld + r0, at.h(i), static_cast<std::size_t>(r) * sizeof(float));
+    }
+}
+
+// dg from s.h and s.u, both without gates; with routing the pairs of this item alone.
+void gate_gradient(const Layout& at, const Scratch& s) {
+    const Problem& p = at.p;
+    for (int64_t i = 0; i < at.item.n; ++i) {
+        for (int64_t e = at.item.first; e < at.item.last; ++e) {
+            float dot = 0.0f;
+            for (int64_t j = p.ranks[e]; j < p.ranks[e + 1]; ++j) {
+                dot += s.h[i * s.ld + j] * s.u[i * s.ld + j];
+            }
+            *at.dgate(i, e - at.item.first) = p.scale[e] * dot;
+        }
+    }
+}
+
+// dA and dx of one expert under dropout, where each expert has an input of its own. u: u~.
+template <class T>
+void backward_dropped(const Problem& p, const Scratch& s, const Item& item, const T* const* x,
+                      T* const* dx) {
+    const int64_t r0 = p.ranks[item.first], r1 = p.ranks[item.last];
+    if (p.want_da[item.first]) {
+        add_outer(p, s, item, p.want_da, s.da_touched, s.da, p.k, s.u,
+                  drop_rows(p, s, x, item, item.first), 0, p.k);
+    }
+    if (dx == nullptr) return;
+    float** rows = const_cast<float**>(reinterpret_cast<const float**>(s.rows)) + 3 * s.block;
+    for (int64_t i = 0; i < item.n; ++i) rows[i] = s.dropped + i * p.k;
+    expand_rows<float>(rows, nullptr, p, s, item, r0, r1, s.u, p.k);
+    drop_rows(p, s, static_cast<const float* const*>(rows), item, item.first);  // in place: undrop
+    for (int64_t i = 0; i < item.n; ++i) {
+        int64_t c = 0;
+        for (; c + kWidth <= p.k; c += kWidth) {
+            store(dx[i] + c, load(dx[i] + c) + load(rows[i] + c));
+        }
+        if (c < p.k) {
+            const Vec total = load_part(dx[i] + c, p.k - c) + load_part(rows[i] + c, p.k - c);
+            store_part(dx[i] + c, total, p.k - c);
+        }
+    }
+}
+
 template <class T>
 void backward_item(const Problem& p, const Scratch& s, const Item& item, int64_t largest) {
-    const int64_t r0 = p.ranks[item.first], r = p.ranks[item.last] - r0;
-    if (r == 0) return;
+    const int64_t r0 = p.ranks[item.first], r1 = p.ranks[item.last];
+    if (r0 == r1) return;
     const Layout at{p, item, largest};
-    const T* const* dy = row_pointers<T>(s, 0, p.dy, p.n, item);
     const bool want_da = any(p.want_da, item), want_db = any(p.want_db, item);
     const bool want_u = want_da || p.dx != nullptr || p.dgates != nullptr;
 
-    if (want_u) dots(dy, item.n, p.bt + r0, r, p.n, s.u, r);
-    if (want_db || p.dgates != nullptr) {
-        for (int64_t i = 0; i < item.n; ++i) std::memcpy(s.h + i * r, at.h(i), r * sizeof(float));
-    }
-    if (p.dgates != nullptr) {
-        for (int64_t i = 0; i < item.n; ++i) {
-            for (int64_t e = item.first; e < item.last; ++e) {
-                float dot = 0.0f;
-                for (int64_t j = p.ranks[e] - r0; j < p.ranks[e + 1] - r0; ++j) {
-                    dot += s.h[i * r + j] * s.u[i * r + j];
-                }
-                *at.dgate(i, e - item.first) = p.scale[e] * dot;
-            }
+    // dB takes h~ and dg takes h: h~ goes where `one` is, which only dropout's forward uses.
+    if (want_db || p.dgates != nullptr) fetch_h(at, s);
+    if (want_db) gate(at, s.h + r0, s.one + r0, s.ld);
+    const T* const* dy = row_pointers<T>(s, 0, p.dy, p.n, item);
+    for_each_strip(s, dy, item, p.n, [&](int64_t begin, int64_t columns, auto rows, int64_t at_c) {
+        if (want_u) dots_of(s, rows, item, r0, r1, p.n, begin, columns, at_c, s.u);
+        if (want_db) {
+            add_outer(p, s, item, p.want_db, s.db_touched, s.db, p.n, s.one, dy, begin, columns);
         }
-    }
-    if (want_db) {
-        apply_gates(at, s.h, r);
-        add_outer(p, item, p.want_db, s.db_touched, s.db, p.n, s.h, dy);
-    }
+    });
+    if (p.dgates != nullptr) gate_gradient(at, s);
     if (!want_da && p.dx == nullptr) return;
-    apply_gates(at, s.u, r);
+
+    gate(at, s.u + r0, s.u + r0, s.ld);
     const T* const* x = want_da ? row_pointers<T>(s, 1, p.x, p.k, item) : nullptr;
     T** dx = p.dx != nullptr ? row_pointers_mut<T>(s, 2, p.dx, p.k, item) : nullptr;
-    if (p.dropout_p <= 0.0) {
-        if (want_da) add_outer(p, item, p.want_da, s.da_touched, s.da, p.k, s.u, x);
-        if (dx != nullptr) expand(dx, item.n, s.u, r, p.a + r0, r, p.k);
+    if (p.dropout_p > 0.0) {
+        for (int64_t e = item.first; e < item.last; ++e) {
+            Item one = item;
+            one.first = e;
+            one.last = e + 1;
+            if (p.ranks[e] != p.ranks[e + 1]) backward_dropped(p, s, one, x, dx);
+        }
         return;
     }
-    for (int64_t e = item.first; e < item.last; ++e) {
-        const int64_t re = p.ranks[e + 1] - p.ranks[e];
-        if (re == 0) continue;
-        // With dropout each expert has its own input, and u~ of one expert is a strided slice of
-        // u~.
-        float* ue = s.h;
-        for (int64_t i = 0; i < item.n; ++i) {
-            std::memcpy(ue + i * re, s.u + i * r + p.ranks[e] - r0, re * sizeof(float));
-        }
-        Item one = item;
-        one.first = e;
-        one.last = e + 1;
-        if (p.want_da[e]) {
-            add_outer(p, one, p.want_da, s.da_touched, s.da, p.k, ue, drop_rows(p, s, x, one, e));
-        }
-        if (dx == nullptr) continue;
-        std::memset(s.dropped, 0, item.n * p.k * sizeof(float));
-        float** rows = const_cast<float**>(reinterpret_cast<const float**>(s.rows)) + 3 * s.block;
-        for (int64_t i = 0; i < item.n; ++i) rows[i] = s.dropped + i * p.k;
-        expand(rows, item.n, ue, re, p.a + p.ranks[e], re, p.k);
-        drop_rows(p, s, static_cast<const float* const*>(rows), one, e);  // in place: undrop
-        for (int64_t i = 0; i < item.n; ++i) {
-            int64_t c = 0;
-            for (; c + kWidth <= p.k; c += kWidth)
-                store(dx[i] + c, load(dx[i] + c) + load(rows[i] + c));
-            if (c < p.k) {
-                const Vec total = load_part(dx[i] + c, p.k - c) + load_part(rows[i] + c, p.k - c);
-                store_part(dx[i] + c, total, p.k - c);
-            }
-        }
-    }
+    if (want_da) add_outer(p, s, item, p.want_da, s.da_touched, s.da, p.k, s.u, x, 0, p.k);
+    if (dx != nullptr) expand_rows<T>(dx, p.dx_add ? dx : nullptr, p, s, item, r0, r1, s.u, p.k);
 }
 
 // The (row, slot) pairs of rows [begin, end), by expert and then by row.
@@ -312,6 +393,7 @@ namespace fedms {
 #define FEDMS_TEXT_(x) #x
 #define FEDMS_TEXT(x) FEDMS_TEXT_(x)
 extern const RowKernels FEDMS_ROWS;
-const RowKernels FEDMS_ROWS = {FEDMS_TEXT(FEDMS_ISA), forward_rows, backward_rows};
+const RowKernels FEDMS_ROWS = {FEDMS_TEXT(FEDMS_ISA), kWidth,       kTile,
+                               kStrip,                forward_rows, backward_rows};
 
 }  // namespace fedms

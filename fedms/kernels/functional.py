@@ -19,11 +19,26 @@ from fedms.kernels.dropout import draw_seed
 from fedms.kernels.segments import Segments
 
 # Looked up once: an attribute chain through torch.ops costs more than the autograd.Function's call.
-_OPS: Mapping[tuple[str, str], Callable[..., Any]] = {
+_TRACED: Mapping[tuple[str, str], Callable[..., Any]] = {
     (backend, direction): getattr(torch.ops.fedms, f"{backend}_{direction}").default
     for backend in plan.BACKENDS
     for direction in ("forward", "backward")
 }
+# In eager mode the dispatcher's way to a Python function, arguments to and fro, is 40 us a call and
+# the C++ work of a tiny layer 3 us.
+_OPS: dict[tuple[str, str], Callable[..., Any]] = {
+    **_TRACED,
+    ("native", "forward"): plan.native.forward,
+    ("native", "backward"): plan.native.backward,
+}
+
+
+def _op(backend: str, direction: str, like: Tensor) -> Callable[..., Any]:
+    """The backend's function; the operator itself where somebody traces or intercepts operators."""
+    eager = not torch.compiler.is_compiling() and (
+        type(like) in (Tensor, torch.nn.Parameter) and torch._C._len_torch_dispatch_stack() == 0
+    )
+    return (_OPS if eager else _TRACED)[backend, direction]
 
 
 class _Spec(NamedTuple):
@@ -111,7 +126,8 @@ def gated_lora_linear(
         seed = draw_seed()
 
     k = x.shape[-1]
-    x_MK = x.reshape(-1, k)
+    flat = x.dim() == 2  # a reshape to the same shape is a node of the graph all the same
+    x_MK = x if flat else x.reshape(-1, k)
     base_MN = None if base is None else base.reshape(-1, n)
     if gates is not None and gates.dim() > 1:
         gates = gates.reshape(-1, gates.shape[-1])
@@ -138,11 +154,11 @@ def gated_lora_linear(
         has_base=base is not None,
     )
     weight_NK = None if base is not None else weight
-    y_MN = _GatedLora.apply(
+    y_MN = _apply(
         spec, x_MK, weight_NK, bias if base is None else None, base_MN, gates, expert_idxs,
         *lora_A, *lora_B,
     )  # fmt: skip
-    return y_MN.reshape(*x.shape[:-1], n)  # type: ignore[union-attr]
+    return y_MN if flat else y_MN.reshape(*x.shape[:-1], n)  # type: ignore[union-attr]
 
 
 class _GatedLora(torch.autograd.Function):
@@ -159,7 +175,7 @@ class _GatedLora(torch.autograd.Function):
         need_A, need_B = _trainable(needs, spec)
         need_dg = gates is not None and needs[5]
         save_h = need_dg or True in need_B
-        y, h = _OPS[spec.backend, "forward"](
+        y, h = _op(spec.backend, "forward", x)(
             x, weight, bias, base, A, B, gates, expert_idxs, spec.runs, spec.scale, spec.dropout_p,
             spec.seed, save_h,
         )  # fmt: skip
@@ -191,13 +207,13 @@ class _GatedLora(torch.autograd.Function):
         dbase = dy if spec.has_base and ctx.needs_input_grad[4] else None
         if not (need_dx or need_dg or True in need_A or True in need_B):
             return (None, None, None, None, dbase, None, None, *(None,) * (2 * e))
-        dx, dg, dA, dB = _OPS[spec.backend, "backward"](
+        dx, dg, dA, dB = _op(spec.backend, "backward", dy)(
             dy, weight, x, h, experts[:e], experts[e:], gates, expert_idxs, spec.runs, spec.scale,
             spec.dropout_p, spec.seed, need_dx, need_dg, need_A, need_B,
         )  # fmt: skip
         return (
             None,
-            dx.to(ctx.x_dtype) if need_dx else None,
+            None if not need_dx else dx if dx.dtype == ctx.x_dtype else dx.to(ctx.x_dtype),
             None,
             None,
             dbase,
@@ -206,6 +222,13 @@ class _GatedLora(torch.autograd.Function):
             *[g if need else None for g, need in zip(dA, need_A, strict=True)],
             *[g if need else None for g, need in zip(dB, need_B, strict=True)],
         )
+
+
+def _apply(*args: Any) -> Any:
+    """_GatedLora.apply without its walk over the arguments for functorch's wrappers, 6 us."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return _GatedLora.apply(*args)
+    return super(torch.autograd.Function, _GatedLora).apply(*args)  # type: ignore[misc]
 
 
 def _trainable(needs: Sequence[bool], spec: _Spec) -> tuple[list[bool], list[bool]]:

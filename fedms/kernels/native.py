@@ -20,6 +20,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,12 @@ from torch.nn import functional as F
 from fedms.kernels.ops import define_backend
 
 _DTYPES = (torch.float32, torch.bfloat16)
+# oneDNN multiplies bf16 at full speed with these. With AVX-512 alone it takes about twice as long
+# as fp32 does, and without it torch's own loops take 10 (forward) to 100 times (backward) as long:
+# from so many rows on, casting the weight to fp32 costs less than it saves.
+_FAST_BF16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+_MIN_ELEMENTS_BASE_LAST = 1 << 15
+_MIN_ROWS_IN_FP32 = 64 if torch.cpu._is_avx512_supported() else 4
 
 
 def _load(name: str) -> tuple[ModuleType | None, str]:
@@ -99,12 +106,40 @@ def _cuda_state() -> str:
     return module.state()
 
 
+def _widths(A: Sequence[Tensor], expert_idxs: Tensor | None) -> tuple[list[int], int]:
+    """Offsets [E + 1] of the experts' ranks in 0..R, and the width of a row of h."""
+    ranks = [0]
+    for a in A:
+        ranks.append(ranks[-1] + a.shape[0])
+    if expert_idxs is None:
+        return ranks, ranks[-1]
+    return ranks, expert_idxs.shape[1] * max(a.shape[0] for a in A)
+
+
 def _h_like(
     x: Tensor, A: Sequence[Tensor], expert_idxs: Tensor | None, runs: Sequence[int] | None
 ) -> tuple[int, torch.dtype]:
-    sizes = [a.shape[0] for a in A]
-    width = sum(sizes) if expert_idxs is None else expert_idxs.shape[1] * max(sizes)
-    return width, torch.float32
+    return _widths(A, expert_idxs)[1], torch.float32
+
+
+def _base_last(rows: Tensor, weight: Tensor | None) -> bool:
+    """True when the kernels had better write y (or dx) and the base GEMM add to it.
+
+    Writing is a third less traffic than adding, and a GEMM that adds saves MKL a pass over its
+    result. It needs the GEMM's type to be the kernels', for one rounding, and two more calls into
+    torch, which tiny layers do not earn back.
+    """
+    if weight is None or rows.dtype != torch.float32:
+        return False
+    return rows.shape[0] * max(weight.shape) >= _MIN_ELEMENTS_BASE_LAST
+
+
+def _better_in_fp32(x: Tensor) -> bool:
+    """True for bf16 where torch has only slow bf16 GEMMs and the rows pay for casting the weight.
+
+    The whole layer then runs in fp32 and rounds once at the end.
+    """
+    return x.dtype == torch.bfloat16 and not _FAST_BF16 and x.shape[0] >= _MIN_ROWS_IN_FP32
 
 
 def _shared(
@@ -122,12 +157,10 @@ def _shared(
     seed: int,
     x: Tensor | None,
     h: Tensor | None,
+    ranks: list[int],
     h_width: int,
 ) -> tuple:
     """What both directions pass, in the binding's order. The caller keeps the tensors alive."""
-    ranks = [0]
-    for a in A:
-        ranks.append(ranks[-1] + a.shape[0])
     row = column = 0
     if gates is not None:
         column = gates.stride(-1)
@@ -144,67 +177,129 @@ def _shared(
     )  # fmt: skip
 
 
-def _forward(
+def forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, base: Tensor | None,
     A: Sequence[Tensor], B: Sequence[Tensor], gates: Tensor | None, expert_idxs: Tensor | None,
     runs: Sequence[int] | None, scale: Sequence[float], dropout_p: float, seed: int, save_h: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    if base is not None:
-        y_MN = base.clone(memory_format=torch.contiguous_format)
-    else:
-        assert weight is not None
-        y_MN = F.linear(x, weight, bias)
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """y, and h where it is to be saved; arguments as in fedms.kernels.ops."""
+    if weight is not None and _better_in_fp32(x):
+        y, h = forward(
+            x.float(), weight.float(), None if bias is None else bias.float(), None, A, B, gates,
+            expert_idxs, runs, scale, dropout_p, seed, save_h,
+        )  # fmt: skip
+        return y.to(x.dtype), h
     m, k = x.shape
+    ranks, width = _widths(A, expert_idxs)
+    writes_all = width > 0 and expert_idxs is None and runs is None
+    base_last = base is None and writes_all and _base_last(x, weight)
     x = x.contiguous()
     A, B = [a.contiguous() for a in A], [b.contiguous() for b in B]
     gates = None if gates is None else gates.to(torch.float32)
     expert_idxs = None if expert_idxs is None else expert_idxs.contiguous()
-    width, _ = _h_like(x, A, expert_idxs, runs)
-    h = x.new_empty((m, width) if save_h else (0,), dtype=torch.float32)
-    shared = _shared(m, k, y_MN.shape[1], x.dtype, A, B, gates, expert_idxs, runs, scale, dropout_p,
-                     seed, x, h if save_h else None, width)  # fmt: skip
-    _C.forward(torch.get_num_threads(), y_MN.data_ptr(), *shared)  # type: ignore[union-attr]
+    if base_last:
+        y_from = None if bias is None else bias.contiguous()
+        y_MN = torch.empty((m, B[0].shape[0]), dtype=x.dtype)
+    elif base is not None and writes_all:
+        y_from = base.contiguous()
+        y_MN = torch.empty_like(y_from)
+    elif base is not None:
+        y_from = y_MN = base.clone(memory_format=torch.contiguous_format)
+    else:
+        assert weight is not None
+        y_from = y_MN = F.linear(x, weight, bias)
+    n = y_MN.shape[1]
+    h = torch.empty((m, width), dtype=torch.float32) if save_h else None
+    shared = _shared(m, k, n, x.dtype, A, B, gates, expert_idxs, runs, scale, dropout_p, seed, x,
+                     h, ranks, width)  # fmt: skip
+    _C.forward(  # type: ignore[union-attr]
+        torch.get_num_threads(),
+        y_MN.data_ptr(),
+        0 if y_from is None else y_from.data_ptr(),
+        0 if base_last else n,  # a bias is one row for all
+        *shared,
+    )
+    if base_last:
+        y_MN.addmm_(x, weight.t())  # type: ignore[union-attr]
     return y_MN, h
 
 
-def _backward(
+def backward(
     dy: Tensor, weight: Tensor | None, x: Tensor | None, h: Tensor | None, A: Sequence[Tensor],
     B: Sequence[Tensor], gates: Tensor | None, expert_idxs: Tensor | None,
     runs: Sequence[int] | None, scale: Sequence[float], dropout_p: float, seed: int, need_dx: bool,
     need_dg: bool, need_dA: Sequence[bool], need_dB: Sequence[bool],
-) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]]:  # fmt: skip
+    """dx, dg, dA and dB, None where not needed; arguments as in fedms.kernels.ops."""
+    if weight is not None and need_dx and _better_in_fp32(dy):
+        dx, dg, dA, dB = backward(
+            dy.float(), weight.float(), None if x is None else x.float(), h, A, B, gates,
+            expert_idxs, runs, scale, dropout_p, seed, need_dx, need_dg, need_dA, need_dB,
+        )  # fmt: skip
+        assert dx is not None
+        return dx.to(dy.dtype), dg, dA, dB
     (m, n), k = dy.shape, A[0].shape[1]
     dy = dy.contiguous()
-    if need_dx:
-        dx_MK = dy.new_zeros((m, k)) if weight is None else dy @ weight
-    else:
-        dx_MK = dy.new_empty(0)
+    ranks, width = _widths(A, expert_idxs)
+    writes_all = width > 0 and expert_idxs is None and runs is None and dropout_p == 0.0
+    base_last = need_dx and writes_all and _base_last(dy, weight)
+    dx_add = not (base_last or (weight is None and writes_all))
+    dx_MK = None
+    if need_dx and not dx_add:
+        dx_MK = torch.empty((m, k), dtype=dy.dtype)
+    elif need_dx:
+        dx_MK = dy.new_zeros((m, k)) if weight is None else dy.mm(weight)
     x = None if x is None else x.contiguous()
     A, B = [a.contiguous() for a in A], [b.contiguous() for b in B]
     dA, dB = _outputs(A, need_dA), _outputs(B, need_dB)
     gates32 = None if gates is None else gates.to(torch.float32)
     expert_idxs = None if expert_idxs is None else expert_idxs.contiguous()
-    width, _ = _h_like(dy, A, expert_idxs, runs)
     columns = len(A) if expert_idxs is None else expert_idxs.shape[1]
-    dg = dy.new_zeros((m, columns) if need_dg else (0,), dtype=torch.float32)
+    dg = torch.zeros((m, columns), dtype=torch.float32) if need_dg else None
     shared = _shared(m, k, n, dy.dtype, A, B, gates32, expert_idxs, runs, scale, dropout_p, seed, x,
-                     h, width)  # fmt: skip
+                     h, ranks, width)  # fmt: skip
     _C.backward(  # type: ignore[union-attr]
         torch.get_num_threads(),
         dy.data_ptr(),
-        dx_MK.data_ptr() if need_dx else 0,
-        dg.data_ptr() if need_dg else 0,
-        [g.data_ptr() if need else 0 for g, need in zip(dA, need_dA, strict=True)],
-        [g.data_ptr() if need else 0 for g, need in zip(dB, need_dB, strict=True)],
+        0 if dx_MK is None else dx_MK.data_ptr(),
+        dx_add,
+        0 if dg is None else dg.data_ptr(),
+        [0 if g is None else g.data_ptr() for g in dA],
+        [0 if g is None else g.data_ptr() for g in dB],
         *shared,
     )
-    if need_dg and gates is not None:
+    if base_last:
+        dx_MK.addmm_(dy, weight)  # type: ignore[union-attr]
+    if dg is not None and gates is not None:
         dg = (dg.sum(0) if gates.dim() == 1 else dg).to(gates.dtype)
     return dx_MK, dg, dA, dB
 
 
-def _outputs(like: Sequence[Tensor], need: Sequence[bool]) -> list[Tensor]:
-    return [t.new_empty(t.shape if want else (0,)) for t, want in zip(like, need, strict=True)]
+def _outputs(like: Sequence[Tensor], need: Sequence[bool]) -> list[Tensor | None]:
+    return [
+        torch.empty(t.shape, dtype=t.dtype) if want else None
+        for t, want in zip(like, need, strict=True)
+    ]
 
 
-define_backend("native", _forward, _backward, dispatch_key="CPU", h_like=_h_like)
+def _forward_op(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    y, h = forward(x, *args)
+    return y, x.new_empty(0, dtype=torch.float32) if h is None else h
+
+
+def _backward_op(dy: Tensor, *args: Any) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    dx, dg, dA, dB = backward(dy, *args)
+
+    def filled(t: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return torch.empty(0, dtype=dtype) if t is None else t
+
+    adapter = args[3][0].dtype
+    return (
+        filled(dx, dy.dtype),
+        filled(dg, dy.dtype),
+        [filled(g, adapter) for g in dA],
+        [filled(g, adapter) for g in dB],
+    )
+
+
+define_backend("native", _forward_op, _backward_op, dispatch_key="CPU", h_like=_h_like)

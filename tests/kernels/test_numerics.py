@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from lora_problem import BACKENDS, Problem, errors, make_problem, peft_arithmetic
 from torch.nn import functional as F
 
-from fedms.kernels import Segments, native
+from fedms.kernels import Segments, gated_lora_linear, native
 
 needs_native = pytest.mark.skipif(not native.available(), reason="the extension is not built")
 
@@ -22,7 +24,9 @@ needs_native = pytest.mark.skipif(not native.available(), reason="the extension 
     ],
 )
 @pytest.mark.parametrize("shape", [(197, 384, 384), (100, 100, 600)])
-def test_error_is_not_worse_than_pefts(base, adapter, shape):
+@pytest.mark.parametrize("fast_bf16", [True, False])
+def test_error_is_not_worse_than_pefts(base, adapter, shape, fast_bf16, monkeypatch):
+    monkeypatch.setattr(native, "_FAST_BF16", fast_bf16)
     problem = make_problem(*shape, ranks=(8, 16, 3))
     truth = problem.truth()
     cast = problem.to(base, adapter)
@@ -36,15 +40,78 @@ def test_error_is_not_worse_than_pefts(base, adapter, shape):
 
 
 @needs_native
-def test_fp32_adapters_on_bf16_round_once():
-    """y must be the correctly rounded sum of the rounded base and the fp32 mixture."""
+@pytest.mark.parametrize("fast_bf16", [True, False])
+def test_fp32_adapters_on_bf16_round_once(fast_bf16, monkeypatch):
+    """y is the correctly rounded sum of base and fp32 mixture; the base result was rounded before
+    where torch's bf16 GEMM made it, and was not where the layer runs in fp32."""
+    monkeypatch.setattr(native, "_FAST_BF16", fast_bf16)
     problem = make_problem(64, 64, 96, ranks=(8,)).to(torch.bfloat16, torch.float32)
     y = problem.run("native")["y"]
-    base = F.linear(problem.x, problem.weight, problem.bias).double()
+    if fast_bf16:
+        base = F.linear(problem.x, problem.weight, problem.bias).double()
+    else:
+        base = F.linear(problem.x.double(), problem.weight.double(), problem.bias.double())
     h = problem.x.double() @ problem.A[0].double().t()
     delta = (h * problem.gates.double() * problem.scaling[0]) @ problem.B[0].double().t()
     exact = (base + delta).float().bfloat16()
     assert (y != exact).double().mean() < 0.01  # only where fp32 sums fall on the other side
+
+
+@needs_native
+@pytest.mark.parametrize("fast_bf16", [True, False])
+@pytest.mark.parametrize("gates", [None, "layer", "token"])
+@pytest.mark.parametrize("routing", ["dense", "segments", "listed"])
+def test_both_ways_to_compute_bf16(fast_bf16, gates, routing, monkeypatch):
+    """In bf16 kernels after a bf16 GEMM, and in fp32 throughout: same truth, same dtypes."""
+    monkeypatch.setattr(native, "_FAST_BF16", fast_bf16)
+    monkeypatch.setattr(native, "_MIN_ROWS_IN_FP32", 4)
+    extra: dict = {}
+    if routing == "segments":
+        extra["segments"] = Segments([0, 50, 130], [0, (0, 1)])
+    if routing == "listed":
+        if gates == "layer":
+            pytest.skip("listed experts have a gate a pair")
+        gates = "listed" if gates else None
+        extra["expert_idxs"] = torch.stack([torch.randperm(3)[:2] for _ in range(130)])
+    problem = make_problem(130, 500, 421, (8, 3, 5), gates=gates, **extra)
+    got = problem.to(torch.bfloat16, torch.float32).run("native")
+    assert got["y"].dtype == got["dx"].dtype == torch.bfloat16
+    assert got["dA0"].dtype == torch.float32
+    assert max(errors(got, problem.truth()).values()) < 6e-3
+
+
+@needs_native
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+@pytest.mark.parametrize("least", [0, 1 << 40], ids=["base last", "base first"])
+def test_the_base_gemm_first_or_last(least, dropout_p, bias, monkeypatch):
+    """Small layers add to the base result; large ones write y and dx, and the GEMM adds to them."""
+    monkeypatch.setattr(native, "_MIN_ELEMENTS_BASE_LAST", least)
+    problem = make_problem(50, 31, 45, (8, 3), dropout_p=dropout_p)
+    if not bias:
+        problem = replace(problem, bias=torch.zeros_like(problem.bias))
+    truth, single = problem.truth(), problem.to(torch.float32)
+    if not bias:
+        single = replace(single, bias=None)
+    assert max(errors(single.run("native"), truth).values()) < 1e-5
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 50], ids=["stride-0 view", "whole"])
+def test_a_callable_base_is_left_as_it_is(dtype, rows):
+    """The mixture is added to a copy of the base result."""
+    problem = make_problem(50, 31, 45, (8, 3)).to(dtype, torch.float32)
+    base = torch.randn(rows, 45).to(dtype)
+    before = base.clone()
+    native_y, stacked_y = (
+        gated_lora_linear(problem.x, lambda _: base.expand(50, 45), problem.A, problem.B,
+                          gates=problem.gates, backend=backend)
+        for backend in ("native", "stacked")
+    )  # fmt: skip
+    assert torch.equal(base, before)
+    assert (native_y - base).norm() > 1
+    assert torch.allclose(native_y, stacked_y, atol=1e-5 if dtype is torch.float32 else 5e-2)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -68,14 +135,17 @@ def test_two_runs_are_bit_equal(backend, dropout_p, routing):
 @needs_native
 @pytest.mark.parametrize("isa", ["generic", "x86-64-v3", "x86-64-v4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_instruction_set(isa, dtype):
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize("ranks", [(8, 3, 5), (16, 16), (1,), (4, 40)], ids=str)
+def test_every_instruction_set(isa, dtype, dropout_p, ranks, monkeypatch):
     """The row kernels are compiled once per instruction set: run each one this CPU has."""
+    monkeypatch.setattr(native, "_FAST_BF16", True)  # the bf16 kernels, whatever this CPU has
     best = native._C.isa()
     if not native._C.set_isa(isa):
         pytest.skip(f"no {isa} here")
     try:
         assert native._C.isa() == isa
-        problem = make_problem(61, 77, 83, (8, 3, 5), dropout_p=0.1)
+        problem = make_problem(61, 477, 183, ranks, dropout_p=dropout_p)
         bound = 1e-5 if dtype is torch.float32 else 6e-3
         worst = max(
             errors(problem.to(dtype, torch.float32).run("native"), problem.truth()).values()
@@ -106,7 +176,9 @@ def test_an_error_on_a_worker_thread_arrives():
 
 
 @needs_native
-def test_bf16_keeps_nan_and_infinity():
+@pytest.mark.parametrize("fast_bf16", [True, False])
+def test_bf16_keeps_nan_and_infinity(fast_bf16, monkeypatch):
+    monkeypatch.setattr(native, "_FAST_BF16", fast_bf16)
     problem = make_problem(5, 32, 40, (8,), gates=None).to(torch.bfloat16, torch.float32)
     with torch.no_grad():
         problem.x[1, 3] = float("nan")
