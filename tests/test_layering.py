@@ -21,8 +21,8 @@ TRITON_KERNELS = ("shrink", "finish", "linear", "outer")
 KERNELS = {
     "kernels": {"kernels.functional", "kernels.reference", "kernels.segments"},
     "kernels.functional": {
-        "kernels.dropout", "kernels.plan", "kernels.segments", "kernels.stacked",
-        "kernels.validate",
+        "kernels.dropout", "kernels.native", "kernels.plan", "kernels.segments",
+        "kernels.stacked", "kernels.validate",
     },
     "kernels.plan": {"kernels.cuda", "kernels.native", "kernels.tiles", "kernels.triton"},
     "kernels.tune": {"kernels.plan", "kernels.tiles", "kernels.triton.backend"},

