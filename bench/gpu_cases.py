@@ -15,7 +15,7 @@ MODELS: dict[str, tuple[int, Layers]] = {  # tokens, (K, N) of its layers
     "MiniLM": (8192, [(384, 384), (384, 1536), (1536, 384)]),
     "Llama-3-8B, 16 tokens": (16, [(4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096)]),
 }
-TINY: dict[str, tuple[int, Layers]] = {"ViT-B/16": (37, [(48, 32)]), "Llama-3-8B": (64, [(32, 48)])}
+TINY: dict[str, tuple[int, Layers]] = {"ViT-B/16": (17, [(48, 32)]), "Llama-3-8B": (32, [(32, 48)])}
 FEW = 16  # tokens of a decoding step; so few are bound by launches
 COMPILED = ("ViT-B/16", "ViT-L/14", "Llama-3-8B")  # a compilation takes seconds
 RANKS, EXPERTS, DROPOUTS = (16, 8, 64, 4, 32), (2, 1, 8, 4), (0.0, 0.1)

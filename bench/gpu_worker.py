@@ -52,12 +52,13 @@ class Worker:
                 return CUT
             self.section["running"] = name
             self.results.write()
-            if hasattr(signal, "alarm"):
-                signal.alarm(self.limit)
+            signal.alarm(self.limit)
             try:
                 self.items[name] = work()
             except Exception as error:  # whatever a compiler or a launch raises; the file says it
                 self.items[name] = {"refused": first_line(error)}
+            finally:
+                signal.alarm(0)
             del self.section["running"]
             self.section["left_out"] = []
             self.results.write()
