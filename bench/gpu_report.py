@@ -126,9 +126,10 @@ def standing(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """For each backend whether it passed on the device, and on what that rests.
 
     Passed: tests of it ran here and none failed, the sanitizer found nothing where it ran, and the
-    rows of it that were tried are right. A rehearsal passes nothing.
+    rows of it that were tried are right. A rehearsal passes nothing, nor do tests that were cut.
     """
-    tests = data["sections"].get("test", {}).get("backends", {})
+    section = data["sections"].get("test", {})
+    tests = section.get("backends", {}) if section.get("state") == "done" else {}
     tools = data["sections"].get("sanitize", {}).get("runs", [])
     found: dict[str, dict[str, Any]] = {}
     for backend, runs in data.get("backends", {}).items():
@@ -167,6 +168,15 @@ def table(data: dict[str, Any], most_cases: int = 48) -> Iterator[str]:
                 yield f"{result['case']}{graph}: {', '.join(cells)}"
     if len(measured) > most_cases:
         yield f"... {len(measured) - most_cases} more in the file"
+    attempts = [
+        attempt
+        for item in data["sections"].get("tune", {}).get("items", {}).values()
+        for attempt in item.get("attempts", [])
+    ]
+    if attempts:
+        wrong = sum("is off by" in attempt["problem"] for attempt in attempts)
+        failed = sum(attempt["microseconds"] is None for attempt in attempts) - wrong
+        yield f"tuning: {len(attempts)} candidates, {wrong} wrong, {failed} did not run"
     ceiling = data["sections"].get("time", {}).get("items", {}).get("ceilings", {})
     if ceiling:
         yield "ceilings: " + ", ".join(f"{name} {value:.4g}" for name, value in ceiling.items())

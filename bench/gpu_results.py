@@ -11,7 +11,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 SUFFIXES = {".py", ".cpp", ".h", ".cu", ".cuh"}
 SECTIONS = ("build", "test", "sanitize", "tune", "time", "report")
-SHARES = {"build": 8, "test": 4, "sanitize": 2, "tune": 4, "time": 8, "report": 0.5}
+SHARES = {"build": 8, "test": 4, "sanitize": 2, "tune": 6, "time": 8, "report": 0.5}
 """What a section may use of the time left, beside those still to come. What it leaves is theirs."""
 
 
@@ -74,7 +74,8 @@ def sources(versions: dict[str, str | None]) -> str:
     plan.json is left out: installing the table that was measured must not make it stale.
     """
     files = [ROOT / "CMakeLists.txt", ROOT / "pyproject.toml"]
-    for folder in ("csrc", "fedms/kernels", "bench"):
+    files += [ROOT / "bench" / "gated_lora_cases.py", *(ROOT / "bench").glob("gpu_*.py")]
+    for folder in ("csrc", "fedms/kernels"):
         files += [p for p in (ROOT / folder).rglob("*") if p.suffix in SUFFIXES]
     digest = hashlib.sha256(json.dumps(versions, sort_keys=True).encode())
     for path in sorted(files):

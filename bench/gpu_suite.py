@@ -81,9 +81,14 @@ class Suite:
             try:
                 code = child.wait(left)
             except subprocess.TimeoutExpired:
-                os.killpg(child.pid, signal.SIGKILL)
-                child.wait()
                 code = None
+                for end in (signal.SIGINT, signal.SIGKILL):  # pytest reports when it is interrupted
+                    os.killpg(child.pid, end)
+                    try:
+                        child.wait(5)
+                        break
+                    except subprocess.TimeoutExpired:
+                        continue
             output.seek(0)
             return code, output.read()
 
@@ -103,7 +108,7 @@ def build(suite: Suite) -> Section:
     code, text = suite.command(sys.executable, "-c", ASK.format(device=suite.device))
     if code != 0:
         return _ended(code, text)
-    info, backends = json.loads(text.splitlines()[-1])
+    info, backends = json.loads(next(s for s in text.splitlines() if s.startswith("[{")))
     suite.results.data["backends"] = backends
     return {"state": "done", "command": " ".join(command[1:]), "kernels": info}
 
@@ -112,11 +117,14 @@ def test(suite: Suite) -> Section:
     """Every test file that asks whether there is a GPU; a backend's tests have it in their name."""
     asking = [p for p in (ROOT / "tests").rglob("test_*.py") if _asks_for_a_gpu(p)]
     paths = [ROOT / "tests/kernels/test_packing.py"] if suite.rehearse else sorted(asking)
+    # Most of the time goes into compiling kernels, which several processes do at once.
+    many = importlib.util.find_spec("xdist") is not None and not suite.rehearse
+    parallel = ["-n", str(min(8, os.cpu_count() or 1))] if many else []
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "junit.xml"
         code, text = suite.command(
             sys.executable, "-m", "pytest", *paths, "-q", "-p", "no:cacheprovider",
-            "-m", "not slow", f"--junitxml={report}",
+            "-m", "not slow", f"--junitxml={report}", *parallel,
         )  # fmt: skip
         if not report.exists():
             return _ended(code, text)
@@ -147,8 +155,11 @@ def sanitize(suite: Suite) -> Section:
     if sanitizer is None and not suite.rehearse:
         return {"state": "done", "note": "compute-sanitizer is not installed", "runs": []}
     ours = [b for b in suite.backends() if b not in ("stacked", "native")]
-    runs = []
+    runs = [r for r in suite.results.section("sanitize").get("runs", []) if r["state"] != "cut"]
+    known = {(run["backend"], run["tool"]) for run in runs}
     for backend, tool in product(reversed(ours), TOOLS[:1] if suite.rehearse else TOOLS):
+        if (backend, tool) in known:
+            continue
         # Without torch's caching of memory an access behind a tensor is one behind an allocation.
         words = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1"]
         if not suite.rehearse:
@@ -255,8 +266,8 @@ def run(suite: Suite, budget: Budget, only: list[str], code: str) -> None:
         section |= {"sources": code, "seconds": time.time() - begin}
         data = suite.results.data
         data["sections"][name] = section
-        if section.get("left_out"):
-            data["left_out"][name] = section["left_out"]
+        if left_out := section.pop("left_out", []):
+            data["left_out"][name] = left_out
         suite.results.write()
         print(f"{name}: {section['state']} {section.get('note', '')}", flush=True)
         if name == "build" and section["state"] != "done":
@@ -349,7 +360,7 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def main() -> None:
+def main() -> int:
     args = arguments()
     budget = Budget(60 * args.minutes)
     about = describe(args.rehearse, args.commit)
@@ -374,7 +385,8 @@ def main() -> None:
         suite = Suite(results, plan, args.rehearse, environment)
         run(suite, budget, args.only, about["sources"])
     report(suite, args.install_plan)
+    return int(any(s.get("state") == "failed" for s in results.data["sections"].values()))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -77,7 +77,9 @@ def measure(case: Case, rows: dict[str, Row], clock: Clock, seconds: float) -> d
         "default": default_backend(case, clock.device),
         "rows": out,
     }
-    del truth  # gigabytes of float64
+    del truth  # gigabytes of float64, which graphs' own pools could not use
+    if clock.cuda:
+        torch.cuda.empty_cache()
     if "frozen" not in right:
         return found
     for name, row in right.items():
@@ -116,6 +118,12 @@ def capture(row: Row, device: torch.device) -> Callable[[], None]:
     with torch.cuda.stream(side):  # what a first call sets up must not be captured
         for _ in range(3):
             eager = run()
+        # A capture that fails leaves torch's generator unusable, so what would fail is found first.
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -215,7 +223,8 @@ def _counts(row: Row, clock: Clock) -> dict[str, Any]:
         clock.wait()
     wanted = torch.autograd.DeviceType.CUDA if clock.cuda else torch.autograd.DeviceType.CPU
     events = [e for e in profiler.events() or () if e.device_type == wanted]
-    return counts | {"launches": len(events)}  # off a GPU: calls of torch operators
+    # Off a GPU: calls of torch operators. None at all means that the profiler saw nothing.
+    return counts | {"launches": len(events) or None}
 
 
 def saved_bytes(row: Row) -> int:

@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from fedms.kernels import tiles
 from fedms.kernels.tune import tune
 
 FINISHED, CUT, DEVICE_LOST = 0, 10, 11
-ALARM = {"tune": 120, "time": 90}  # seconds an item may take
+ALARM = {"tune": 240, "time": 90}  # seconds an item may take; most of it is compiling
 
 
 class Worker:
@@ -69,7 +69,7 @@ class Worker:
 
     def _device_works(self) -> bool:
         try:
-            return torch.ones(1, device=self.device).item() == 1.0
+            return 0.0 <= torch.rand(1, device=self.device).item() < 1.0
         except RuntimeError:
             return False
 
@@ -109,7 +109,7 @@ def time_items(
 def exercise(backend: str, device: torch.device) -> None:
     """Forward and backward of small problems of every kind; raises RuntimeError when one is off."""
     for case in rehearsal():
-        found = rows(case, problem(case, device))
+        found = rows(replace(case, compiled=False), problem(case, device))
         if backend not in found:
             raise RuntimeError(f"backend {backend!r} cannot run on {device}")
         wrong = Truth().problem_with(found[backend])

@@ -295,6 +295,7 @@ def test_few_tokens_count_by_their_graphs_worst_shape():
         ({}, True),
         ({"tests": {"passed": 3, "failed": 1}}, False),
         ({"tests": {"passed": 0, "failed": 0}}, False),
+        ({"state": "cut"}, False),
         ({"tool": "errors found"}, False),
         ({"row": {"refused": "output 0 is off"}}, False),
         ({"rehearsal": True}, False),
@@ -310,7 +311,7 @@ def test_when_a_kernel_has_passed_on_a_device(change, passed):
         "rehearsal": change.get("rehearsal", False),
         "backends": {"triton": True},
         "sections": {
-            "test": {"backends": tests},
+            "test": {"state": change.get("state", "done"), "backends": tests},
             "sanitize": {"runs": runs},
             "time": {"items": {case["case"]: case}},
         },
