@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -233,6 +234,28 @@ def test_a_worker_goes_on_behind_an_item_that_took_its_process_along(tmp_path):
     assert stored["items"]["c"] == {"refused": "RuntimeError: out of something"}
     assert stored["left_out"] == []
     assert "running" not in stored
+
+
+HANGS = """
+import sys, time, torch
+from pathlib import Path
+from gpu_results import Results
+from gpu_worker import Worker
+worker = Worker(Results(Path(sys.argv[1])), "time", time.time() + 60, torch.device("cpu"))
+worker.limit = 1
+sys.exit(worker.run({"hangs": lambda: time.sleep(30), "after it": lambda: {"rows": {}}}))
+"""
+
+
+@pytest.mark.slow
+def test_an_item_that_hangs_costs_its_process_and_nothing_else(tmp_path):
+    words = [sys.executable, "-c", HANGS, str(tmp_path / "r.json")]
+    assert subprocess.run(words, cwd=BENCH, check=False).returncode == -signal.SIGALRM
+    assert subprocess.run(words, cwd=BENCH, check=False).returncode == FINISHED
+    assert Results(tmp_path / "r.json").section("time")["items"] == {
+        "hangs": {"refused": "the process died in it or it took too long"},
+        "after it": {"rows": {}},
+    }
 
 
 def entry(case: Case, default: str, **us: float) -> dict:
