@@ -121,8 +121,8 @@ def test(suite: Suite) -> Section:
 
     Those of the federated part, which has packages of its own, know no device beyond the op's.
     """
-    files = [p for p in (ROOT / "tests").rglob("test_*.py") if "fl" not in p.parts]
-    asking = [p for p in files if _asks_for_a_gpu(p)]
+    found = set((ROOT / "tests").rglob("test_*.py")) - set((ROOT / "tests/fl").iterdir())
+    asking = [path for path in found if "torch.cuda.is_available()" in path.read_text("utf-8")]
     paths = [ROOT / "tests/kernels/test_packing.py"] if suite.rehearse else sorted(asking)
     # Most of the time goes into compiling kernels, which several processes do at once.
     many = importlib.util.find_spec("xdist") is not None and not suite.rehearse
@@ -221,10 +221,6 @@ def _ended(code: int | None, text: str) -> Section:
         return {"state": "cut", "note": "the time ended", "output": text[-2000:]}
     last = text.strip().splitlines()[-1:] or ["no output"]
     return {"state": "failed", "note": f"exit code {code}: {last[0]}", "output": text[-8000:]}
-
-
-def _asks_for_a_gpu(path: Path) -> bool:
-    return "torch.cuda.is_available()" in path.read_text("utf-8")
 
 
 def _outcome(test: ElementTree.Element) -> str:

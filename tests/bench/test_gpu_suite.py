@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ BENCH = Path(__file__).parents[2] / "bench"
 sys.path.append(str(BENCH))
 
 import gpu_report  # noqa: E402
+import gpu_suite  # noqa: E402
 from gpu_cases import EXPERTS, RANKS, Case, matrix, rehearsal  # noqa: E402
 from gpu_results import SECTIONS, Results  # noqa: E402
 from gpu_rows import Row, problem, rows  # noqa: E402
@@ -354,6 +356,32 @@ def test_the_matrix_is_whole_and_begins_with_what_counts():
     for shape in shapes:
         for r in RANKS:
             assert {(*shape, r, e, p) for e in EXPERTS for p in (0.0, 0.1)} <= plain
+
+
+def test_only_rows_of_backends_that_passed_are_installed(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_suite, "ROOT", tmp_path)
+    shapes = [tiles.Shape("a GPU", "bfloat16", "bfloat16", 16, 64, 64 * n, 16) for n in (1, 2)]
+    chosen = [
+        replace(tiles.heuristic(s), backend=b)
+        for s, b in zip(shapes, ("triton", "cuda"), strict=True)
+    ]
+    plan = tmp_path / "tuned.json"
+    tiles.save(dict(zip(shapes, chosen, strict=True)), plan)
+    backends = {"triton": {"passed_on_device": True}, "cuda": {"passed_on_device": False}}
+    results = Results(tmp_path / "r.json")
+    gpu_suite._install(gpu_suite.Suite(results, plan, False, {}), backends)
+    installed = tmp_path / "fedms/kernels/plan.json"
+    assert tiles.parse(installed.read_text("utf-8"), "") == {shapes[0]: chosen[0]}
+    installed.unlink()
+    gpu_suite._install(gpu_suite.Suite(results, plan, True, {}), backends)
+    assert not installed.exists()
+
+
+def test_failures_and_errors_of_tests_both_count():
+    report = """<testsuite><testcase/><testcase><failure/></testcase><testcase><error/></testcase>
+        <testcase><skipped/></testcase></testsuite>"""
+    counts = gpu_suite._count(list(ElementTree.fromstring(report)))
+    assert counts == {"passed": 1, "failed": 2, "skipped": 1}
 
 
 @pytest.mark.parametrize(
