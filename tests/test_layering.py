@@ -40,7 +40,7 @@ KERNELS = {
         "kernels.packing", "kernels.tiles", "kernels.triton.finish", "kernels.triton.layout",
         "kernels.triton.linear", "kernels.triton.outer", "kernels.triton.shrink",
     },
-    "kernels.triton.layout": {"kernels.segments"},
+    "kernels.triton.layout": {"kernels.packing", "kernels.segments"},
     "kernels.triton.tile": set(),
     **{f"kernels.triton.{kernel}": {"kernels.triton.tile"} for kernel in TRITON_KERNELS},
     "kernels.segments": set(),

@@ -1,8 +1,12 @@
-"""Per-expert parameters as one matrix, without a copy where their storage is already adjacent."""
+"""Per-expert parameters as one matrix, without a copy where their storage is already adjacent.
+
+And per-expert numbers as tensors on the device, sent there once.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -40,6 +44,12 @@ def stack_columns(parts: Sequence[Tensor]) -> Tensor:
     if first.data_ptr() + first.shape[0] * total * itemsize > end:
         return torch.cat(tuple(parts), dim=1)
     return first.as_strided((first.shape[0], total), (total, 1))
+
+
+@lru_cache(maxsize=1024)
+def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A kept 1-D tensor of these values: a copy a call would wait, and forbids CUDA graphs."""
+    return torch.tensor(values, dtype=dtype).to(device)
 
 
 def _adjacent(parts: Sequence[Tensor]) -> bool:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from fedms.kernels.dropout import keep_mask
 from fedms.kernels.ops import define_backend
-from fedms.kernels.packing import stack_columns, stack_rows
+from fedms.kernels.packing import constant, stack_columns, stack_rows
 
 
 def _h_like(
@@ -178,7 +178,7 @@ def _coefficients(
         gates = dense.scatter_add_(1, expert_idxs, ones)
     if gates is None:
         return list(scale)
-    return gates * torch.tensor(scale, dtype=gates.dtype, device=gates.device)
+    return gates * constant(tuple(scale), gates.dtype, gates.device)
 
 
 def _gated(
@@ -190,12 +190,12 @@ def _gated(
         if len(set(coef[first:last])) == 1:
             return h_MR if coef[first] == 1.0 else h_MR * coef[first]
         row = [c for c, size in zip(coef[first:last], sizes, strict=True) for _ in range(size)]
-        return h_MR * torch.tensor(row, dtype=h_MR.dtype, device=h_MR.device)
+        return h_MR * constant(tuple(row), h_MR.dtype, h_MR.device)
     part = coef[first:last] if coef.dim() == 1 else coef[rows, first:last]
     if len(set(sizes)) == 1:  # a broadcast view instead of repeat_interleave's copy
         shape = (h_MR.shape[0], last - first, sizes[0])
         return (h_MR.reshape(shape) * part.unsqueeze(-1)).reshape(h_MR.shape).to(h_MR.dtype)
-    repeats = torch.tensor(sizes, device=coef.device)
+    repeats = constant(tuple(sizes), torch.int64, coef.device)
     wide = part.repeat_interleave(repeats, dim=-1, output_size=sum(sizes))
     return (h_MR * wide).to(h_MR.dtype)
 

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fedms.kernels.packing import constant
 from fedms.kernels.segments import row_width
 
 MAX_RANKS = 128
@@ -184,12 +185,11 @@ def rank_tables(
     ranks: tuple[int, ...], scale: tuple[float, ...], device: torch.device
 ) -> RankTables:
     """The kept tables of these ranks and scales."""
-    owners = [e for e, r in enumerate(ranks) for _ in range(r)]
-    offsets = [0, *accumulate(ranks)]
+    owners = tuple(e for e, r in enumerate(ranks) for _ in range(r))
     return RankTables(
-        torch.tensor(owners, dtype=torch.int32).to(device),
-        torch.tensor([scale[e] for e in owners], dtype=torch.float32).to(device),
-        torch.tensor(offsets, dtype=torch.int32).to(device),
+        constant(owners, torch.int32, device),
+        constant(tuple(scale[e] for e in owners), torch.float32, device),
+        constant((0, *accumulate(ranks)), torch.int32, device),
     )
 
 
