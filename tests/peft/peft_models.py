@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedms.peft import layer as fused_layer
 
@@ -37,13 +38,23 @@ def mlp(*names: str, dtype: torch.dtype = torch.float32, **config: Any) -> PeftM
     return with_adapters(Mlp().to(dtype), *names, **{"target_modules": ["a", "b"], **config})
 
 
+def small_llama(**config: Any) -> LlamaForCausalLM:
+    """Two blocks, vocabulary 40, width 32, random weights, no adapters."""
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+    }  # fmt: skip
+    return LlamaForCausalLM(LlamaConfig(**{**sizes, **config}))
+
+
 def with_adapters(model: nn.Module, *names: str, **config: Any) -> PeftModel:
     """`model` with one or more adapters of the same config; the first is active."""
     names = names or ("default",)
     config = {"r": 4, "init_lora_weights": False, **config}
     peft_model = get_peft_model(model, LoraConfig(**config), adapter_name=names[0])
-    for name in names[1:]:
-        peft_model.add_adapter(name, LoraConfig(**config))
+    for name in names[1:]:  # peft takes one adapter with bias per model
+        peft_model.add_adapter(name, LoraConfig(**{**config, "bias": "none"}))
     return peft_model
 
 

@@ -9,9 +9,8 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners import lora
-from peft_models import IN, Mlp, assert_same, fused_calls, mlp, step
+from peft_models import IN, Mlp, assert_same, fused_calls, mlp, small_llama, step
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import fedms
 from fedms.peft import FusedLinear
@@ -87,9 +86,9 @@ def test_accelerate_twice_is_harmless_and_takes_over_new_layers():
 
 
 def test_errors_name_what_is_missing():
-    with pytest.raises(ValueError, match="must hold LoRA layers of peft.*got a Mlp"):
+    with pytest.raises(ValueError, match=r"must hold LoRA layers of peft.*got a Mlp"):
         fedms.accelerate(Mlp())
-    with pytest.raises(TypeError, match="must be a torch.nn.Module, got str"):
+    with pytest.raises(TypeError, match=r"must be a torch.nn.Module, got str"):
         fedms.accelerate("model")
 
 
@@ -158,12 +157,3 @@ def test_the_report_gives_reasons():
     assert "Conv1d is not peft's lora.Linear" in report.fallback["base_model.model.0"]
     assert "DoraLinearVariant" in report.fallback["base_model.model.2"]
     assert str(report).startswith("1 LoRA layers run fused, 2 do not\n")
-
-
-def small_llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
