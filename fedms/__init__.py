@@ -20,11 +20,17 @@ if TYPE_CHECKING:
     from fedms.peft import restore as restore
     from fedms.peft import set_adapter_names as set_adapter_names
     from fedms.peft import set_gates as set_gates
+    from fedms.router import LayerRouters as LayerRouters
+    from fedms.router import RoutedModel as RoutedModel
+    from fedms.router import Router as Router
 
 __version__ = "0.1.0"
 
 # public name -> module that defines it
 _PUBLIC = {
+    "LayerRouters": "fedms.router",
+    "RoutedModel": "fedms.router",
+    "Router": "fedms.router",
     "Segments": "fedms.kernels",
     "accelerate": "fedms.peft",
     "disable_peft": "fedms.peft",
@@ -38,6 +44,9 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "LayerRouters",
+    "RoutedModel",
+    "Router",
     "Segments",
     "__version__",
     "accelerate",

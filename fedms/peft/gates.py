@@ -35,7 +35,7 @@ def set_gates(
         pair (gates, expert_idxs), each [B, k] or [B, T, k], computes only the listed adapters. A
         function of a layer's input gives either. A mapping from layer names (as `accelerate`
         reports them, or their endings) gates those layers one by one and no other. None with
-        adapters: these take part, ungated.
+        adapters: these take part, ungated (an empty list: none).
     adapters: the E names that the gates count; None: the model's active adapters, in order.
 
     Raises TypeError or ValueError when the model is not accelerated, an adapter is on no layer, the
@@ -48,9 +48,11 @@ def set_gates(
     if isinstance(gates, Mapping):
         chosen = _by_layer(layers, gates)
     else:
-        _check_all_gateable(model, adapters or _active(layers))
+        _check_all_gateable(model, _active(layers) if adapters is None else adapters)
         chosen = dict.fromkeys(layers, gates)
-    names = tuple(adapters or _active({name: layers[name] for name in chosen}))
+    if adapters is None:
+        adapters = _active({name: layers[name] for name in chosen})
+    names = tuple(adapters)
     _check_known(layers, names)
     shared: dict[int, Routing] = {}
     routings: dict[str, Routing | None] = {}
