@@ -44,7 +44,7 @@ def _texts(count):
 
 def _losses(model, steps):
     texts = _texts(64)
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     losses = []
     for i in range(steps):
         batch = texts[torch.arange(8 * i, 8 * i + 8) % 64]
