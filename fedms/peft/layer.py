@@ -67,8 +67,8 @@ class FusedLinear(Linear):
         return gated_lora_linear(
             x,
             cast(Tensor, base.weight) if plain else base,
-            [cast(Tensor, self.lora_A[name].weight) for name in names],
-            [cast(Tensor, self.lora_B[name].weight) for name in names],
+            [_parameters(self, name)[0] for name in names],
+            [_parameters(self, name)[1] for name in names],
             bias=cast("Tensor | None", base.bias) if plain else None,
             scaling=scaling,
             gates=gates,
@@ -122,7 +122,12 @@ def why_not_fused(
     routed = getattr(layer, "_fedms_routing", None) is not None
     if not names and not routed:
         return "no active adapter"
-    return _why_not_adapters(layer, names) or (None if x is None else _why_not_input(x))
+    reason = _why_not_adapters(layer, names)
+    if reason is None and x is not None:
+        reason = _why_not_input(x)
+        if reason is None and torch.compiler.is_compiling():
+            reason = _why_not_compiled(layer, x, names)
+    return reason
 
 
 def _why_not_adapters(layer: Linear, names: list[str]) -> str | None:
@@ -141,7 +146,7 @@ def _why_not_adapters(layer: Linear, names: list[str]) -> str | None:
             return f"adapter {name!r} drops out with {type(dropout).__name__}"
         if not (_unobserved(A) and _unobserved(B) and _unobserved(dropout)):
             return f"a module of adapter {name!r} has hooks or a forward of its own"
-        for weight in (A.weight, B.weight):
+        for weight in _parameters(layer, name):
             if type(weight) not in (nn.Parameter, Tensor) or weight.dtype not in _FLOATS:
                 return f"a weight of adapter {name!r} is a {type(weight).__name__} {weight.dtype}"
             if weight.is_meta or not weight.numel():
@@ -156,9 +161,20 @@ def _why_not_adapters(layer: Linear, names: list[str]) -> str | None:
         p = _dropout_p(dropout)
     if p is not None and p >= 1.0:
         return "dropout is 1"
-    if p and torch.compiler.is_compiling():
-        return "dropout under torch.compile"
     return None
+
+
+def _why_not_compiled(layer: Linear, x: Tensor, names: list[str]) -> str | None:
+    if any(_dropout_p(layer.lora_dropout[name]) for name in names):
+        return "dropout under torch.compile (its seed is a number, which would split the graph)"
+    tensors = [x, *(p for name in names for p in _parameters(layer, name))]
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+        return "torch.compile without gradients (dynamo fails on the op's autograd.Function then)"
+    return None
+
+
+def _parameters(layer: Linear, name: str) -> tuple[Tensor, Tensor]:
+    return cast(Tensor, layer.lora_A[name].weight), cast(Tensor, layer.lora_B[name].weight)
 
 
 def _why_not_input(x: Any) -> str | None:

@@ -130,6 +130,14 @@ def test_exported_programs_hold_torch_ops_only(model):
     torch.testing.assert_close(program.module()(x), model(x))
 
 
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_compile_without_gradients(model, context):
+    x = torch.randn(3, IN)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with context():
+        torch.testing.assert_close(compiled(x), model(x))
+
+
 def test_compile_with_dropout_stays_whole(model):
     x = torch.randn(3, IN)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
