@@ -110,6 +110,8 @@ def why_not_fused(
 
     x None: whether the layer can run fused at all, whatever the input.
     """
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return "the model is being traced"
     if layer.disable_adapters:
         return "adapters are disabled"
     if layer.merged:
@@ -169,6 +171,7 @@ def _why_not_compiled(layer: Linear, x: Tensor, names: list[str]) -> str | None:
         return "dropout under torch.compile (its seed is a number, which would split the graph)"
     tensors = [x, *(p for name in names for p in _parameters(layer, name))]
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+        # torch.export too, whose programs should hold no op that only fedms knows
         return "torch.compile without gradients (dynamo fails on the op's autograd.Function then)"
     return None
 
@@ -180,8 +183,6 @@ def _parameters(layer: Linear, name: str) -> tuple[Tensor, Tensor]:
 def _why_not_input(x: Any) -> str | None:
     if not isinstance(x, Tensor) or not x.is_floating_point() or not x.dim():
         return f"the input is a {type(x).__name__} {getattr(x, 'dtype', '')}".rstrip()
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
-        return "the model is being exported"
     if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
         return "a torch.func transform or forward-mode differentiation is active"
     return None
