@@ -12,16 +12,53 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fedms.kernels import Segments as Segments
     from fedms.kernels import gated_lora_linear as gated_lora_linear
+    from fedms.peft import accelerate as accelerate
+    from fedms.peft import disable_peft as disable_peft
+    from fedms.peft import enable_peft as enable_peft
+    from fedms.peft import gated as gated
+    from fedms.peft import mixed_adapters as mixed_adapters
+    from fedms.peft import restore as restore
+    from fedms.peft import set_adapter_names as set_adapter_names
+    from fedms.peft import set_gates as set_gates
+    from fedms.router import LayerRouters as LayerRouters
+    from fedms.router import RoutedModel as RoutedModel
+    from fedms.router import Router as Router
 
 __version__ = "0.1.0"
 
 # public name -> module that defines it
 _PUBLIC = {
+    "LayerRouters": "fedms.router",
+    "RoutedModel": "fedms.router",
+    "Router": "fedms.router",
     "Segments": "fedms.kernels",
+    "accelerate": "fedms.peft",
+    "disable_peft": "fedms.peft",
+    "enable_peft": "fedms.peft",
+    "gated": "fedms.peft",
     "gated_lora_linear": "fedms.kernels",
+    "mixed_adapters": "fedms.peft",
+    "restore": "fedms.peft",
+    "set_adapter_names": "fedms.peft",
+    "set_gates": "fedms.peft",
 }
 
-__all__ = ["Segments", "__version__", "gated_lora_linear"]
+__all__ = [
+    "LayerRouters",
+    "RoutedModel",
+    "Router",
+    "Segments",
+    "__version__",
+    "accelerate",
+    "disable_peft",
+    "enable_peft",
+    "gated",
+    "gated_lora_linear",
+    "mixed_adapters",
+    "restore",
+    "set_adapter_names",
+    "set_gates",
+]
 
 
 def __getattr__(name: str) -> object:

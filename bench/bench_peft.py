@@ -1,0 +1,104 @@
+"""Training steps of peft models, fused against peft's own layers; checked before they are timed.
+
+    pytest bench -k smoke                          one tiny layer, seconds: for CI
+    pytest bench/bench_peft.py -k "not smoke"      every layer and model
+    python bench/bench_peft.py                     medians and their ratios as a markdown table
+
+The table's rows are taken in turn, so that a machine that slows down does so for both sides.
+`--threads 1 --cpu` counts one thread's processor time, for a busy machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from peft_cases import LAYERS, MODELS, SETTINGS, check, pair, saved_bytes, step
+
+SIDES = ["peft", "fedms"]
+ALL = [*LAYERS, *MODELS]
+
+
+def _bench(benchmark, name: str, setting: str, side: str, rounds: int) -> None:
+    check(name, setting)
+    training = pair(name, setting)[side]
+    benchmark.group = f"{name}, {setting}"
+    benchmark.extra_info |= {"side": side, "saved_bytes": saved_bytes(training)}
+    benchmark.pedantic(step(training), rounds=rounds, warmup_rounds=1)
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_smoke(benchmark, setting, side):
+    _bench(benchmark, "smoke", setting, side, rounds=5)
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("name", ALL)
+def test_step(benchmark, name, setting, side):
+    _bench(benchmark, name, setting, side, rounds=7)
+
+
+def measure(
+    steps: dict[str, Callable[[], float]], seconds: float, clock: Callable[[], float]
+) -> dict[str, list[float]]:
+    """Seconds of every round of both sides in turn, at least 5 rounds after one to warm up."""
+    times: dict[str, list[float]] = {side: [] for side in steps}
+    for run in steps.values():
+        run()
+    start = time.perf_counter()
+    while len(times["peft"]) < 5 or time.perf_counter() - start < seconds:
+        for side, run in steps.items():
+            begin = clock()
+            run()
+            times[side].append(clock() - begin)
+    return times
+
+
+def line(name: str, setting: str, seconds: float, clock: Callable[[], float]) -> str:
+    difference = check(name, setting)
+    sides = pair(name, setting)
+    kept = {side: saved_bytes(training) for side, training in sides.items()}
+    times = measure({side: step(sides[side]) for side in SIDES}, seconds, clock)
+    medians = {side: statistics.median(values) for side, values in times.items()}
+    each = sorted(p / f for p, f in zip(times["peft"], times["fedms"], strict=True))
+    low, high = each[len(each) // 4], each[-1 - len(each) // 4]
+    cells = [
+        name, setting, *(f"{medians[side] * 1e3:.1f}" for side in SIDES),
+        f"**{medians['peft'] / medians['fedms']:.2f}** ({low:.2f}-{high:.2f})",
+        *(f"{kept[side] / 2**20:.2f}" for side in SIDES),
+        f"{1 - kept['fedms'] / kept['peft']:.0%}", f"{difference:.0e}", str(len(each)),
+    ]  # fmt: skip
+    return "| " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seconds", type=float, default=4.0, help="time a row")
+    parser.add_argument("--match", default="", help="only rows whose name contains this")
+    parser.add_argument("--settings", nargs="+", default=SETTINGS, choices=SETTINGS)
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--cpu", action="store_true", help="processor time of this thread")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.cpu:
+        torch.autograd.set_multithreading_enabled(False)
+    clock = time.thread_time if args.cpu else time.perf_counter
+    print(
+        "| step | setting | peft, ms | fedms, ms | peft / fedms (quartiles) | peft saves, MB | "
+        "fedms saves, MB | less | loss curves differ by | rounds |"
+    )
+    print("| --- " * 10 + "|")
+    for name in (one for one in ALL if args.match in one):
+        for setting in args.settings:
+            print(line(name, setting, args.seconds, clock), flush=True)
+
+
+if __name__ == "__main__":
+    main()

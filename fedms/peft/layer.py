@@ -1,0 +1,213 @@
+"""peft's LoRA linear with one fused op in place of its chain of products.
+
+`FusedLinear` overrides `forward` and nothing that holds state: parameters, merging, saving,
+hot-swapping and variants stay peft's own code. `why_not_fused` decides on every call, because all
+of that changes under a live model, and can say why a call goes to peft's own forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+from peft.tuners.lora.layer import Linear
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from fedms.kernels import gated_lora_linear
+from fedms.peft.routing import Experts, Routing
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class FusedLinear(Linear):
+    """A `peft.tuners.lora.layer.Linear` whose forward is `gated_lora_linear` where it can be."""
+
+    _fedms_routing: Routing | None = None
+    # What the last forward outside a recomputation read; see `_check_recomputation`.
+    _fedms_seen: Routing | None = None
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x [..., in] -> [..., out] in the base result's dtype, as peft gives it.
+
+        Raises RuntimeError when gates are set and the call cannot be fused: peft's own forward
+        would leave them out.
+        """
+        routing = self._fedms_routing
+        if routing is not None or self._fedms_seen is not None:
+            self._check_recomputation(routing)
+        reason = why_not_fused(self, x, args, kwargs)
+        if reason is None:
+            return self._fused(x, routing)
+        if routing is not None and not self.disable_adapters:
+            raise RuntimeError(
+                f"gates or adapter names are set on this layer, but it cannot run fused: {reason}; "
+                f"clear them with set_gates(model, None)"
+            )
+        return super().forward(x, *args, **kwargs)
+
+    def _fused(self, x: Tensor, routing: Routing | None) -> Tensor:
+        names = adapters_in_use(self)
+        experts = Experts(names) if routing is None else routing.fit(x, names)
+        if not names:
+            return self.base_layer(x)
+        gates, scaling = experts.gates, [self.scaling[name] for name in names]
+        if any(isinstance(scale, Tensor) for scale in scaling):
+            # hot-swapping keeps scales in tensors, and reading their values would split a compiled
+            # graph: they act as gates of the layer
+            scales = torch.stack([torch.as_tensor(scale, device=x.device) for scale in scaling])
+            gates, scaling = scales if gates is None else gates * scales, None
+            if experts.expert_idxs is not None and experts.gates is not None:
+                gates = experts.gates * scales[experts.expert_idxs]
+            elif experts.expert_idxs is not None:
+                gates = scales[experts.expert_idxs]
+        base = self.base_layer
+        plain = _plain_base(base, x)
+        return gated_lora_linear(
+            x,
+            cast(Tensor, base.weight) if plain else base,
+            [_parameters(self, name)[0] for name in names],
+            [_parameters(self, name)[1] for name in names],
+            bias=cast("Tensor | None", base.bias) if plain else None,
+            scaling=scaling,
+            gates=gates,
+            expert_idxs=experts.expert_idxs,
+            segments=experts.segments,
+            dropout_p=_dropout_p(self.lora_dropout[names[0]]),
+        )
+
+    def _check_recomputation(self, routing: Routing | None) -> None:
+        """Raise when a checkpoint recomputes this layer with other gates than it first ran with."""
+        if torch.compiler.is_compiling():
+            return
+        if torch._C._current_graph_task_id() == -1:  # not inside a backward pass
+            self._fedms_seen = routing
+        elif routing is not self._fedms_seen:
+            raise RuntimeError(
+                "activation checkpointing recomputes a layer whose gates have changed since its "
+                "forward: leave set_gates as it was, or the `gated` block open, until backward is "
+                "done"
+            )
+
+    def _get_name(self) -> str:
+        return "Linear"  # repr and peft's layer status go on saying what they said
+
+
+def adapters_in_use(layer: Linear) -> list[str]:
+    """Names of the layer's adapters that take part in a forward now, in order."""
+    routing = getattr(layer, "_fedms_routing", None)
+    there = layer.lora_A._modules
+    if routing is not None:
+        return routing.named(there)
+    return [name for name in layer.active_adapters if name in there]
+
+
+def why_not_fused(
+    layer: Linear, x: Any = None, args: Iterable[Any] = (), kwargs: dict[str, Any] | None = None
+) -> str | None:
+    """Why this call goes to peft's own forward; None when it is fused.
+
+    x None: whether the layer can run fused at all, whatever the input.
+    """
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return "the model is being traced"
+    if layer.disable_adapters:
+        return "adapters are disabled"
+    if layer.merged:
+        return "adapters are merged"
+    if args or kwargs:
+        return f"the call has more arguments than x: {[*map(type, args), *(kwargs or ())]}"
+    if not layer.cast_input_dtype_enabled:
+        return "casting of the input is switched off"
+    names = adapters_in_use(layer)
+    routed = getattr(layer, "_fedms_routing", None) is not None
+    if not names and not routed:
+        return "no active adapter"
+    reason = _why_not_adapters(layer, names)
+    if reason is None and x is not None:
+        reason = _why_not_input(x)
+        if reason is None and torch.compiler.is_compiling():
+            reason = _why_not_compiled(layer, x, names)
+    return reason
+
+
+def _why_not_adapters(layer: Linear, names: list[str]) -> str | None:
+    if _has_any_global_hook():
+        return "global module hooks are registered"
+    dtype = p = None
+    for name in names:
+        if name in layer.lora_variant:
+            return f"adapter {name!r} is a variant ({type(layer.lora_variant[name]).__name__})"
+        A, B, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+        if type(A) is not nn.Linear or type(B) is not nn.Linear or A.bias is not None:
+            return f"adapter {name!r} is made of {type(A).__name__} and {type(B).__name__}"
+        if B.bias is not None:
+            return f"adapter {name!r} has a bias (lora_bias)"
+        if type(dropout) not in (nn.Identity, nn.Dropout):
+            return f"adapter {name!r} drops out with {type(dropout).__name__}"
+        if not (_unobserved(A) and _unobserved(B) and _unobserved(dropout)):
+            return f"a module of adapter {name!r} has hooks or a forward of its own"
+        for weight in _parameters(layer, name):
+            if type(weight) not in (nn.Parameter, Tensor) or weight.dtype not in _FLOATS:
+                return f"a weight of adapter {name!r} is a {type(weight).__name__} {weight.dtype}"
+            if weight.is_meta or not weight.numel():
+                return f"a weight of adapter {name!r} has no data here"
+            if dtype is not None and weight.dtype != dtype:
+                return f"the adapters mix {dtype} and {weight.dtype}"
+            dtype = weight.dtype
+        if isinstance(layer.scaling[name], Tensor) and layer.scaling[name].dim():
+            return f"the scaling of adapter {name!r} is no scalar"
+        if p is not None and p != _dropout_p(dropout):
+            return "the adapters have different dropout"
+        p = _dropout_p(dropout)
+    if p is not None and p >= 1.0:
+        return "dropout is 1"
+    return None
+
+
+def _why_not_compiled(layer: Linear, x: Tensor, names: list[str]) -> str | None:
+    if any(_dropout_p(layer.lora_dropout[name]) for name in names):
+        return "dropout under torch.compile (its seed is a number, which would split the graph)"
+    tensors = [x, *(p for name in names for p in _parameters(layer, name))]
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+        # torch.export too, whose programs should hold no op that only fedms knows
+        return "torch.compile without gradients (dynamo fails on the op's autograd.Function then)"
+    return None
+
+
+def _parameters(layer: Linear, name: str) -> tuple[Tensor, Tensor]:
+    return cast(Tensor, layer.lora_A[name].weight), cast(Tensor, layer.lora_B[name].weight)
+
+
+def _why_not_input(x: Any) -> str | None:
+    if not isinstance(x, Tensor) or not x.is_floating_point() or not x.dim():
+        return f"the input is a {type(x).__name__} {getattr(x, 'dtype', '')}".rstrip()
+    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+        return "a torch.func transform or forward-mode differentiation is active"
+    return None
+
+
+def _dropout_p(dropout: nn.Module) -> float:
+    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+
+def _unobserved(module: nn.Module) -> bool:
+    """True when nobody would notice that the module is not called."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _plain_base(base: nn.Module, x: Tensor) -> bool:
+    """True when the base's result is `F.linear(x, base.weight, base.bias)` and nothing else."""
+    if type(base) is not nn.Linear or not _unobserved(base):
+        return False
+    weight = base.weight
+    if type(weight) not in (nn.Parameter, Tensor) or weight.device != x.device:
+        return False
+    return weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)

@@ -1,0 +1,284 @@
+"""Gates and adapters per sample: against the definition in float64, in training, checkpointed."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig
+from peft_models import IN, OUT, assert_same, fused_calls, mlp, small_llama, step, with_adapters
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import fedms
+from fedms.peft import FusedLinear
+
+DOUBLE = torch.float64
+
+
+@pytest.fixture
+def model():
+    """One layer of width OUT with three adapters, ranks 4, 4 and 7; two is frozen."""
+    made = mlp("one", "two", dtype=DOUBLE, target_modules=["b"])
+    made.add_adapter("three", LoraConfig(r=7, target_modules=["b"], init_lora_weights=False))
+    made.base_model.set_adapter(["one", "two", "three"])
+    made.set_requires_grad("two", False)
+    made.to(DOUBLE)
+    fedms.accelerate(made)
+    return made
+
+
+def _deltas(model, x):
+    """What each adapter of layer `b` adds, [B, T, E, OUT], and the layer's input."""
+    layer = model.base_model.model.b
+    h = F.gelu(model.base_model.model.a(x))
+    parts = [
+        layer.lora_B[name](layer.lora_A[name](h)) * layer.scaling[name]
+        for name in ("one", "two", "three")
+    ]
+    return torch.stack(parts, dim=-2), layer.base_layer(h)
+
+
+def _gates(shape):
+    return torch.randn(shape, dtype=DOUBLE, requires_grad=True)
+
+
+@pytest.mark.parametrize("lead", [(), (2,), (2, 5)], ids=["adapter", "sample", "token"])
+def test_gates_against_the_definition(model, lead):
+    x, gates = torch.randn(2, 5, IN, dtype=DOUBLE), _gates((*lead, 3))
+    dy = torch.randn(2, 5, OUT, dtype=DOUBLE)
+    parts, base = _deltas(model, x)
+    wide = gates.view(*lead, *[1] * (3 - len(lead) - 1), 3)
+    want = base + (parts * wide.unsqueeze(-1)).sum(-2)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    right = torch.autograd.grad(want, [gates, *trained], dy)
+    with fedms.gated(model, gates), fused_calls() as calls:
+        y = model(x)
+    assert len(calls) == 1
+    found = torch.autograd.grad(y, [gates, *trained], dy)
+    torch.testing.assert_close(y, want)
+    for ours, exact in zip(found, right, strict=True):
+        torch.testing.assert_close(ours, exact)
+    assert len(trained) == 4  # the frozen adapter took part and has no gradient
+
+
+def test_a_zero_gate_gets_its_gradient(model):
+    gates = torch.zeros(3, dtype=DOUBLE, requires_grad=True)
+    x = torch.randn(2, 5, IN, dtype=DOUBLE)
+    fedms.set_gates(model, gates)
+    y = model(x)
+    torch.testing.assert_close(y, _deltas(model, x)[1])
+    y.sum().backward()
+    torch.testing.assert_close(gates.grad, _deltas(model, x)[0].sum((0, 1, 3)))
+
+
+def test_listed_adapters_only(model):
+    x, gates = torch.randn(2, 5, IN, dtype=DOUBLE), _gates((2, 5, 1))
+    idxs = torch.randint(0, 2, (2, 5, 1))
+    idxs[idxs == 1] = 2  # adapter two is never listed
+    parts, base = _deltas(model, x)
+    chosen = parts.gather(2, idxs.unsqueeze(-1).expand(-1, -1, -1, OUT)).squeeze(2)
+    fedms.set_gates(model, (gates, idxs))
+    y = model(x)
+    torch.testing.assert_close(y, base + chosen * gates)
+    model.set_requires_grad("two", True)
+    model.zero_grad()
+    model(x).sum().backward()
+    grad = model.base_model.model.b.lora_B["two"].weight.grad
+    assert grad is None or not grad.any()
+
+
+def test_named_adapters_take_part_whatever_is_active(model):
+    model.base_model.set_adapter(["one"])
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    x, gates = torch.randn(2, 5, IN, dtype=DOUBLE), torch.tensor([2.0, -1.0], dtype=DOUBLE)
+    parts, base = _deltas(model, x)
+    with fedms.gated(model, gates, adapters=["three", "two"]):
+        torch.testing.assert_close(model(x), base + 2 * parts[:, :, 2] - parts[:, :, 1])
+    with fedms.gated(model, None, adapters=["three", "two"]):
+        torch.testing.assert_close(model(x), base + parts[:, :, 2] + parts[:, :, 1])
+    torch.testing.assert_close(model(x), base + parts[:, :, 0])
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+
+
+def test_gates_by_layer_and_as_functions_of_the_input():
+    model = mlp("one", "two", dtype=DOUBLE)
+    model.base_model.set_adapter(["one", "two"])
+    x = torch.randn(6, IN, dtype=DOUBLE)
+    stock = copy.deepcopy(model)
+    layer = stock.base_model.model.a
+    router = nn.Linear(IN, 2, dtype=DOUBLE)
+    gates = router(x).softmax(-1)
+    for i, name in enumerate(("one", "two")):  # the gate of layer `a` by hand, `b` ungated
+        layer.lora_B[name].register_forward_hook(lambda m, a, y, i=i: y * gates[:, i : i + 1])
+    want = stock(x)
+    fedms.accelerate(model)
+    with fedms.gated(model, {"a": lambda h: router(h).softmax(-1)}):
+        y = model(x)
+    torch.testing.assert_close(y, want)
+    right = torch.autograd.grad(want.sum(), router.weight)
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), router.weight), right)
+
+
+def test_a_layer_without_an_adapter_takes_the_other_columns():
+    model = mlp("one", dtype=DOUBLE, target_modules=["a", "b"])
+    model.add_adapter("two", LoraConfig(target_modules=["b"], init_lora_weights=False))
+    model.to(DOUBLE)
+    stock = copy.deepcopy(model)
+    for layer in (stock.base_model.model.a, stock.base_model.model.b):
+        layer.scaling = {k: v * {"one": 3.0, "two": -2.0}[k] for k, v in layer.scaling.items()}
+    stock.base_model.set_adapter(["one", "two"])
+    x = torch.randn(6, IN, dtype=DOUBLE)
+    fedms.accelerate(model)
+    gates = torch.tensor([-2.0, 3.0], dtype=DOUBLE)
+    with fedms.gated(model, gates, adapters=["two", "one"]):
+        torch.testing.assert_close(model(x), stock(x))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_adapter_names_per_sample(model, training):
+    model.train(training)
+    model.set_requires_grad(["one", "two", "three"], True)
+    x = torch.randn(5, 4, IN, dtype=DOUBLE)
+    names = ["three", "__base__", "one", "one", ("one", "three")]
+    parts, base = _deltas(model, x)
+    want = base.clone()
+    for i, chosen in enumerate(([2], [], [0], [0], [0, 2])):
+        want[i] += parts[i, :, chosen].sum(1)
+    trained = [p for n, p in model.named_parameters() if "three" in n or "one" in n]
+    right = torch.autograd.grad(want.square().sum(), trained)
+    with fedms.mixed_adapters(model, names), fused_calls() as calls:
+        y = model(x)
+    torch.testing.assert_close(y, want)
+    assert calls[0]["segments"].offsets == (0, 4, 8, 16, 20)
+    y.square().sum().backward()
+    for ours, exact in zip(trained, right, strict=True):
+        torch.testing.assert_close(ours.grad, exact)
+    assert all(p.grad is None for n, p in model.named_parameters() if "two" in n)
+
+
+def test_mixed_batch_agrees_with_pefts_in_eval():
+    model, x = mlp("one", "two").eval(), torch.randn(4, 3, IN)
+    names = ["two", "__base__", "one", "two"]
+    want = model(x, adapter_names=names)
+    fedms.accelerate(model)
+    with fedms.mixed_adapters(model, names):
+        torch.testing.assert_close(model(x), want, rtol=1e-5, atol=1e-5)
+
+
+def _llama():
+    model = with_adapters(small_llama(), "one", "two", target_modules=["q_proj", "down_proj"])
+    model.base_model.set_adapter(["one", "two"])
+    fedms.accelerate(model)
+    return model.train()
+
+
+def _two_losses(model, routers, ids):
+    """Two forwards with different gates, and only then backward, outside the blocks."""
+    losses = []
+    for router in routers:
+        with fedms.gated(model, router.softmax(-1)):
+            losses.append(model(input_ids=ids, labels=ids).loss)
+    sum(losses).backward()
+    trained = [*routers, *(p for p in model.parameters() if p.requires_grad)]
+    return [p.grad.clone() for p in trained]
+
+
+def test_checkpointing_recomputes_with_the_gates_of_the_forward():
+    ids = torch.arange(12).reshape(2, 6)
+    model, gradients = _llama(), []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        torch.manual_seed(0)
+        routers = [torch.randn(2, 6, 2).requires_grad_() for _ in range(2)]
+        with fused_calls() as calls:
+            gradients.append(_two_losses(model, routers, ids))
+        assert len(calls) == 8 * (1 + checkpointed)
+    for ours, exact in zip(gradients[1], gradients[0], strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-7)
+    assert min(g.abs().max() for g in gradients[0]) > 0
+
+
+def test_checkpointing_by_hand_raises_when_the_gates_have_changed(model):
+    x = torch.randn(2, 5, IN, dtype=DOUBLE)
+    for after in (None, torch.zeros(3, dtype=DOUBLE)):
+        fedms.set_gates(model, torch.ones(3, dtype=DOUBLE))
+        y = checkpoint(model, x, use_reentrant=False)
+        fedms.set_gates(model, after)
+        with pytest.raises(RuntimeError, match="gates have changed since its forward"):
+            y.sum().backward()
+    fedms.set_gates(model, torch.ones(3, dtype=DOUBLE))
+    checkpoint(model, x, use_reentrant=False).sum().backward()
+
+
+def test_gates_through_torch_compile(model):
+    x, gates = torch.randn(2, 5, IN, dtype=DOUBLE), _gates((2, 5, 3))
+    fedms.set_gates(model, gates)
+    want = step(model, x)
+    wanted = gates.grad.clone()
+    gates.grad = None
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    got = step(compiled, x)
+    assert_same({k.removeprefix("_orig_mod."): v for k, v in got.items()}, want, 1e-12)
+    torch.testing.assert_close(gates.grad, wanted)
+    fedms.set_gates(model, gates.detach() * 2)
+    torch.testing.assert_close(compiled(x), model(x))
+    assert (compiled(x) - want["y"]).norm() > 1e-2 * want["y"].norm()
+
+
+def test_dropout_and_gates(model):
+    for name in ("one", "two", "three"):
+        model.base_model.model.b.lora_dropout[name] = nn.Dropout(0.5)
+    x, gates = torch.randn(2, 5, IN, dtype=DOUBLE), torch.tensor([1.0, 0, 0], dtype=DOUBLE)
+    fedms.set_gates(model, gates)
+    assert not torch.equal(model(x), model(x))
+    model.eval()
+    parts, base = _deltas(model, x)
+    torch.testing.assert_close(model(x), base + parts[:, :, 0])
+
+
+def test_what_cannot_be_gated_is_an_error(model):
+    x = torch.randn(2, 5, IN, dtype=DOUBLE)
+    fedms.set_gates(model, torch.ones(3, dtype=DOUBLE))
+    with model.disable_adapter():
+        torch.testing.assert_close(model(x), _deltas(model, x)[1])
+    model.merge_adapter(["one"])
+    with pytest.raises(RuntimeError, match=r"cannot run fused: adapters are merged"):
+        model(x)
+    model.unmerge_adapter()
+    fedms.set_gates(model, torch.ones(3, 3, dtype=DOUBLE))
+    with pytest.raises(ValueError, match=r"one row a sample \[2, E\].*got \[3, 3\]"):
+        model(x)
+    fedms.set_adapter_names(model, ["one"])
+    with pytest.raises(ValueError, match=r"each of the layer's 2 samples, got 1"):
+        model(x)
+
+
+def test_bad_gates_are_errors(model):
+    three = torch.ones(3)
+    cases = [
+        (lambda: fedms.set_gates(model, torch.ones(2)), ValueError, r"one column for each"),
+        (lambda: fedms.set_gates(model, torch.ones(3).long()), TypeError, r"floating point"),
+        (lambda: fedms.set_gates(model, three, adapters=["x", "y", "z"]), ValueError, r"among"),
+        (lambda: fedms.set_gates(model, three, adapters=["one"] * 3), ValueError, r"distinct"),
+        (lambda: fedms.set_gates(model, {"nowhere": three}), ValueError, r"name fused layers"),
+        (lambda: fedms.set_adapter_names(model, ["four"]), ValueError, r"among.*'four'"),
+        (lambda: fedms.set_gates(mlp(), three), ValueError, r"must have fused layers"),
+    ]
+    for call, kind, match in cases:
+        with pytest.raises(kind, match=match):
+            call()
+
+
+def test_gates_do_not_pass_over_layers_they_cannot_reach():
+    layers = nn.Sequential(nn.Conv1d(4, 4, 1), nn.Linear(4, 4))
+    model = with_adapters(layers, target_modules=["0", "1"])
+    fedms.accelerate(model)
+    with pytest.raises(ValueError, match=r"Conv1d\) also holds \['default'\]"):
+        fedms.set_gates(model, torch.ones(1))
+    fedms.set_gates(model, {"1": torch.ones(1)})
+    assert isinstance(model.base_model.model[1], FusedLinear)
