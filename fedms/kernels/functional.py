@@ -134,17 +134,10 @@ def gated_lora_linear(
     if expert_idxs is not None:
         expert_idxs = expert_idxs.reshape(-1, expert_idxs.shape[-1])
     out_dtype = x.dtype if base is None else base.dtype
+    r = sum(a.shape[0] for a in lora_A)
     spec = _Spec(
         backend=plan.choose(
-            x.device,
-            x.dtype,
-            lora_A[0].dtype,
-            out_dtype,
-            backend,
-            x_MK.shape[0],
-            k,
-            n,
-            sum(a.shape[0] for a in lora_A),
+            x.device, x.dtype, lora_A[0].dtype, out_dtype, backend, len(x_MK), k, n, r
         ),
         num_experts=e,
         runs=None if segments is None else segments.runs(),
@@ -153,11 +146,17 @@ def gated_lora_linear(
         seed=seed or 0,
         has_base=base is not None,
     )
-    weight_NK = None if base is not None else weight
-    y_MN = _GatedLora.apply(
-        spec, x_MK, weight_NK, bias if base is None else None, base_MN, gates, expert_idxs,
-        *lora_A, *lora_B,
-    )  # fmt: skip
+    weight_NK, bias_N = (weight, bias) if base is None else (None, None)
+    learnt = (x_MK, base_MN, gates, *lora_A, *lora_B)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in learnt):
+        y_MN = _GatedLora.apply(
+            spec, x_MK, weight_NK, bias_N, base_MN, gates, expert_idxs, *lora_A, *lora_B
+        )
+    else:
+        y_MN, _ = _op(spec.backend, "forward", x_MK)(
+            x_MK, weight_NK, bias_N, base_MN, lora_A, lora_B, gates, expert_idxs, spec.runs,
+            scale, dropout_p, spec.seed, False,
+        )  # fmt: skip
     return y_MN if flat else y_MN.reshape(*x.shape[:-1], n)  # type: ignore[union-attr]
 
 

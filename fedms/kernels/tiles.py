@@ -128,7 +128,8 @@ def choose(
 @lru_cache(maxsize=64)
 def device_name(device: torch.device) -> str:
     """What the tables call a device."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    there = device.type == "cuda" and torch.cuda.is_available()
+    return torch.cuda.get_device_name(device) if there else device.type
 
 
 def user_table() -> Path:

@@ -128,7 +128,7 @@ def why_not_fused(
     if reason is None and x is not None:
         reason = _why_not_input(x)
         if reason is None and torch.compiler.is_compiling():
-            reason = _why_not_compiled(layer, x, names)
+            reason = _why_not_compiled(layer, names)
     return reason
 
 
@@ -166,13 +166,11 @@ def _why_not_adapters(layer: Linear, names: list[str]) -> str | None:
     return None
 
 
-def _why_not_compiled(layer: Linear, x: Tensor, names: list[str]) -> str | None:
+def _why_not_compiled(layer: Linear, names: list[str]) -> str | None:
     if any(_dropout_p(layer.lora_dropout[name]) for name in names):
         return "dropout under torch.compile (its seed is a number, which would split the graph)"
-    tensors = [x, *(p for name in names for p in _parameters(layer, name))]
-    if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
-        # torch.export too, whose programs should hold no op that only fedms knows
-        return "torch.compile without gradients (dynamo fails on the op's autograd.Function then)"
+    if torch.compiler.is_exporting():
+        return "torch.export, whose programs should hold no op that only fedms knows"
     return None
 
 
