@@ -145,7 +145,7 @@ DDP = """
 import torch
 from accelerate import Accelerator
 from peft_models import fused_calls
-from test_training import _model, _texts
+from test_peft_training import _model, _texts
 import fedms
 
 torch.set_num_threads(1)
