@@ -3,7 +3,8 @@
 The table has rows measured on a device (`plan.json` beside this file, then the user's own, which
 wins); a row holds for its device, dtypes, K, N, and the buckets of M and R. A row is written only
 by the tuner, after its result was checked on that device: a kernel without a row has never passed
-there and is not chosen by default. The committed table has no rows yet.
+there and is not chosen by default. The committed table has no rows yet. Rows are measured on dense
+calls gated per token; segments, top-k and dropout go by the same row.
 
 Strategies, for y and for dx alike:
     fused    one kernel: shrink inside the base GEMM's loop (no segments, no dropout, small R)

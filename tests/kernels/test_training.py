@@ -141,3 +141,24 @@ def test_a_cuda_graph_replays_the_step(backend):
         graph.replay()
         for got, want in zip(captured, step(), strict=True):
             assert torch.allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.cuda
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("backend", plan.BACKENDS)
+def test_more_than_two_to_the_31_elements(backend):
+    """The last rows of an x past 2^31 elements are what they are by themselves."""
+    device, dtype = torch.device("cuda"), torch.bfloat16
+    if not plan.runs(backend, device, dtype, dtype):
+        pytest.skip(f"{backend} does not run on a GPU here")
+    m, k, n = 2**19 + 77, 4096, 64
+    x = torch.randn(m, k, device=device, dtype=dtype)
+    weight = torch.randn(n, k, device=device, dtype=dtype) / 64
+    A, B = torch.randn(8, k, device=device, dtype=dtype) / 64, torch.randn_like(weight[:, :8])
+    gates = torch.rand(m, 1, device=device)
+    y = gated_lora_linear(x, weight, [A], [B], gates=gates, backend=backend)
+    last = gated_lora_linear(
+        x[-128:].clone(), weight, [A], [B], gates=gates[-128:].clone(), backend="stacked"
+    )
+    assert torch.allclose(y[-128:].float(), last.float(), rtol=2e-2, atol=2e-2)
