@@ -264,7 +264,7 @@ def _shrink(
         R=call.layout.total, width=call.layout.width, stride_xm=x.stride(0),
         stride_ar=a_strides[0], stride_ac=a_strides[1], BLOCK_M=tiles.block_m,
         BLOCK_C=tiles.block_k, BLOCK_R=call.layout.block_r, SPLIT=split, DENSE=call.dense,
-        RAW=raw is not None, GATED=True, PRECISION=_mixture_precision(call, x),
+        RAW=raw is not None, PRECISION=_mixture_precision(call, x),
         num_warps=tiles.warps, num_stages=tiles.stages, **call.routing(), **call.dropout(drop),
     )  # fmt: skip
     if split > 1:
@@ -308,11 +308,10 @@ def _linear(
         stride_bo=b_strides[1], BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
         BLOCK_K=tiles.block_k, BLOCK_R=call.layout.block_r, GROUP_M=8, BASE=base, SHRINK=fused,
         DENSE=call.dense, BIAS=bias is not None, TMA=tma, W_BY_ROW=by_row,
-        A_BY_ROW=a_strides[1] == 1,
-        RAW=fused and raw is not None, SAVE_P=fused and p is not None,
+        A_BY_ROW=a_strides[1] == 1, RAW=fused and raw is not None,
+        SAVE_P=fused and p is not None,
         PRECISION=_base_precision(x), P_PRECISION=_mixture_precision(call, x),
-        num_warps=tiles.warps, num_stages=tiles.stages, **call.routing(),
-        **dropout,
+        num_warps=tiles.warps, num_stages=tiles.stages, **call.routing(), **dropout,
     )  # fmt: skip
 
 
@@ -384,9 +383,12 @@ def _ceil_div(size: int, block: int) -> int:
 
 
 def _describable(*matrices: Tensor) -> bool:
-    """What a tensor descriptor needs: 16-byte rows and base, columns side by side."""
+    """What a tensor descriptor needs: 16-byte rows and base, columns side by side, no overlap."""
     return all(
-        t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0
+        t.stride(1) == 1
+        and t.stride(0) >= t.shape[1]
+        and t.stride(0) * t.element_size() % 16 == 0
+        and t.data_ptr() % 16 == 0
         for t in matrices
     )
 

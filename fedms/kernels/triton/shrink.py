@@ -35,7 +35,7 @@ def shrink_kernel(
     stride_xm, stride_ar, stride_ac, stride_gm, stride_ge,
     seed, threshold, keep_scale,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT: tl.constexpr,
-    DENSE: tl.constexpr, RAW: tl.constexpr, GATED: tl.constexpr,
+    DENSE: tl.constexpr, RAW: tl.constexpr,
     GATES: tl.constexpr, TOP_K: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     item, split = tl.program_id(0), tl.program_id(1)
@@ -85,7 +85,6 @@ def shrink_kernel(
         if RAW:
             raw_mr = narrow(acc_mr, raw_ptr.dtype.element_ty)
             tl.store(raw_ptr + offset_mr, raw_mr, mask=ok_mr)
-        if GATED:
-            gated_mr = gated(acc_mr, coef_mr, exists_mr, TOP_K)
-            gated_mr = narrow(gated_mr, gated_ptr.dtype.element_ty)
-            tl.store(gated_ptr + offset_mr, gated_mr, mask=ok_mr)
+        gated_mr = gated(acc_mr, coef_mr, exists_mr, TOP_K)
+        gated_mr = narrow(gated_mr, gated_ptr.dtype.element_ty)
+        tl.store(gated_ptr + offset_mr, gated_mr, mask=ok_mr)
