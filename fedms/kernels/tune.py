@@ -73,7 +73,8 @@ def outer_tiles(fp32: bool) -> list[Tiles]:
     """Tiles worth trying for the weight gradients."""
     if fp32:
         return [Tiles(32, 64, 0, 4, 2)]
-    return [Tiles(64, 128, 0, 4, 2), Tiles(64, 64, 0, 4, 3), Tiles(32, 128, 0, 4, 3)]
+    wide = Tiles(32, 256, 0, 8, 3)  # half of the partial sums of u
+    return [Tiles(64, 128, 0, 4, 2), Tiles(64, 64, 0, 4, 3), Tiles(32, 128, 0, 4, 3), wide]
 
 
 def launches(capability: int, shape: Shape) -> list[tuple[str, Tiles]]:
