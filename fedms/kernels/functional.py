@@ -120,7 +120,8 @@ def gated_lora_linear(
             f"weight(x) must be [..., N] with leading dims {list(x.shape[:-1])}, "
             f"got {list(base.shape)}"
         )
-    if not any(a.shape[0] for a in lora_A):
+    r = sum(a.shape[0] for a in lora_A)
+    if r == 0:
         return base if base is not None else F.linear(x, weight, bias)  # type: ignore[arg-type]
     if dropout_p > 0.0 and seed is None:
         seed = draw_seed()
@@ -134,7 +135,6 @@ def gated_lora_linear(
     if expert_idxs is not None:
         expert_idxs = expert_idxs.reshape(-1, expert_idxs.shape[-1])
     out_dtype = x.dtype if base is None else base.dtype
-    r = sum(a.shape[0] for a in lora_A)
     spec = _Spec(
         backend=plan.choose(
             x.device, x.dtype, lora_A[0].dtype, out_dtype, backend, len(x_MK), k, n, r

@@ -13,7 +13,7 @@ of one program.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -71,7 +71,11 @@ class Layout:
 
     def expert_items(self, rows: int) -> Tensor:
         """[items, 6]: the same with one expert an item, also those of rank 0."""
-        return self._cached("experts", rows, self._cut(by_expert=True, whole=True))
+        return self._cached("experts", rows, self._by_expert)
+
+    @cached_property
+    def _by_expert(self) -> list[Piece]:
+        return self._cut(by_expert=True, whole=True)
 
     def gradient_items(self, rows: int, need: Sequence[bool]) -> GradientItems:
         """What the outer kernel walks for the weight gradients of the experts in `need`."""
@@ -193,17 +197,8 @@ def rank_tables(
     )
 
 
-@lru_cache(maxsize=4096)
-def layout(
-    m: int,
-    ranks: tuple[int, ...],
-    scale: tuple[float, ...],
-    runs: tuple[int, ...] | None,
-    dropout: bool,
-    device: torch.device,
-) -> Layout:
-    """The kept Layout of these values."""
-    return Layout(m, ranks, scale, runs, dropout, device)
+layout = lru_cache(maxsize=4096)(Layout)
+"""The kept Layout of these values."""
 
 
 def _rows(piece: Piece, rows: int) -> list[Piece]:
