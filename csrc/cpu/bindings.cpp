@@ -73,19 +73,22 @@ struct Call {
 };
 
 template <class... Args>
-void forward(int64_t threads, int64_t y, int64_t y_from, int64_t y_from_row, Args... args) {
+void forward(int64_t threads, int64_t y, int64_t y_from, int64_t y_from_row, int64_t weight,
+             int64_t bias, Args... args) {
     py::gil_scoped_release release;
     Call call(std::move(args)...);
     call.problem.y = pointer<void>(y);
     call.problem.y_from = pointer<const void>(y_from);
     call.problem.y_from_row = y_from_row;
+    call.problem.weight = pointer<const void>(weight);
+    call.problem.bias = pointer<const void>(bias);
     fedms::forward(call.problem, threads);
 }
 
 // da, db: addresses, 0 where no gradient is wanted.
 template <class... Args>
-void backward(int64_t threads, int64_t dy, int64_t dx, bool dx_add, int64_t dgates, const Ints& da,
-              const Ints& db, Args... args) {
+void backward(int64_t threads, int64_t dy, int64_t dx, bool dx_add, int64_t weight, int64_t dgates,
+              const Ints& da, const Ints& db, Args... args) {
     py::gil_scoped_release release;
     Call call(std::move(args)...);
     const std::size_t count = da.size();
@@ -100,6 +103,7 @@ void backward(int64_t threads, int64_t dy, int64_t dx, bool dx_add, int64_t dgat
     call.problem.dy = pointer<const void>(dy);
     call.problem.dx = pointer<void>(dx);
     call.problem.dx_add = dx_add;
+    call.problem.weight = pointer<const void>(weight);
     call.problem.dgates = pointer<float>(dgates);
     call.problem.want_da = want.get();
     call.problem.want_db = want.get() + count;

@@ -29,15 +29,19 @@ struct Problem {
     std::int64_t num_runs;     // -1: one run over all rows and experts
     double dropout_p;
     std::uint64_t seed;
-    const void* x;  // [M, K]; null in a backward without dA
-    float* h;       // [M, h_width]: written by the forward (null: not kept), read by the backward
+    const void* weight;  // [N, K] of the frozen layer; null: it is not computed here
+    const void* bias;    // [N] or null; with weight only
+    const void* x;       // [M, K]; null in a backward without dA
+    float* h;            // [M, h_width]: written by the forward (null: not kept), read by the backward
     std::int64_t h_width;  // R, or with idxs top_k * largest rank
     void* y;               // forward: [M, N]
     const void* y_from;    // what y starts from: y itself, other rows [M, N], a bias [N] (with a
-    std::int64_t y_from_row;  // row stride of 0), or null for zero. Not y: dense calls only
+    std::int64_t y_from_row;  // row stride of 0), or null for zero. Not y: dense calls only. With
+                              // weight y, which is set to the frozen layer's result first
     const void* dy;        // backward: [M, N]
     void* dx;              // [M, K]; null: not wanted
-    bool dx_add;           // dx holds the base's part; else it is written: dense calls only
+    bool dx_add;           // dx holds the base's part; else it is written: dense calls only. With
+                           // weight the base's part is written first, then added to
     float* dgates;         // [M, E] or [M, top_k], zeroed by the caller; null: not wanted
     const bool* want_da;   // [E]
     const bool* want_db;   // [E]

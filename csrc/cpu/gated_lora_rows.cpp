@@ -11,6 +11,7 @@
 #include "cpu/drop_row.h"
 #include "cpu/gated_lora.h"
 #include "cpu/micro.h"
+#include "cpu/small_base.h"
 
 namespace {
 
@@ -371,8 +372,24 @@ int64_t largest_rank(const Problem& p) {
     return largest;
 }
 
+template <class T>
+void base_of_rows(const Problem& p, int64_t begin, int64_t end) {
+    const auto* weight = static_cast<const T*>(p.weight);
+    if (p.dy == nullptr) {
+        base_forward(static_cast<const T*>(p.x) + begin * p.k, weight,
+                     static_cast<const T*>(p.bias), static_cast<T*>(p.y) + begin * p.n,
+                     end - begin, p.k, p.n);
+    } else if (p.dx != nullptr) {
+        base_backward(static_cast<const T*>(p.dy) + begin * p.n, weight,
+                      static_cast<T*>(p.dx) + begin * p.k, end - begin, p.k, p.n);
+    }
+}
+
 void forward_rows(const Problem& p, const Scratch& s, int64_t begin, int64_t end) {
     const int64_t largest = largest_rank(p);
+    if (p.weight != nullptr) {
+        p.bf16 ? base_of_rows<bf16>(p, begin, end) : base_of_rows<float>(p, begin, end);
+    }
     for_each_item(p, s, begin, end, [&](const Item& item) {
         p.bf16 ? forward_item<bf16>(p, s, item, largest) : forward_item<float>(p, s, item, largest);
     });
@@ -380,6 +397,9 @@ void forward_rows(const Problem& p, const Scratch& s, int64_t begin, int64_t end
 
 void backward_rows(const Problem& p, const Scratch& s, int64_t begin, int64_t end) {
     const int64_t largest = largest_rank(p);
+    if (p.weight != nullptr) {
+        p.bf16 ? base_of_rows<bf16>(p, begin, end) : base_of_rows<float>(p, begin, end);
+    }
     for_each_item(p, s, begin, end, [&](const Item& item) {
         p.bf16 ? backward_item<bf16>(p, s, item, largest)
                : backward_item<float>(p, s, item, largest);

@@ -76,6 +76,13 @@ FEDMS_INLINE Vec splat(float x) {
     return x - Vec{};
 }
 
+FEDMS_INLINE Vec splat(bf16 x) {
+    const std::uint32_t bits = static_cast<std::uint32_t>(x.bits) << 16;
+    float wide;
+    std::memcpy(&wide, &bits, sizeof wide);
+    return splat(wide);
+}
+
 // Lane i of the result: where bit `Half` of i is clear a[i] + a[i + Half], else b[i] + b[i - Half].
 template <int Half, int... I>
 FEDMS_INLINE Vec fold(Vec a, Vec b, std::integer_sequence<int, I...>) {

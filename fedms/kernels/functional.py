@@ -5,8 +5,9 @@ Shape suffixes: M rows of the flattened x, K in, N out, E experts, k experts a t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -89,7 +90,7 @@ def gated_lora_linear(
         of the seed alone (fedms.kernels.dropout); None draws one from torch's default generator.
     backend: None (by fedms.kernels.plan), "stacked", "native", "triton" or "cuda".
 
-    Returns [..., N] in the base result's dtype. M = 0, E = 0 and ranks of 0 equal the base. Under
+    Returns [..., N] in the base result's dtype. M, K, N, E and ranks of 0 equal the base. Under
     autocast x and the weight are cast to the autocast dtype and the adapters stay as they are.
     Raises ValueError or TypeError that names the argument.
     """
@@ -120,44 +121,54 @@ def gated_lora_linear(
             f"weight(x) must be [..., N] with leading dims {list(x.shape[:-1])}, "
             f"got {list(base.shape)}"
         )
-    r = sum(a.shape[0] for a in lora_A)
-    if r == 0:
+    m, k, r = math.prod(x.shape[:-1]), x.shape[-1], sum([a.shape[0] for a in lora_A])
+    if 0 in (k, n, r):
         return base if base is not None else F.linear(x, weight, bias)  # type: ignore[arg-type]
     if dropout_p > 0.0 and seed is None:
         seed = draw_seed()
 
-    k = x.shape[-1]
-    flat = x.dim() == 2  # a reshape to the same shape is a node of the graph all the same
-    x_MK = x if flat else x.reshape(-1, k)
-    base_MN = None if base is None else base.reshape(-1, n)
-    if gates is not None and gates.dim() > 1:
-        gates = gates.reshape(-1, gates.shape[-1])
-    if expert_idxs is not None:
-        expert_idxs = expert_idxs.reshape(-1, expert_idxs.shape[-1])
     out_dtype = x.dtype if base is None else base.dtype
-    spec = _Spec(
-        backend=plan.choose(
-            x.device, x.dtype, lora_A[0].dtype, out_dtype, backend, len(x_MK), k, n, r
-        ),
-        num_experts=e,
-        runs=None if segments is None else segments.runs(),
-        scale=scale,
-        dropout_p=dropout_p,
-        seed=seed or 0,
-        has_base=base is not None,
-    )
-    weight_NK, bias_N = (weight, bias) if base is None else (None, None)
-    learnt = (x_MK, base_MN, gates, *lora_A, *lora_B)
+    chosen = plan.choose(x.device, x.dtype, lora_A[0].dtype, out_dtype, backend, m, k, n, r)
+    runs = None if segments is None else segments.runs()
+    spec = _Spec(chosen, e, runs, scale, dropout_p, seed or 0, base is not None)
+    weight_NK, bias_N = (cast(Tensor, weight), bias) if base is None else (None, None)
+    learnt = (x, base, gates, *lora_A, *lora_B)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in learnt):
-        y_MN = _GatedLora.apply(
-            spec, x_MK, weight_NK, bias_N, base_MN, gates, expert_idxs, *lora_A, *lora_B
+        return cast(
+            Tensor,
+            _GatedLora.apply(
+                spec, x, weight_NK, bias_N, base, gates, expert_idxs, *lora_A, *lora_B
+            ),
         )
-    else:
-        y_MN, _ = _op(spec.backend, "forward", x_MK)(
-            x_MK, weight_NK, bias_N, base_MN, lora_A, lora_B, gates, expert_idxs, spec.runs,
-            scale, dropout_p, spec.seed, False,
-        )  # fmt: skip
-    return y_MN if flat else y_MN.reshape(*x.shape[:-1], n)  # type: ignore[union-attr]
+    return _forward(
+        spec, x, weight_NK, bias_N, base, lora_A, lora_B, gates, expert_idxs, save_h=False
+    )[0]
+
+
+def _rows(t: Tensor | None) -> Tensor | None:
+    """t [..., C] as [M, C]."""
+    return t if t is None or t.dim() == 2 else t.reshape(-1, t.shape[-1])
+
+
+def _gate_rows(gates: Tensor | None) -> Tensor | None:
+    """gates [..., E] as [M, E]; gates [E] of the whole layer as they are."""
+    return gates if gates is None or gates.dim() == 1 else _rows(gates)
+
+
+def _forward(
+    spec: _Spec, x: Tensor, weight: Tensor | None, bias: Tensor | None, base: Tensor | None,
+    A: Sequence[Tensor], B: Sequence[Tensor], gates: Tensor | None, expert_idxs: Tensor | None,
+    save_h: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y [..., N], and h [M, R] for the backward."""
+    y, h = _op(spec.backend, "forward", x)(
+        _rows(x), weight, bias, _rows(base), A, B, _gate_rows(gates),
+        _rows(expert_idxs), spec.runs, spec.scale, spec.dropout_p, spec.seed, save_h,
+    )  # fmt: skip
+    if x.dim() != 2:
+        # no view of y: a custom function's result that is one may not be changed in place
+        y = torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[-1]])
+    return y, h
 
 
 class _GatedLora(torch.autograd.Function):
@@ -174,12 +185,9 @@ class _GatedLora(torch.autograd.Function):
         need_A, need_B = _trainable(needs, spec)
         need_dg = gates is not None and needs[5]
         save_h = need_dg or True in need_B
-        y, h = _op(spec.backend, "forward", x)(
-            x, weight, bias, base, A, B, gates, expert_idxs, spec.runs, spec.scale, spec.dropout_p,
-            spec.seed, save_h,
-        )  # fmt: skip
+        y, h = _forward(spec, x, weight, bias, base, A, B, gates, expert_idxs, save_h)
         ctx.spec = spec
-        ctx.x_dtype = x.dtype
+        ctx.x_dtype, ctx.x_shape = x.dtype, x.shape
         ctx.wanted = (needs[1], need_dg, need_A, need_B)
         # x is for dA alone, h for dB and dg: what nobody needs is not kept.
         ctx.save_for_backward(
@@ -207,16 +215,17 @@ class _GatedLora(torch.autograd.Function):
         if not (need_dx or need_dg or True in need_A or True in need_B):
             return (None, None, None, None, dbase, None, None, *(None,) * (2 * e))
         dx, dg, dA, dB = _op(spec.backend, "backward", dy)(
-            dy, weight, x, h, experts[:e], experts[e:], gates, expert_idxs, spec.runs, spec.scale,
-            spec.dropout_p, spec.seed, need_dx, need_dg, need_A, need_B,
+            _rows(dy), weight, _rows(x), h, experts[:e], experts[e:], _gate_rows(gates),
+            _rows(expert_idxs), spec.runs, spec.scale, spec.dropout_p, spec.seed, need_dx,
+            need_dg, need_A, need_B,
         )  # fmt: skip
         return (
             None,
-            None if not need_dx else dx if dx.dtype == ctx.x_dtype else dx.to(ctx.x_dtype),
+            dx.view(ctx.x_shape).to(ctx.x_dtype) if need_dx else None,
             None,
             None,
             dbase,
-            dg if need_dg else None,
+            dg.view(gates.shape) if need_dg else None,
             None,
             *[g if need else None for g, need in zip(dA, need_A, strict=True)],
             *[g if need else None for g, need in zip(dB, need_B, strict=True)],

@@ -34,6 +34,8 @@ _DTYPES = (torch.float32, torch.bfloat16)
 # from so many rows on, casting the weight to fp32 costs less than it saves.
 _FAST_BF16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 _MIN_ELEMENTS_BASE_LAST = 1 << 15
+# A GEMM of up to so many multiply-adds takes less time than torch's way to it.
+_MAX_SMALL_BASE = 1 << 15
 _MIN_ROWS_IN_FP32 = 64 if torch.cpu._is_avx512_supported() else 4
 
 
@@ -134,6 +136,16 @@ def _base_last(rows: Tensor, weight: Tensor | None) -> bool:
     return rows.shape[0] * max(weight.shape) >= _MIN_ELEMENTS_BASE_LAST
 
 
+def _small_base(rows: Tensor, weight: Tensor | None) -> bool:
+    """True when the kernels had better compute the frozen layer too.
+
+    Dense calls only: rows that no expert acts on are torch's own result, bit for bit.
+    """
+    if weight is None or rows.shape[0] * weight.numel() > _MAX_SMALL_BASE:
+        return False
+    return weight.is_contiguous()
+
+
 def _better_in_fp32(x: Tensor) -> bool:
     """True for bf16 where torch has only slow bf16 GEMMs and the rows pay for casting the weight.
 
@@ -192,13 +204,17 @@ def forward(
     m, k = x.shape
     ranks, width = _widths(A, expert_idxs)
     writes_all = width > 0 and expert_idxs is None and runs is None
+    small = base is None and writes_all and _small_base(x, weight)
     base_last = base is None and writes_all and _base_last(x, weight)
     x = x.contiguous()
+    bias = None if bias is None else bias.contiguous()
     A, B = [a.contiguous() for a in A], [b.contiguous() for b in B]
     gates = None if gates is None else gates.to(torch.float32)
     expert_idxs = None if expert_idxs is None else expert_idxs.contiguous()
-    if base_last:
-        y_from = None if bias is None else bias.contiguous()
+    if small:
+        y_from = y_MN = torch.empty((m, B[0].shape[0]), dtype=x.dtype)
+    elif base_last:
+        y_from = bias
         y_MN = torch.empty((m, B[0].shape[0]), dtype=x.dtype)
     elif base is not None and writes_all:
         y_from = base.contiguous()
@@ -217,6 +233,8 @@ def forward(
         y_MN.data_ptr(),
         0 if y_from is None else y_from.data_ptr(),
         0 if base_last else n,  # a bias is one row for all
+        weight.data_ptr() if small else 0,  # type: ignore[union-attr]
+        bias.data_ptr() if small and bias is not None else 0,
         *shared,
     )
     if base_last:
@@ -241,11 +259,13 @@ def backward(
     (m, n), k = dy.shape, A[0].shape[1]
     dy = dy.contiguous()
     ranks, width = _widths(A, expert_idxs)
-    writes_all = width > 0 and expert_idxs is None and runs is None and dropout_p == 0.0
+    dense = width > 0 and expert_idxs is None and runs is None
+    writes_all = dense and dropout_p == 0.0
+    small = need_dx and dense and _small_base(dy, weight)
     base_last = need_dx and writes_all and _base_last(dy, weight)
     dx_add = not (base_last or (weight is None and writes_all))
     dx_MK = None
-    if need_dx and not dx_add:
+    if need_dx and (small or not dx_add):
         dx_MK = torch.empty((m, k), dtype=dy.dtype)
     elif need_dx:
         dx_MK = dy.new_zeros((m, k)) if weight is None else dy.mm(weight)
@@ -263,6 +283,7 @@ def backward(
         dy.data_ptr(),
         0 if dx_MK is None else dx_MK.data_ptr(),
         dx_add,
+        weight.data_ptr() if small else 0,  # type: ignore[union-attr]
         0 if dg is None else dg.data_ptr(),
         [0 if g is None else g.data_ptr() for g in dA],
         [0 if g is None else g.data_ptr() for g in dB],
@@ -276,10 +297,7 @@ def backward(
 
 
 def _outputs(like: Sequence[Tensor], need: Sequence[bool]) -> list[Tensor | None]:
-    return [
-        torch.empty(t.shape, dtype=t.dtype) if want else None
-        for t, want in zip(like, need, strict=True)
-    ]
+    return [torch.empty_like(t) if want else None for t, want in zip(like, need, strict=True)]
 
 
 def _forward_op(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:

@@ -23,18 +23,17 @@ def check_base(x: Tensor, weight: Tensor | Callable, bias: Tensor | None) -> Non
         if bias is not None:
             raise ValueError("bias must be None beside a callable base, got a Tensor")
         return
-    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+    shape = weight.shape
+    if len(shape) != 2 or shape[1] != x.shape[-1]:
         raise ValueError(f"weight must be [N, K] with K = {x.shape[-1]}, got {_seen(weight)}")
     if weight.dtype != x.dtype or weight.device != x.device:
         raise ValueError(
             f"weight must have x's dtype and device ({x.dtype}, {x.device}), got {_seen(weight)}"
         )
     if bias is not None and (
-        bias.shape != weight.shape[:1] or bias.dtype != x.dtype or bias.device != x.device
+        bias.shape != shape[:1] or bias.dtype != x.dtype or bias.device != x.device
     ):
-        raise ValueError(
-            f"bias must be [{weight.shape[0]}] {x.dtype} on {x.device}, got {_seen(bias)}"
-        )
+        raise ValueError(f"bias must be [{shape[0]}] {x.dtype} on {x.device}, got {_seen(bias)}")
 
 
 def check_experts(x: Tensor, n: int, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]) -> None:
@@ -45,25 +44,30 @@ def check_experts(x: Tensor, n: int, lora_A: Sequence[Tensor], lora_B: Sequence[
         raise ValueError(
             f"lora_B must have one entry for each of lora_A ({len(lora_A)}), got {len(lora_B)}"
         )
-    k = x.shape[-1]
     if not lora_A:
         return
-    dtype, device = lora_A[0].dtype, x.device
+    k, dtype, device = x.shape[-1], lora_A[0].dtype, x.device
+    if not dtype.is_floating_point:
+        raise ValueError(f"lora_A[0] must have a floating dtype, got {_seen(lora_A[0])}")
     for e, (a, b) in enumerate(zip(lora_A, lora_B, strict=True)):
-        if a.dim() != 2 or a.shape[1] != k:
+        shape = a.shape
+        if len(shape) != 2 or shape[1] != k:
             raise ValueError(f"lora_A[{e}] must be [r, K] with K = {k}, got {_seen(a)}")
-        if b.dim() != 2 or b.shape[0] != n or b.shape[1] != a.shape[0]:
+        if b.shape != (n, shape[0]):
             raise ValueError(
-                f"lora_B[{e}] must be [N, r] = [{n}, {a.shape[0]}] as lora_A[{e}] has "
-                f"{a.shape[0]} rows, got {_seen(b)}"
+                f"lora_B[{e}] must be [N, r] = [{n}, {shape[0]}] as lora_A[{e}] has "
+                f"{shape[0]} rows, got {_seen(b)}"
             )
-        for name, t in (("lora_A", a), ("lora_B", b)):
-            if t.dtype != dtype or not dtype.is_floating_point:
-                raise ValueError(
-                    f"{name}[{e}] must have lora_A[0]'s floating dtype ({dtype}), got {t.dtype}"
-                )
-            if t.device != device:
-                raise ValueError(f"{name}[{e}] must be on x's device {device}, got {t.device}")
+        if a.dtype != dtype or b.dtype != dtype:
+            raise ValueError(
+                f"lora_A[{e}] and lora_B[{e}] must have lora_A[0]'s dtype ({dtype}), got "
+                f"{a.dtype} and {b.dtype}"
+            )
+        if a.device != device or b.device != device:
+            raise ValueError(
+                f"lora_A[{e}] and lora_B[{e}] must be on x's device {device}, got {a.device} and "
+                f"{b.device}"
+            )
 
 
 def check_scaling(scaling: float | Sequence[float] | Tensor | None, e: int) -> list[float]:

@@ -8,7 +8,7 @@ of that changes under a live model, and can say why a call goes to peft's own fo
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft.tuners.lora.layer import Linear
@@ -16,9 +16,19 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from fedms.kernels import gated_lora_linear
-from fedms.peft.routing import Experts, Routing
+from fedms.peft.routing import Routing
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Adapters(NamedTuple):
+    """What a fused call computes: the adapters in use, in order, as they are now."""
+
+    names: list[str]
+    A: list[Tensor]
+    B: list[Tensor]
+    scaling: list[float | Tensor]
+    dropout_p: float
 
 
 class FusedLinear(Linear):
@@ -37,44 +47,44 @@ class FusedLinear(Linear):
         routing = self._fedms_routing
         if routing is not None or self._fedms_seen is not None:
             self._check_recomputation(routing)
-        reason = why_not_fused(self, x, args, kwargs)
-        if reason is None:
-            return self._fused(x, routing)
+        found = _read(self, x, args, kwargs)
+        if isinstance(found, Adapters):
+            return self._fused(x, routing, found)
         if routing is not None and not self.disable_adapters:
             raise RuntimeError(
-                f"gates or adapter names are set on this layer, but it cannot run fused: {reason}; "
+                f"gates or adapter names are set on this layer, but it cannot run fused: {found}; "
                 f"clear them with set_gates(model, None)"
             )
         return super().forward(x, *args, **kwargs)
 
-    def _fused(self, x: Tensor, routing: Routing | None) -> Tensor:
-        names = adapters_in_use(self)
-        experts = Experts(names) if routing is None else routing.fit(x, names)
+    def _fused(self, x: Tensor, routing: Routing | None, adapters: Adapters) -> Tensor:
+        names, A, B, scaling, dropout_p = adapters
+        gates = expert_idxs = segments = None
+        if routing is not None:
+            gates, expert_idxs, segments = routing.fit(x, names)
+        base = cast(nn.Module, self._modules["base_layer"])
         if not names:
-            return self.base_layer(x)
-        gates, scaling = experts.gates, [self.scaling[name] for name in names]
+            return base(x)
         if any(isinstance(scale, Tensor) for scale in scaling):
             # hot-swapping keeps scales in tensors, and reading their values would split a compiled
             # graph: they act as gates of the layer
             scales = torch.stack([torch.as_tensor(scale, device=x.device) for scale in scaling])
-            gates, scaling = scales if gates is None else gates * scales, None
-            if experts.expert_idxs is not None and experts.gates is not None:
-                gates = experts.gates * scales[experts.expert_idxs]
-            elif experts.expert_idxs is not None:
-                gates = scales[experts.expert_idxs]
-        base = self.base_layer
+            if expert_idxs is not None:
+                scales = scales[expert_idxs]
+            gates = scales if gates is None else gates * scales
+            scaling = None
         plain = _plain_base(base, x)
         return gated_lora_linear(
             x,
             cast(Tensor, base.weight) if plain else base,
-            [_parameters(self, name)[0] for name in names],
-            [_parameters(self, name)[1] for name in names],
+            A,
+            B,
             bias=cast("Tensor | None", base.bias) if plain else None,
-            scaling=scaling,
+            scaling=cast("list[float] | None", scaling),
             gates=gates,
-            expert_idxs=experts.expert_idxs,
-            segments=experts.segments,
-            dropout_p=_dropout_p(self.lora_dropout[names[0]]),
+            expert_idxs=expert_idxs,
+            segments=segments,
+            dropout_p=dropout_p,
         )
 
     def _check_recomputation(self, routing: Routing | None) -> None:
@@ -97,7 +107,7 @@ class FusedLinear(Linear):
 def adapters_in_use(layer: Linear) -> list[str]:
     """Names of the layer's adapters that take part in a forward now, in order."""
     routing = getattr(layer, "_fedms_routing", None)
-    there = layer.lora_A._modules
+    there = cast(nn.Module, layer._modules["lora_A"])._modules
     if routing is not None:
         return routing.named(there)
     return [name for name in layer.active_adapters if name in there]
@@ -110,6 +120,14 @@ def why_not_fused(
 
     x None: whether the layer can run fused at all, whatever the input.
     """
+    found = _read(layer, x, args, kwargs)
+    return found if isinstance(found, str) else None
+
+
+def _read(
+    layer: Linear, x: Any, args: Iterable[Any], kwargs: dict[str, Any] | None
+) -> Adapters | str:
+    """The layer's adapters in use, or why this call cannot be fused."""
     if torch.jit.is_tracing():  # type: ignore[attr-defined]
         return "the model is being traced"
     if layer.disable_adapters:
@@ -121,25 +139,32 @@ def why_not_fused(
     if not layer.cast_input_dtype_enabled:
         return "casting of the input is switched off"
     names = adapters_in_use(layer)
-    routed = getattr(layer, "_fedms_routing", None) is not None
-    if not names and not routed:
+    if not names and getattr(layer, "_fedms_routing", None) is None:
         return "no active adapter"
-    reason = _why_not_adapters(layer, names)
-    if reason is None and x is not None:
-        reason = _why_not_input(x)
-        if reason is None and torch.compiler.is_compiling():
-            reason = _why_not_compiled(layer, names)
-    return reason
+    found = _read_adapters(layer, names)
+    if isinstance(found, str) or x is None:
+        return found
+    reason = _why_not_input(x)
+    if reason is None and torch.compiler.is_compiling():
+        reason = _why_not_compiled(found)
+    return found if reason is None else reason
 
 
-def _why_not_adapters(layer: Linear, names: list[str]) -> str | None:
+def _read_adapters(layer: Linear, names: list[str]) -> Adapters | str:
     if _has_any_global_hook():
         return "global module hooks are registered"
+    # `layer.lora_A[name].weight` is three searches by nn.Module.__getattr__: too slow for what
+    # every call does several times an adapter
+    modules = layer._modules
+    all_A, all_B, dropouts = (
+        cast(nn.Module, modules[key])._modules for key in ("lora_A", "lora_B", "lora_dropout")
+    )
+    found = Adapters(names, [], [], [], 0.0)
     dtype = p = None
     for name in names:
         if name in layer.lora_variant:
             return f"adapter {name!r} is a variant ({type(layer.lora_variant[name]).__name__})"
-        A, B, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+        A, B, dropout = all_A[name], all_B[name], cast(nn.Module, dropouts[name])
         if type(A) is not nn.Linear or type(B) is not nn.Linear or A.bias is not None:
             return f"adapter {name!r} is made of {type(A).__name__} and {type(B).__name__}"
         if B.bias is not None:
@@ -148,7 +173,8 @@ def _why_not_adapters(layer: Linear, names: list[str]) -> str | None:
             return f"adapter {name!r} drops out with {type(dropout).__name__}"
         if not (_unobserved(A) and _unobserved(B) and _unobserved(dropout)):
             return f"a module of adapter {name!r} has hooks or a forward of its own"
-        for weight in _parameters(layer, name):
+        weights = _weight(A), _weight(B)
+        for weight in weights:
             if type(weight) not in (nn.Parameter, Tensor) or weight.dtype not in _FLOATS:
                 return f"a weight of adapter {name!r} is a {type(weight).__name__} {weight.dtype}"
             if weight.is_meta or not weight.numel():
@@ -156,26 +182,32 @@ def _why_not_adapters(layer: Linear, names: list[str]) -> str | None:
             if dtype is not None and weight.dtype != dtype:
                 return f"the adapters mix {dtype} and {weight.dtype}"
             dtype = weight.dtype
-        if isinstance(layer.scaling[name], Tensor) and layer.scaling[name].dim():
+        scale = layer.scaling[name]
+        if isinstance(scale, Tensor) and scale.dim():
             return f"the scaling of adapter {name!r} is no scalar"
         if p is not None and p != _dropout_p(dropout):
             return "the adapters have different dropout"
         p = _dropout_p(dropout)
+        found.A.append(weights[0])
+        found.B.append(weights[1])
+        found.scaling.append(scale)
     if p is not None and p >= 1.0:
         return "dropout is 1"
-    return None
+    return found._replace(dropout_p=p) if p else found
 
 
-def _why_not_compiled(layer: Linear, names: list[str]) -> str | None:
-    if any(_dropout_p(layer.lora_dropout[name]) for name in names):
+def _why_not_compiled(adapters: Adapters) -> str | None:
+    if adapters.dropout_p:
         return "dropout under torch.compile (its seed is a number, which would split the graph)"
     if torch.compiler.is_exporting():
         return "torch.export, whose programs should hold no op that only fedms knows"
     return None
 
 
-def _parameters(layer: Linear, name: str) -> tuple[Tensor, Tensor]:
-    return cast(Tensor, layer.lora_A[name].weight), cast(Tensor, layer.lora_B[name].weight)
+def _weight(linear: nn.Module) -> Tensor:
+    """`linear.weight`, at once where it is a parameter."""
+    weight = linear._parameters.get("weight")
+    return cast(Tensor, linear.weight) if weight is None else weight
 
 
 def _why_not_input(x: Any) -> str | None:
@@ -205,7 +237,7 @@ def _plain_base(base: nn.Module, x: Tensor) -> bool:
     """True when the base's result is `F.linear(x, base.weight, base.bias)` and nothing else."""
     if type(base) is not nn.Linear or not _unobserved(base):
         return False
-    weight = base.weight
+    weight = _weight(base)
     if type(weight) not in (nn.Parameter, Tensor) or weight.device != x.device:
         return False
     return weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)

@@ -21,9 +21,8 @@ Gates = Tensor | tuple[Tensor, Tensor]  # gates, or (gates, expert_idxs)
 
 
 class Experts(NamedTuple):
-    """One call's adapters, in the op's order, and which of them act where."""
+    """Which of a call's adapters act where, as the op takes it."""
 
-    names: list[str]
     gates: Tensor | None = None
     expert_idxs: Tensor | None = None
     segments: Segments | None = None
@@ -59,7 +58,7 @@ class Routing:
         Raises ValueError when the gates or the list of samples do not fit x.
         """
         if self.samples is not None:
-            return Experts(names, segments=_segments(self.samples, x, names))
+            return Experts(segments=_segments(self.samples, x, names))
         gates, idxs = self.gates, self.expert_idxs
         if callable(gates):
             found = gates(x)
@@ -70,9 +69,9 @@ class Routing:
                 raise ValueError(
                     f"expert_idxs must count adapters that the layer has, it lacks {missing}"
                 )
-            return Experts(names, _to_rows("gates", gates, x), _to_rows("expert_idxs", idxs, x))
+            return Experts(_to_rows("gates", gates, x), _to_rows("expert_idxs", idxs, x))
         if gates is None:
-            return Experts(names)
+            return Experts()
         if gates.shape[-1] != len(self.adapters):
             raise ValueError(
                 f"gates must have one column for each of the adapters {list(self.adapters)}, got "
@@ -80,7 +79,7 @@ class Routing:
             )
         if len(names) != len(self.adapters):
             gates = gates[..., [self.adapters.index(name) for name in names]]
-        return Experts(names, gates if gates.dim() == 1 else _to_rows("gates", gates, x))
+        return Experts(gates if gates.dim() == 1 else _to_rows("gates", gates, x))
 
 
 def _to_rows(what: str, values: Tensor | None, x: Tensor) -> Tensor | None:

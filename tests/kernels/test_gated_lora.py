@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from lora_problem import BACKENDS, assert_close, errors, make_problem
 from torch.nn import functional as F
 
-from fedms.kernels import Segments, gated_lora_linear
+from fedms.kernels import Segments, gated_lora_linear, reference
 
 FP32 = 1e-5
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
@@ -153,6 +155,32 @@ def test_no_experts_equals_the_base_bit_for_bit(backend):
         assert torch.equal(y, base)
     everyone_out = replace(problem, gates=None, segments=Segments([0, 37], [()]))
     assert torch.equal(everyone_out.run(backend)["y"], base)
+
+
+@pytest.mark.parametrize(("k", "n"), [(0, 5), (5, 0), (0, 0)])
+def test_no_columns_equal_the_base(k, n, backend):
+    x, weight = torch.randn(2, 3, k), torch.randn(n, k)
+    bias, A, B = torch.randn(n), [torch.randn(4, k)], [torch.randn(n, 4)]
+    y = gated_lora_linear(x, weight, A, B, bias=bias, backend=backend)
+    assert torch.equal(y, F.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3), (2, 1, 3)], ids=str)
+def test_leading_dims_and_a_change_of_the_result_in_place(lead, backend):
+    """Everything has the leading dims of x, and y may be overwritten like any result."""
+    problem = make_problem(math.prod(lead), 16, 24, (3, 2))
+
+    def run(problem, op):
+        x = problem.x.detach().reshape(*lead, 16).requires_grad_()
+        gates = problem.gates.detach().reshape(*lead, 2).requires_grad_()
+        y = op(x, problem.weight, problem.A, problem.B, gates=gates, bias=problem.bias)
+        y.mul_(2)
+        y.square().sum().backward()
+        return y, x.grad, gates.grad
+
+    got = run(problem.to(torch.float32), partial(gated_lora_linear, backend=backend))
+    for ours, exact in zip(got, run(problem, reference.gated_lora_linear_reference), strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-3)
 
 
 def test_callable_base_and_trainable_base(backend):

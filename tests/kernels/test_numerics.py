@@ -98,6 +98,36 @@ def test_the_base_gemm_first_or_last(least, dropout_p, bias, monkeypatch):
 
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (4, 32, 32), (7, 31, 45), (6, 50, 19)], ids=str)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+def test_small_frozen_layers(shape, dtype, dropout_p, monkeypatch):
+    """The kernels compute the frozen layer of a small call themselves, the GEMM that of a large."""
+    problem = make_problem(*shape, (3, 2), dropout_p=dropout_p)
+    cast, truth = problem.to(dtype, torch.float32), problem.truth()
+    small = cast.run("native")
+    monkeypatch.setattr(native, "_MAX_SMALL_BASE", -1)
+    monkeypatch.setattr(native, "_FAST_BF16", True)
+    large = cast.run("native")
+    bound = 1e-5 if dtype is torch.float32 else 2e-2
+    assert max(errors(small, truth).values()) < bound
+    assert max(errors(large, truth).values()) < bound
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_small_frozen_layer_without_a_bias_or_a_mixture(dtype):
+    problem = replace(make_problem(6, 50, 19, (3,)).to(dtype, torch.float32), bias=None)
+    x, weight = problem.x, problem.weight
+    zero = [torch.zeros_like(problem.B[0])]
+    y = gated_lora_linear(x, weight, problem.A, zero, backend="native")
+    exact = (x.double() @ weight.double().t()).to(dtype)
+    assert torch.allclose(y, exact, rtol=0, atol=1e-5 if dtype is torch.float32 else 0.05)
+    strided = gated_lora_linear(x, weight.t().contiguous().t(), problem.A, zero, backend="native")
+    assert torch.allclose(y, strided, rtol=0, atol=1e-5 if dtype is torch.float32 else 0.05)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 50], ids=["stride-0 view", "whole"])
 def test_a_callable_base_is_left_as_it_is(dtype, rows):
     """The mixture is added to a copy of the base result."""

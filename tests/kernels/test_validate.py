@@ -34,7 +34,11 @@ IDXS = torch.zeros(2, 5, 1, dtype=torch.int64)
         ({"lora_B": B[:1]}, ValueError, r"lora_B must have one entry .* \(2\), got 1"),
         ({"lora_A": [A[0], torch.zeros(1, 5)]}, ValueError, r"lora_A\[1\] must be .* \[1, 5\]"),
         ({"lora_B": [B[0], torch.zeros(3, 2)]}, ValueError, r"lora_B\[1\] must be .* \[3, 2\]"),
-        ({"lora_A": [A[0], A[1].double()]}, ValueError, r"lora_A\[1\] must have .*float64"),
+        (
+            {"lora_A": [A[0], A[1].double()]},
+            ValueError,
+            r"lora_A\[1\] and .* must have .*float64",
+        ),
         ({"lora_A": [a.int() for a in A]}, ValueError, r"lora_A\[0\] must have .*int32"),
         ({"scaling": [1.0]}, ValueError, r"scaling must have one entry an expert \(2\), got 1"),
         ({"gates": torch.zeros(3)}, ValueError, r"gates must be \[2\] or \[2, 5, 2\], got \[3\]"),
