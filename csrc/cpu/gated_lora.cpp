@@ -134,6 +134,15 @@ void pack(const Chunks& chunks, const Problem& p, const RowKernels& rows, bool b
     });
 }
 
+// The frozen layer's y or dx, each thread a range of columns.
+void base(const Problem& p, const RowKernels& rows, int64_t threads) {
+    const int64_t columns = p.dy == nullptr ? p.n : p.k;
+    const int64_t parts = p.m * p.k * p.n < kSerialWork ? 1 : std::max<int64_t>(threads, 1);
+    parallel_for(parts, [&](int64_t i) {
+        rows.base(p, columns * i / parts, columns * (i + 1) / parts);
+    });
+}
+
 std::uint16_t to_bf16(float x) {
     std::uint32_t u;
     std::memcpy(&u, &x, sizeof u);
@@ -190,6 +199,7 @@ void forward(const Problem& p, int64_t threads) {
     Chunks chunks;
     const RowKernels& rows = *rows_slot();
     prepare(chunks, p, rows, threads, false);
+    if (p.weight != nullptr) base(p, rows, threads);
     pack(chunks, p, rows, false);
     parallel_for(chunks.count, [&](int64_t i) {
         rows.forward(p, chunks.scratch[i], chunks.begin(i), chunks.begin(i + 1));
@@ -201,6 +211,7 @@ void backward(const Problem& p, int64_t threads, void* const* da_out, void* cons
     Chunks chunks;
     const RowKernels& rows = *rows_slot();
     prepare(chunks, p, rows, threads, true);
+    if (p.weight != nullptr && p.dx != nullptr) base(p, rows, threads);
     pack(chunks, p, rows, true);
     parallel_for(chunks.count, [&](int64_t i) {
         rows.backward(p, chunks.scratch[i], chunks.begin(i), chunks.begin(i + 1));

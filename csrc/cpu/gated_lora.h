@@ -69,14 +69,16 @@ struct Scratch {
     std::int64_t block;          // rows worked on at once
 };
 
-// Both walk rows [begin, end) block by block.
 struct RowKernels {
     const char* isa;
     std::int64_t width;  // ranks of a panel
     std::int64_t tile;   // columns of a tile
     std::int64_t strip;  // columns of `wide`
+    // Both walk rows [begin, end) block by block.
     void (*forward)(const Problem&, const Scratch&, std::int64_t begin, std::int64_t end);
     void (*backward)(const Problem&, const Scratch&, std::int64_t begin, std::int64_t end);
+    // Columns [begin, end) of the frozen layer's y, or with dy of its dx.
+    void (*base)(const Problem&, std::int64_t begin, std::int64_t end);
 };
 
 // y = y_from + the mixture, on all threads. See Problem for what is read and written.

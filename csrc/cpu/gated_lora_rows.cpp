@@ -373,23 +373,23 @@ int64_t largest_rank(const Problem& p) {
 }
 
 template <class T>
-void base_of_rows(const Problem& p, int64_t begin, int64_t end) {
+void base_of(const Problem& p, int64_t begin, int64_t end) {
     const auto* weight = static_cast<const T*>(p.weight);
     if (p.dy == nullptr) {
-        base_forward(static_cast<const T*>(p.x) + begin * p.k, weight,
-                     static_cast<const T*>(p.bias), static_cast<T*>(p.y) + begin * p.n,
-                     end - begin, p.k, p.n);
-    } else if (p.dx != nullptr) {
-        base_backward(static_cast<const T*>(p.dy) + begin * p.n, weight,
-                      static_cast<T*>(p.dx) + begin * p.k, end - begin, p.k, p.n);
+        base_forward(static_cast<const T*>(p.x), weight, static_cast<const T*>(p.bias),
+                     static_cast<T*>(p.y), p.m, p.k, p.n, begin, end);
+    } else {
+        base_backward(static_cast<const T*>(p.dy), weight, static_cast<T*>(p.dx), p.m, p.k, p.n,
+                      begin, end);
     }
+}
+
+void base_columns(const Problem& p, int64_t begin, int64_t end) {
+    p.bf16 ? base_of<bf16>(p, begin, end) : base_of<float>(p, begin, end);
 }
 
 void forward_rows(const Problem& p, const Scratch& s, int64_t begin, int64_t end) {
     const int64_t largest = largest_rank(p);
-    if (p.weight != nullptr) {
-        p.bf16 ? base_of_rows<bf16>(p, begin, end) : base_of_rows<float>(p, begin, end);
-    }
     for_each_item(p, s, begin, end, [&](const Item& item) {
         p.bf16 ? forward_item<bf16>(p, s, item, largest) : forward_item<float>(p, s, item, largest);
     });
@@ -397,9 +397,6 @@ void forward_rows(const Problem& p, const Scratch& s, int64_t begin, int64_t end
 
 void backward_rows(const Problem& p, const Scratch& s, int64_t begin, int64_t end) {
     const int64_t largest = largest_rank(p);
-    if (p.weight != nullptr) {
-        p.bf16 ? base_of_rows<bf16>(p, begin, end) : base_of_rows<float>(p, begin, end);
-    }
     for_each_item(p, s, begin, end, [&](const Item& item) {
         p.bf16 ? backward_item<bf16>(p, s, item, largest)
                : backward_item<float>(p, s, item, largest);
@@ -413,7 +410,7 @@ namespace fedms {
 #define FEDMS_TEXT_(x) #x
 #define FEDMS_TEXT(x) FEDMS_TEXT_(x)
 extern const RowKernels FEDMS_ROWS;
-const RowKernels FEDMS_ROWS = {FEDMS_TEXT(FEDMS_ISA), kWidth,       kTile,
-                               kStrip,                forward_rows, backward_rows};
+const RowKernels FEDMS_ROWS = {FEDMS_TEXT(FEDMS_ISA), kWidth,        kTile,       kStrip,
+                               forward_rows,          backward_rows, base_columns};
 
 }  // namespace fedms

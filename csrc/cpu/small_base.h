@@ -1,4 +1,5 @@
-// The frozen layer of a call so small that a GEMM library's own start takes longer than the work.
+// The frozen layer of a call with so few rows, or of such a small layer, that a GEMM library is slow
+// to start or slow at it: every weight is read once.
 //
 //   base_forward    y = x Wᵀ + bias
 //   base_backward   dx = dy W
@@ -6,44 +7,71 @@
 // W [N, K] row-major, in the rows' dtype; fp32 accumulation, one rounding.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/vec.h"
 
 namespace {
 
 using std::int64_t;
 
-// Up to kWidth neighbouring outputs at once: their partial sums become the lanes of one vector.
-template <class T>
-void base_forward(const T* x, const T* weight, const T* bias, T* y, int64_t m, int64_t k,
-                  int64_t n) {
-    for (int64_t i = 0; i < m; ++i, x += k, y += n) {
-        for (int64_t j = 0; j < n; j += kWidth) {
-            const int64_t count = j + kWidth < n ? kWidth : n - j;
-            const T* w[kWidth];
-            Vec acc[kWidth];
-            for (int v = 0; v < kWidth; ++v) {
-                w[v] = weight + (v < count ? j + v : n - 1) * k;
-                acc[v] = Vec{};
-            }
-            int64_t c = 0;
-            for (; c + kWidth <= k; c += kWidth) {
-                const Vec xv = load(x + c);
-                for (int v = 0; v < kWidth; ++v) acc[v] += xv * load(w[v] + c);
-            }
-            if (c < k) {
-                const Vec xv = load_part(x + c, k - c);
-                for (int v = 0; v < kWidth; ++v) acc[v] += xv * load_part(w[v] + c, k - c);
-            }
-            Vec total = sums(acc);
-            if (bias != nullptr) total += load_part(bias + j, count);
-            store_part(y + j, total, count);
+// Rows times kWidth / Rows outputs from `begin` on, whose sums become the lanes of one vector. What
+// sticks out of the m rows or of `end` repeats the last one.
+template <int Rows, class T>
+void base_forward_tile(const T* x, const T* weight, const T* bias, T* y, int64_t m, int64_t k,
+                       int64_t n, int64_t begin, int64_t end) {
+    constexpr int kOutputs = kWidth / Rows;
+    const T *xi[Rows], *wj[kOutputs];
+    for (int i = 0; i < Rows; ++i) xi[i] = x + (i < m ? i : m - 1) * k;
+    for (int j = 0; j < kOutputs; ++j) wj[j] = weight + (begin + j < end ? begin + j : end - 1) * k;
+    Vec acc[kWidth] = {};
+    const auto add = [&](const auto& at) {
+        Vec xv[Rows];
+        for (int i = 0; i < Rows; ++i) xv[i] = at(xi[i]);
+        for (int j = 0; j < kOutputs; ++j) {
+            const Vec wv = at(wj[j]);
+            for (int i = 0; i < Rows; ++i) acc[j * Rows + i] += xv[i] * wv;
+        }
+    };
+    int64_t c = 0;
+    for (; c + kWidth <= k; c += kWidth) add([c](const T* p) { return load(p + c); });
+    if (c < k) add([c, k](const T* p) { return load_part(p + c, k - c); });
+    const Vec total = sums(acc);
+    for (int j = 0; j < kOutputs && begin + j < end; ++j) {
+        const int64_t at = begin + j;
+        const float from = bias != nullptr ? load_part(bias + at, 1)[0] : 0.0f;
+        for (int i = 0; i < Rows && i < m; ++i) {
+            store_part(y + i * n + at, splat(total[j * Rows + i] + from), 1);
         }
     }
 }
 
-// Rows four at a time, to hide the latency of a multiply-add; the last ones repeat a row.
+// Outputs [begin, end) of all rows, a few weights at a time: they are in the first-level cache for
+// the second four rows.
 template <class T>
-void base_backward(const T* dy, const T* weight, T* dx, int64_t m, int64_t k, int64_t n) {
+void base_forward(const T* x, const T* weight, const T* bias, T* y, int64_t m, int64_t k, int64_t n,
+                  int64_t begin, int64_t end) {
+    const auto walk = [&](auto rows) {
+        constexpr int kRows = decltype(rows)::value;
+        for (int64_t j = begin; j < end; j += kWidth / kRows) {
+            for (int64_t i = 0; i < m; i += kRows) {
+                base_forward_tile<kRows>(x + i * k, weight, bias, y + i * n, m - i, k, n, j, end);
+            }
+        }
+    };
+    if (m == 1) {
+        walk(std::integral_constant<int, 1>{});
+    } else if (m == 2) {
+        walk(std::integral_constant<int, 2>{});
+    } else {
+        walk(std::integral_constant<int, 4>{});
+    }
+}
+
+// Columns [begin, end) of all rows, four rows at a time; the last ones repeat a row.
+template <class T>
+void base_backward(const T* dy, const T* weight, T* dx, int64_t m, int64_t k, int64_t n,
+                   int64_t begin, int64_t end) {
     constexpr int kRows = 4;
     for (int64_t i0 = 0; i0 < m; i0 += kRows) {
         const T* from[kRows];
@@ -53,8 +81,8 @@ void base_backward(const T* dy, const T* weight, T* dx, int64_t m, int64_t k, in
             from[i] = dy + row * n;
             to[i] = dx + row * k;
         }
-        for (int64_t c = 0; c < k; c += kWidth) {
-            const int64_t count = c + kWidth < k ? kWidth : k - c;
+        for (int64_t c = begin; c < end; c += kWidth) {
+            const int64_t count = c + kWidth < end ? kWidth : end - c;
             Vec acc[kRows] = {};
             for (int64_t j = 0; j < n; ++j) {
                 const T* w = weight + j * k + c;

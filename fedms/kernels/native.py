@@ -34,8 +34,10 @@ _DTYPES = (torch.float32, torch.bfloat16)
 # from so many rows on, casting the weight to fp32 costs less than it saves.
 _FAST_BF16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 _MIN_ELEMENTS_BASE_LAST = 1 << 15
-# A GEMM of up to so many multiply-adds takes less time than torch's way to it.
+# A GEMM of up to so many multiply-adds takes less time than torch's way to it. One of so few rows
+# (decoding) is a matter of reading the weight once, for which MKL takes up to four times as long.
 _MAX_SMALL_BASE = 1 << 15
+_FEW_ROWS = 8
 _MIN_ROWS_IN_FP32 = 64 if torch.cpu._is_avx512_supported() else 4
 
 
@@ -136,14 +138,14 @@ def _base_last(rows: Tensor, weight: Tensor | None) -> bool:
     return rows.shape[0] * max(weight.shape) >= _MIN_ELEMENTS_BASE_LAST
 
 
-def _small_base(rows: Tensor, weight: Tensor | None) -> bool:
-    """True when the kernels had better compute the frozen layer too.
+def _small_base(rows: Tensor, weight: Tensor | None, few: int) -> bool:
+    """True when the kernels had better compute the frozen layer too: a small one, or `few` rows.
 
     Dense calls only: rows that no expert acts on are torch's own result, bit for bit.
     """
-    if weight is None or rows.shape[0] * weight.numel() > _MAX_SMALL_BASE:
+    if weight is None or not weight.is_contiguous():
         return False
-    return weight.is_contiguous()
+    return rows.shape[0] <= few or rows.shape[0] * weight.numel() <= _MAX_SMALL_BASE
 
 
 def _better_in_fp32(x: Tensor) -> bool:
@@ -195,17 +197,17 @@ def forward(
     runs: Sequence[int] | None, scale: Sequence[float], dropout_p: float, seed: int, save_h: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """y, and h where it is to be saved; arguments as in fedms.kernels.ops."""
-    if weight is not None and _better_in_fp32(x):
+    ranks, width = _widths(A, expert_idxs)
+    writes_all = width > 0 and expert_idxs is None and runs is None
+    small = base is None and writes_all and _small_base(x, weight, _FEW_ROWS)
+    if weight is not None and not small and _better_in_fp32(x):
         y, h = forward(
             x.float(), weight.float(), None if bias is None else bias.float(), None, A, B, gates,
             expert_idxs, runs, scale, dropout_p, seed, save_h,
         )  # fmt: skip
         return y.to(x.dtype), h
     m, k = x.shape
-    ranks, width = _widths(A, expert_idxs)
-    writes_all = width > 0 and expert_idxs is None and runs is None
-    small = base is None and writes_all and _small_base(x, weight)
-    base_last = base is None and writes_all and _base_last(x, weight)
+    base_last = base is None and writes_all and not small and _base_last(x, weight)
     x = x.contiguous()
     bias = None if bias is None else bias.contiguous()
     A, B = [a.contiguous() for a in A], [b.contiguous() for b in B]
@@ -261,8 +263,8 @@ def backward(
     ranks, width = _widths(A, expert_idxs)
     dense = width > 0 and expert_idxs is None and runs is None
     writes_all = dense and dropout_p == 0.0
-    small = need_dx and dense and _small_base(dy, weight)
-    base_last = need_dx and writes_all and _base_last(dy, weight)
+    small = need_dx and dense and _small_base(dy, weight, few=0)
+    base_last = need_dx and writes_all and not small and _base_last(dy, weight)
     dx_add = not (base_last or (weight is None and writes_all))
     dx_MK = None
     if need_dx and (small or not dx_add):

@@ -11,6 +11,10 @@ from torch.nn import functional as F
 
 from fedms.kernels import Segments, gated_lora_linear, native
 
+# small layers, and few rows of layers whose GEMM two threads share
+FEW_ROWS = [(1, 1, 1), (4, 32, 32), (7, 31, 45), (6, 50, 19), (40, 20, 30)]
+FEW_ROWS += [(m, 515, 600) for m in range(1, 9)]
+
 needs_native = pytest.mark.skipif(not native.available(), reason="the extension is not built")
 
 
@@ -98,7 +102,7 @@ def test_the_base_gemm_first_or_last(least, dropout_p, bias, monkeypatch):
 
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (4, 32, 32), (7, 31, 45), (6, 50, 19)], ids=str)
+@pytest.mark.parametrize("shape", FEW_ROWS, ids=str)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
 def test_small_frozen_layers(shape, dtype, dropout_p, monkeypatch):
     """The kernels compute the frozen layer of a small call themselves, the GEMM that of a large."""
@@ -106,6 +110,7 @@ def test_small_frozen_layers(shape, dtype, dropout_p, monkeypatch):
     cast, truth = problem.to(dtype, torch.float32), problem.truth()
     small = cast.run("native")
     monkeypatch.setattr(native, "_MAX_SMALL_BASE", -1)
+    monkeypatch.setattr(native, "_FEW_ROWS", -1)
     monkeypatch.setattr(native, "_FAST_BF16", True)
     large = cast.run("native")
     bound = 1e-5 if dtype is torch.float32 else 2e-2
@@ -167,7 +172,8 @@ def test_two_runs_are_bit_equal(backend, dropout_p, routing):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 @pytest.mark.parametrize("ranks", [(8, 3, 5), (16, 16), (1,), (4, 40)], ids=str)
-def test_every_instruction_set(isa, dtype, dropout_p, ranks, monkeypatch):
+@pytest.mark.parametrize("m", [61, 5])
+def test_every_instruction_set(isa, dtype, dropout_p, ranks, m, monkeypatch):
     """The row kernels are compiled once per instruction set: run each one this CPU has."""
     monkeypatch.setattr(native, "_FAST_BF16", True)  # the bf16 kernels, whatever this CPU has
     best = native._C.isa()
@@ -175,7 +181,7 @@ def test_every_instruction_set(isa, dtype, dropout_p, ranks, monkeypatch):
         pytest.skip(f"no {isa} here")
     try:
         assert native._C.isa() == isa
-        problem = make_problem(61, 477, 183, ranks, dropout_p=dropout_p)
+        problem = make_problem(m, 477, 183, ranks, dropout_p=dropout_p)
         bound = 1e-5 if dtype is torch.float32 else 6e-3
         worst = max(
             errors(problem.to(dtype, torch.float32).run("native"), problem.truth()).values()
