@@ -9,20 +9,23 @@ Rows, all forward + backward of one layer, all gradients but the frozen weight's
     cast     bf16 only: the frozen layer cast to fp32 and back, which is what native's base is on a
              CPU without bf16 instructions; there `frozen` measures torch's slow bf16 GEMM
 
-`tiny_rows` is a layer whose arithmetic takes no time, with a real peft layer beside it.
+`tiny_rows` is a layer whose arithmetic takes no time, with a real peft layer beside it and the same
+layer accelerated; `decoding_rows` are such layers on the few tokens of a `generate` step.
 
 Shape suffixes: M rows, K in, N out, E experts, r one rank.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+import fedms
 from fedms.kernels import gated_lora_linear, native
 
 # (M, K, N): MiniLM projections at 512 tokens, ViT-B/16 at 8 images
@@ -38,6 +41,9 @@ MIXTURES = [
     (8, 8, True),
 ]
 SCALE = 2.0
+# (tokens, K, N) of a decoding step
+DECODING = [(1, 768, 768), (1, 768, 3072), (4, 768, 3072), (16, 768, 3072)]
+DECODING += [(1, 4096, 4096), (16, 4096, 4096)]
 
 
 @dataclass(frozen=True)
@@ -128,40 +134,69 @@ def rows(case: Case) -> dict[str, Callable[[], list[Tensor]]]:
 
 def tiny_rows() -> dict[str, Callable[[], list[Tensor]]]:
     """Forward and backward of 4 tokens through 32 x 32, r = 4; `peft` is peft's own layer."""
-    import peft
-
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(32, 32, bias=False))
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["0"], init_lora_weights=False)
-    layer = peft.get_peft_model(model, config).base_model.model[0]
-    weight = layer.base_layer.weight
-    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    stock, fused = _layers(32, 32, 4)
+    weight = stock.base_layer.weight
     x, dy = torch.randn(4, 32, requires_grad=True), torch.randn(4, 32)
+
+    def factors(layer: nn.Module) -> list[Tensor]:
+        return [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+
+    A, B = factors(stock)
 
     def ours(backend: str) -> Callable[[], Tensor]:
         return lambda: gated_lora_linear(x, weight, [A], [B], scaling=SCALE, backend=backend)
 
     found = {
         "frozen": _step(lambda: F.linear(x, weight), [x], dy),
-        "peft": _step(lambda: layer(x), [x, A, B], dy),
+        "peft": _step(lambda: stock(x), [x, A, B], dy),
         "stacked": _step(ours("stacked"), [x, A, B], dy),
     }
     if native.available():
         found["native"] = _step(ours("native"), [x, A, B], dy)
+        found["drop-in"] = _step(lambda: fused(x), [x, *factors(fused)], dy)
     return found
+
+
+def decoding_rows(m: int, k: int, n: int, r: int) -> dict[str, Callable[[], list[Tensor]]]:
+    """A forward without gradients of m tokens, as `generate` runs it, on peft's layer and ours."""
+    stock, fused = _layers(k, n, r)
+    x = torch.randn(m, 1, k)
+
+    def run(layer: nn.Module) -> Callable[[], list[Tensor]]:
+        def forward() -> list[Tensor]:
+            with torch.no_grad():
+                return [layer(x)]
+
+        return forward
+
+    return {"frozen": run(stock.base_layer), "peft": run(stock), "drop-in": run(fused)}
+
+
+def _layers(k: int, n: int, r: int) -> tuple[nn.Module, nn.Module]:
+    """peft's LoRA layer and a fused copy with the same frozen weight: as warm in the caches."""
+    import peft
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(k, n, bias=False))
+    config = peft.LoraConfig(
+        r=r, lora_alpha=SCALE * r, target_modules=["0"], init_lora_weights=False
+    )
+    stock = peft.get_peft_model(model, config)
+    weight = stock.base_model.model[0].base_layer.weight
+    fused = copy.deepcopy(stock, {id(weight): weight})
+    fedms.accelerate(fused)
+    return stock.base_model.model[0], fused.base_model.model[0]
 
 
 def check(found: dict[str, Callable[[], list[Tensor]]], case: Case | None = None) -> None:
     """The rows compute the same thing. With dropout peft draws masks of its own and is left out.
 
-    case: None for the rows of `tiny_rows`.
+    case: None for the rows of `tiny_rows` and `decoding_rows`.
     """
     right = found["stacked"]() if case is not None and case.dropout_p else found["peft"]()
     bound = 2e-2 if case is not None and case.bf16 else 1e-4
-    for name in ("stacked", "native"):
-        if name not in found:
-            continue
+    for name in {"stacked", "native", "drop-in"} & found.keys():
         for value, want in zip(found[name](), right, strict=True):
             error = (value.double() - want.double()).norm() / want.double().norm()
             if not error < bound:
-                raise AssertionError(f"{case or 'tiny'}: {name} is off by {error:.1e}")
+                raise AssertionError(f"{case or 'one layer'}: {name} is off by {error:.1e}")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -31,8 +32,7 @@ NAMES = ["one", "two", "three", "four"]
 # layer: (batch, tokens, in, out)
 LAYERS = {"layer 768-768": (4, 197, 768, 768), "layer 768-3072": (4, 197, 768, 3072)}
 SMOKE_LAYER = (2, 33, 64, 96)
-# model: its builder and the batch; where a batch no longer fits the caches, peft's passes over it cost
-# most
+# model: its builder and the batch; peft's passes over a batch cost most where it leaves the caches
 MODELS = {
     "CLIP ViT-B/16, 2 images": lambda: _clip(2),
     "CLIP ViT-B/16, 8 images": lambda: _clip(8),
@@ -80,6 +80,7 @@ def make(name: str, setting: str) -> Training:
 
 def pair(name: str, setting: str) -> dict[str, Training]:
     """The same model on peft's layers and on fused ones, gated alike where the setting says so."""
+    gc.collect()  # X-LoRA's forwards keep the last pair in a cycle: gigabytes
     stock = make(name, setting)
     fused = Training(copy.deepcopy(stock.model), stock.loss, stock.shape)
     report = fedms.accelerate(fused.model)

@@ -7,8 +7,8 @@ frozen row's in the same round.
 
 `extra` is what LoRA adds to the frozen layer's time as a share of what it adds in peft ("none"
 where the layer with LoRA is the faster one); `over cast` is the native row over the `cast` row of
-bf16 cases (gated_lora_cases.py). The second table is microseconds of a tiny layer, where only the
-calls count.
+bf16 cases (gated_lora_cases.py). The tables behind it are microseconds of a tiny layer, where only
+the calls count, and of decoding: forwards of peft's layer with few tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +19,17 @@ import time
 from collections.abc import Callable
 
 import torch
-from gated_lora_cases import SHAPES, SMOKE, Case, cases, check, rows, tiny_rows
+from gated_lora_cases import (
+    DECODING,
+    SHAPES,
+    SMOKE,
+    Case,
+    cases,
+    check,
+    decoding_rows,
+    rows,
+    tiny_rows,
+)
 
 ROWS = ["peft", "stacked", "native"]
 
@@ -92,14 +102,20 @@ def main() -> None:
     if args.match in "tiny":
         found = tiny_rows()
         check(found)
-        times = measure(found, args.seconds, 500, clock)
-        print("\n| 4x32x32 fp32 r4 E1 | " + " | ".join(times) + " |")
-        print("| --- " * (len(times) + 1) + "|")
-        print(
-            "| us | "
-            + " | ".join(f"{statistics.median(t) * 1e6:.0f}" for t in times.values())
-            + " |"
-        )
+        print(f"\n| forward + backward, us | {' | '.join(found)} |")
+        print("| --- " * (len(found) + 1) + "|")
+        print(microseconds("4x32x32 fp32 r4 E1", measure(found, args.seconds, 500, clock)))
+    if args.match in "decoding":
+        print("\n| forward alone, us | frozen | peft | drop-in |\n| --- | --- | --- | --- |")
+        for m, k, n in DECODING:
+            found = decoding_rows(m, k, n, 16)
+            check(found)
+            times = measure(found, args.seconds, 100, clock)
+            print(microseconds(f"{m}x{k}x{n} fp32 r16 E1", times), flush=True)
+
+
+def microseconds(name: str, times: dict[str, list[float]]) -> str:
+    return f"| {name} | {' | '.join(f'{statistics.median(t) * 1e6:.0f}' for t in times.values())} |"
 
 
 if __name__ == "__main__":

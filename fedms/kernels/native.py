@@ -1,10 +1,10 @@
-"""The C++ backend on CPU tensors, fp32 and bf16: base GEMM by torch, everything else in one pass.
+"""The C++ backend on CPU tensors, fp32 and bf16: one pass over the rows beside torch's base GEMM.
 
 Shape suffixes: M rows, K in, N out, R the sum of the experts' ranks, E experts, k experts a token.
 
-Forward after the base GEMM: x is read once, y read and written once, h [M, R] kept in fp32.
-Backward after `dx = dy W`: dy and x are read once, dx read and written once. The kernels are in
-csrc/cpu; they take addresses, so the checks are all on this side. x, the base result and dy share
+Forward beside the base GEMM: x is read once, y read and written once, h [M, R] kept in fp32.
+Backward beside `dx = dy W`: dy and x are read once, dx read and written once. In dense calls of a
+few rows, or of a tiny layer, the kernels compute the base too. They are in csrc/cpu; they take addresses, so the checks are all on this side. x, the base result and dy share
 one dtype (fp32 or bf16), the adapters are fp32 or bf16, products and sums are fp32 with one
 rounding.
 
@@ -33,12 +33,12 @@ _DTYPES = (torch.float32, torch.bfloat16)
 # as fp32 does, and without it torch's own loops take 10 (forward) to 100 times (backward) as long:
 # from so many rows on, casting the weight to fp32 costs less than it saves.
 _FAST_BF16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+_MIN_ROWS_IN_FP32 = 64 if torch.cpu._is_avx512_supported() else 4
 _MIN_ELEMENTS_BASE_LAST = 1 << 15
 # A GEMM of up to so many multiply-adds takes less time than torch's way to it. One of so few rows
 # (decoding) is a matter of reading the weight once, for which MKL takes up to four times as long.
 _MAX_SMALL_BASE = 1 << 15
-_FEW_ROWS = 8
-_MIN_ROWS_IN_FP32 = 64 if torch.cpu._is_avx512_supported() else 4
+_FEW_ROWS = 16
 
 
 def _load(name: str) -> tuple[ModuleType | None, str]:
