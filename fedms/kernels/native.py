@@ -4,9 +4,9 @@ Shape suffixes: M rows, K in, N out, R the sum of the experts' ranks, E experts,
 
 Forward beside the base GEMM: x is read once, y read and written once, h [M, R] kept in fp32.
 Backward beside `dx = dy W`: dy and x are read once, dx read and written once. In dense calls of a
-few rows, or of a tiny layer, the kernels compute the base too. They are in csrc/cpu; they take addresses, so the checks are all on this side. x, the base result and dy share
-one dtype (fp32 or bf16), the adapters are fp32 or bf16, products and sums are fp32 with one
-rounding.
+few rows, or of a tiny layer, the kernels compute the base too. They are in csrc/cpu; they take
+addresses, so the checks are all on this side. x, the base result and dy share one dtype (fp32 or
+bf16), the adapters are fp32 or bf16, products and sums are fp32 with one rounding.
 
 The extension is optional at import: without it `available()` is False and naming this backend is an
 error.
