@@ -13,6 +13,8 @@ from fedms.kernels import Segments, gated_lora_linear, native
 
 # small layers, and few rows of layers whose GEMM two threads share
 FEW_ROWS = [(1, 1, 1), (4, 32, 32), (7, 31, 45), (6, 50, 19), (40, 20, 30)]
+# ... also those that would have the base GEMM last, were they not small
+FEW_ROWS += [(16, 40, 2100), (32800, 1, 1)]
 FEW_ROWS += [(m, 515, 600) for m in (1, 2, 3, 4, 5, 8, 13, 16)]
 
 needs_native = pytest.mark.skipif(not native.available(), reason="the extension is not built")
