@@ -7,6 +7,9 @@
 // i runs over rows, j over stacked ranks, c over columns (K or N). The factors w and the gradients
 // g are packed (cpu/pack.h), so that an inner loop reads them as one stream: rows of a matrix with
 // 768 or 3072 columns are multiples of 4 KB apart and fall into the same few cache sets.
+//
+// A sum that an earlier call began is added at the end: chains as long as a strip or a block round
+// less than one of all columns or rows (dx at N = 3072: 1.0e-6 in one chain, peft 2.7e-7).
 #pragma once
 
 #include "cpu/vec.h"
@@ -39,7 +42,7 @@ FEDMS_INLINE void dot_tile(const float* const* x, const float* const* panels, in
                            float* const* out, bool add) {
     Vec acc[Rows][Vecs];
     for (int i = 0; i < Rows; ++i) {
-        for (int v = 0; v < Vecs; ++v) acc[i][v] = add ? load(out[i] + v * kWidth) : Vec{};
+        for (int v = 0; v < Vecs; ++v) acc[i][v] = Vec{};
     }
     for (int64_t c = 0; c < columns; ++c) {
         Vec wv[Vecs];
@@ -48,6 +51,9 @@ FEDMS_INLINE void dot_tile(const float* const* x, const float* const* panels, in
             const Vec xv = splat(x[i][c]);
             for (int v = 0; v < Vecs; ++v) acc[i][v] += xv * wv[v];
         }
+    }
+    for (int i = 0; i < Rows; ++i) {
+        for (int v = 0; add && v < Vecs; ++v) acc[i][v] += load(out[i] + v * kWidth);
     }
     for (int i = 0; i < Rows; ++i) {
         for (int v = 0; v < Vecs; ++v) store(out[i] + v * kWidth, acc[i][v]);
@@ -155,7 +161,7 @@ template <int Ranks>
 __attribute__((noinline)) void outer_tile(float* g, const float* h, int64_t ldh, const float* x, int64_t m) {
     Vec acc[Ranks][kTileVecs];
     for (int j = 0; j < Ranks; ++j) {
-        for (int v = 0; v < kTileVecs; ++v) acc[j][v] = load(g + j * kTile + v * kWidth);
+        for (int v = 0; v < kTileVecs; ++v) acc[j][v] = Vec{};
     }
     for (int64_t i = 0; i < m; ++i) {
         Vec xv[kTileVecs];
@@ -166,7 +172,10 @@ __attribute__((noinline)) void outer_tile(float* g, const float* h, int64_t ldh,
         }
     }
     for (int j = 0; j < Ranks; ++j) {
-        for (int v = 0; v < kTileVecs; ++v) store(g + j * kTile + v * kWidth, acc[j][v]);
+        for (int v = 0; v < kTileVecs; ++v) {
+            float* to = g + j * kTile + v * kWidth;
+            store(to, load(to) + acc[j][v]);
+        }
     }
 }
 
