@@ -372,22 +372,6 @@ int64_t largest_rank(const Problem& p) {
     return largest;
 }
 
-template <class T>
-void base_of(const Problem& p, int64_t begin, int64_t end) {
-    const auto* weight = static_cast<const T*>(p.weight);
-    if (p.dy == nullptr) {
-        base_forward(static_cast<const T*>(p.x), weight, static_cast<const T*>(p.bias),
-                     static_cast<T*>(p.y), p.m, p.k, p.n, begin, end);
-    } else {
-        base_backward(static_cast<const T*>(p.dy), weight, static_cast<T*>(p.dx), p.m, p.k, p.n,
-                      begin, end);
-    }
-}
-
-void base_columns(const Problem& p, int64_t begin, int64_t end) {
-    p.bf16 ? base_of<bf16>(p, begin, end) : base_of<float>(p, begin, end);
-}
-
 void forward_rows(const Problem& p, const Scratch& s, int64_t begin, int64_t end) {
     const int64_t largest = largest_rank(p);
     for_each_item(p, s, begin, end, [&](const Item& item) {

@@ -9,6 +9,7 @@
 
 #include <type_traits>
 
+#include "cpu/gated_lora.h"
 #include "cpu/vec.h"
 
 namespace {
@@ -92,6 +93,22 @@ void base_backward(const T* dy, const T* weight, T* dx, int64_t m, int64_t k, in
             for (int i = 0; i < kRows; ++i) store_part(to[i] + c, acc[i], count);
         }
     }
+}
+
+template <class T>
+void base_of(const fedms::Problem& p, int64_t begin, int64_t end) {
+    const auto* weight = static_cast<const T*>(p.weight);
+    if (p.dy == nullptr) {
+        base_forward(static_cast<const T*>(p.x), weight, static_cast<const T*>(p.bias),
+                     static_cast<T*>(p.y), p.m, p.k, p.n, begin, end);
+    } else {
+        base_backward(static_cast<const T*>(p.dy), weight, static_cast<T*>(p.dx), p.m, p.k, p.n,
+                      begin, end);
+    }
+}
+
+void base_columns(const fedms::Problem& p, int64_t begin, int64_t end) {
+    p.bf16 ? base_of<bf16>(p, begin, end) : base_of<float>(p, begin, end);
 }
 
 }  // namespace

@@ -29,7 +29,10 @@ needs_native = pytest.mark.skipif(not native.available(), reason="the extension 
         (torch.bfloat16, torch.bfloat16),
     ],
 )
-@pytest.mark.parametrize("shape", [(197, 384, 384), (100, 100, 600), (10, 64, 6000), (2500, 64, 64)])
+@pytest.mark.parametrize(
+    "shape",
+    [(197, 384, 384), (100, 100, 600), (10, 64, 6000), (2500, 64, 64)],  # long sums too
+)
 @pytest.mark.parametrize("fast_bf16", [True, False])
 def test_error_is_not_worse_than_pefts(base, adapter, shape, fast_bf16, monkeypatch):
     monkeypatch.setattr(native, "_FAST_BF16", fast_bf16)
