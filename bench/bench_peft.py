@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable
 
 import pytest
-import torch
+from interleaved import Clock, add_options, measure, set_up
 from peft_cases import LAYERS, MODELS, SETTINGS, check, pair, saved_bytes, step
 
 SIDES = ["peft", "fedms"]
@@ -44,27 +42,11 @@ def test_step(benchmark, name, setting, side):
     _bench(benchmark, name, setting, side, rounds=7)
 
 
-def measure(
-    steps: dict[str, Callable[[], float]], seconds: float, clock: Callable[[], float]
-) -> dict[str, list[float]]:
-    """Seconds of every round of both sides in turn, at least 5 rounds after one to warm up."""
-    times: dict[str, list[float]] = {side: [] for side in steps}
-    for run in steps.values():
-        run()
-    start = time.perf_counter()
-    while len(times["peft"]) < 5 or time.perf_counter() - start < seconds:
-        for side, run in steps.items():
-            begin = clock()
-            run()
-            times[side].append(clock() - begin)
-    return times
-
-
-def line(name: str, setting: str, seconds: float, clock: Callable[[], float]) -> str:
+def line(name: str, setting: str, seconds: float, clock: Clock) -> str:
     difference = check(name, setting)
     sides = pair(name, setting)
     kept = {side: saved_bytes(training) for side, training in sides.items()}
-    times = measure({side: step(sides[side]) for side in SIDES}, seconds, clock)
+    times = measure({side: step(sides[side]) for side in SIDES}, seconds, 5, clock)
     medians = {side: statistics.median(values) for side, values in times.items()}
     each = sorted(p / f for p, f in zip(times["peft"], times["fedms"], strict=True))
     low, high = each[len(each) // 4], each[-1 - len(each) // 4]
@@ -79,17 +61,10 @@ def line(name: str, setting: str, seconds: float, clock: Callable[[], float]) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seconds", type=float, default=4.0, help="time a row")
-    parser.add_argument("--match", default="", help="only rows whose name contains this")
+    add_options(parser, seconds=4.0)
     parser.add_argument("--settings", nargs="+", default=SETTINGS, choices=SETTINGS)
-    parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--cpu", action="store_true", help="processor time of this thread")
     args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    if args.cpu:
-        torch.autograd.set_multithreading_enabled(False)
-    clock = time.thread_time if args.cpu else time.perf_counter
+    clock = set_up(args)
     print(
         "| step | setting | peft, ms | fedms, ms | peft / fedms (quartiles) | peft saves, MB | "
         "fedms saves, MB | less | loss curves differ by | rounds |"

@@ -180,14 +180,18 @@ def _gate_by_xlora(model: nn.Module, gates: Tensor) -> None:
 _Built = tuple[nn.Module, Callable[[nn.Module], Tensor], tuple[int, int], list[str] | str]
 
 
+def _inputs(x: Tensor, model: nn.Module) -> Tensor:
+    """A copy of x in the frozen weights' dtype that requires a gradient."""
+    dtype = next(p for p in model.parameters() if not p.requires_grad).dtype
+    return x.to(dtype, copy=True).requires_grad_()
+
+
 def _layer(batch: int, tokens: int, k: int, n: int) -> _Built:
     x = torch.randn(batch, tokens, k)
     target = torch.randn(batch, tokens, n)
 
     def loss(model: nn.Module) -> Tensor:
-        dtype = next(p for p in model.parameters() if not p.requires_grad).dtype
-        inputs = x.to(dtype, copy=True).requires_grad_()
-        return (model(inputs).float() - target).square().mean()
+        return (model(_inputs(x, model)).float() - target).square().mean()
 
     return nn.Sequential(nn.Linear(k, n)), loss, (batch, tokens), ["0"]
 
@@ -204,9 +208,8 @@ def _clip(batch: int) -> _Built:
     pixels, target = torch.randn(batch, 3, 224, 224), torch.randn(batch, 768)
 
     def loss(model: nn.Module) -> Tensor:
-        dtype = next(p for p in model.parameters() if not p.requires_grad).dtype
-        inputs = pixels.to(dtype, copy=True).requires_grad_()
-        return (model(pixel_values=inputs).pooler_output.float() - target).square().mean()
+        outputs = model(pixel_values=_inputs(pixels, model))
+        return (outputs.pooler_output.float() - target).square().mean()
 
     return model, loss, (batch, 197), ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 

@@ -15,10 +15,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable
 
-import torch
 from gated_lora_cases import (
     DECODING,
     SHAPES,
@@ -30,25 +27,9 @@ from gated_lora_cases import (
     rows,
     tiny_rows,
 )
+from interleaved import add_options, measure, set_up
 
 ROWS = ["peft", "stacked", "native"]
-
-
-def measure(
-    found: dict[str, Callable[[], object]],
-    seconds: float,
-    rounds: int,
-    clock: Callable[[], float],
-) -> dict[str, list[float]]:
-    """Seconds of every round of every row, at least `rounds` of them."""
-    times: dict[str, list[float]] = {name: [] for name in found}
-    start = time.perf_counter()
-    while len(times["frozen"]) < rounds or time.perf_counter() - start < seconds:
-        for name, run in found.items():
-            begin = clock()
-            run()
-            times[name].append(clock() - begin)
-    return times
 
 
 def line(case: Case, times: dict[str, list[float]]) -> str:
@@ -75,17 +56,10 @@ def line(case: Case, times: dict[str, list[float]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--smoke", action="store_true", help="two small shapes")
-    parser.add_argument("--seconds", type=float, default=2.0, help="time a case")
+    add_options(parser, seconds=2.0)
     parser.add_argument("--rounds", type=int, default=9, help="at least so many, 2 or more")
-    parser.add_argument("--match", default="", help="only cases whose name contains this")
-    parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--cpu", action="store_true", help="processor time of this thread")
     args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    if args.cpu:
-        torch.autograd.set_multithreading_enabled(False)
-    clock = time.thread_time if args.cpu else time.perf_counter
+    clock = set_up(args)
     print(
         "| case | frozen, ms | peft | stacked | native | stacked / native | extra, native / peft "
         "| over cast |"
