@@ -160,7 +160,7 @@ void put(void* out, int64_t at, float value, bool bf16) {
 
 // One expert's gradient from the chunks' partials, tiles [begin, end). dA is stored as it is
 // summed, dB transposed.
-void reduce(const Chunks& chunks, const Problem& p, int64_t tile, int64_t e, bool is_a,
+void outer_sum(const Chunks& chunks, const Problem& p, int64_t tile, int64_t e, bool is_a,
             int64_t begin, int64_t end, void* out) {
     const int64_t columns = is_a ? p.k : p.n, all = p.ranks[p.num_experts];
     const int64_t r0 = p.ranks[e], r = p.ranks[e + 1] - r0;
@@ -223,11 +223,11 @@ void backward(const Problem& p, int64_t threads, void* const* da_out, void* cons
     parallel_for(parts, [&](int64_t i) {
         for (int64_t e = 0; e < p.num_experts; ++e) {
             if (p.want_da[e]) {
-                reduce(chunks, p, rows.tile, e, true, a_tiles * i / parts,
+                outer_sum(chunks, p, rows.tile, e, true, a_tiles * i / parts,
                        a_tiles * (i + 1) / parts, da_out[e]);
             }
             if (p.want_db[e]) {
-                reduce(chunks, p, rows.tile, e, false, b_tiles * i / parts,
+                outer_sum(chunks, p, rows.tile, e, false, b_tiles * i / parts,
                        b_tiles * (i + 1) / parts, db_out[e]);
             }
         }

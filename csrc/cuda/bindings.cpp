@@ -2,7 +2,7 @@
 // allocation, the order of the launches and autograd are Python's (fedms/kernels/cuda.py).
 //
 //   Call(...)                            what a call is: experts, routing, dropout, device, stream
-//   project, expand, combine, reduce     one launch each (reduce: two with splits)
+//   shrink, expand, combine, outer       one launch each (outer: two with splits)
 //   expert_words(...), upload(...)       tables that do not fit a launch's parameters
 //   state()                              whether it can run, in words
 //
@@ -18,8 +18,8 @@
 
 #include "cuda/combine.cuh"
 #include "cuda/expand.cuh"
-#include "cuda/project.cuh"
-#include "cuda/reduce.cuh"
+#include "cuda/outer.cuh"
+#include "cuda/shrink.cuh"
 #include "cuda/upload.cuh"
 #ifdef FEDMS_CUDA_HOST
 #include "fibres.h"
@@ -168,10 +168,10 @@ struct Call {
     }
 };
 
-void project(const Call& call, int64_t in, int64_t out, int splits, int64_t per_split,
+void shrink(const Call& call, int64_t in, int64_t out, int splits, int64_t per_split,
              bool from_b) {
-    call.run(fedms::launch_project,
-             fedms::Project{call.problem, pointer<const void>(in), pointer<float>(out),
+    call.run(fedms::launch_shrink,
+             fedms::Shrink{call.problem, pointer<const void>(in), pointer<float>(out),
                             from_b ? call.n : call.k, per_split, splits, from_b, call.dtype});
 }
 
@@ -189,9 +189,9 @@ void combine(const Call& call, int64_t partial, int splits, int64_t u, int64_t h
                             pointer<const float>(h), pointer<float>(dg), splits});
 }
 
-void reduce(const Call& call, int64_t in, int64_t ranks, int64_t partial, int splits, bool to_b) {
-    call.run(fedms::launch_reduce,
-             fedms::Reduce{call.problem, pointer<const void>(in), pointer<const float>(ranks),
+void outer(const Call& call, int64_t in, int64_t ranks, int64_t partial, int splits, bool to_b) {
+    call.run(fedms::launch_outer,
+             fedms::Outer{call.problem, pointer<const void>(in), pointer<const float>(ranks),
                            pointer<float>(partial), to_b ? call.n : call.k, call.total_ranks,
                            splits, to_b, call.dtype});
 }
@@ -225,10 +225,10 @@ PYBIND11_MODULE(_C_cuda, m) {
                       const Ints&, const Ints&, const Ints&, const std::vector<double>&, int64_t,
                       int64_t, int, int64_t, int64_t, int64_t, int, int,
                       const std::array<int64_t, 5>&, double, int64_t>());
-    m.def("project", &project, unlocked);
+    m.def("shrink", &shrink, unlocked);
     m.def("expand", &expand, unlocked);
     m.def("combine", &combine, unlocked);
-    m.def("reduce", &reduce, unlocked);
+    m.def("outer", &outer, unlocked);
     m.def("upload", &upload, unlocked);
     m.def("expert_words", &expert_words);
     m.def("state", &state);

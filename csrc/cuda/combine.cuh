@@ -1,4 +1,4 @@
-// Between the backward pass's projection and what uses u: add up its splits, and
+// Between the backward pass's shrink and what uses u: add up its splits, and
 //
 //   dg[m, e] = scale_e * sum over j of h[m, j] u[m, j]
 //
@@ -11,7 +11,7 @@ namespace fedms {
 
 struct Combine {
     Problem problem;
-    const float* partial;  // [splits, M, width], from project
+    const float* partial;  // [splits, M, width], from shrink
     float* u;              // [M, width]; the partial itself with one split
     const float* h;        // [M, width]; null: no dg
     float* dg;             // [M, E] or [M, top_k], zeros

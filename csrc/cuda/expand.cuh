@@ -4,7 +4,7 @@
 //   backward   dx[m, k] += undrop(sum over j of coef(m, e(j)) u[m, j] A[j, k]) columns = K
 //
 // with coef = gate * scale. A block owns a tile of kRows rows that use the same experts and a strip
-// of columns; it sums all of their experts in fp32 and rounds once. A split projection is added up
+// of columns; it sums all of their experts in fp32 and rounds once. A split shrink is added up
 // here, so that a decoding step is two launches.
 #pragma once
 
@@ -14,7 +14,7 @@ namespace fedms {
 
 struct Expand {
     Problem problem;
-    const float* h;  // [splits, M, width], from project
+    const float* h;  // [splits, M, width], from shrink
     float* sum;      // null, or [M, width]: h summed over the splits, for the backward pass
     void* out;       // [M, columns]
     std::int64_t columns;

@@ -6,12 +6,12 @@ thread, and compile for sm_80 to sm_100. So no plan chooses this backend; name i
 Shape suffixes: M rows, K in, N out, R the sum of the experts' ranks, E experts, k experts a token,
 r the width of a row of h (R; with segments the most that a row uses; k * max r_e with expert_idxs).
 
-    forward    project  h = drop(x) Aᵀ       [M, r] fp32     x and A read
+    forward    shrink   h = drop(x) Aᵀ       [M, r] fp32     x and A read
                expand   y += (coef * h) Bᵀ   [M, N]          y and B read, y written, one rounding
-    backward   project  u = dy B             [M, r] fp32
-               combine  dg, and u of a split projection
+    backward   shrink   u = dy B             [M, r] fp32
+               combine  dg, and u of a split shrink
                expand   dx += undrop((coef * u) A)
-               reduce   dA = (coef * u)ᵀ drop(x), dB = dyᵀ (coef * h)    trainable experts only
+               outer    dA = (coef * u)ᵀ drop(x), dB = dyᵀ (coef * h)    trainable experts only
 
 x, base result and dy share one dtype, fp32, bf16 or fp16; adapters and gates have any of these;
 products and sums are fp32. No atomics: two runs are bit-equal. Launches go to the current stream,
@@ -157,8 +157,8 @@ class _Call:
         capturing = self._runtime.capturing()
         return _tables.resident(words, device, stream, capturing, self._runtime.module.upload)
 
-    def project(self, in_MC: Tensor, out_Mr: Tensor | None, *, from_b: bool) -> Tensor:
-        """in A_eᵀ, or in B_e: [splits, M, r] fp32, its sum over splits being the projection.
+    def shrink(self, in_MC: Tensor, out_Mr: Tensor | None, *, from_b: bool) -> Tensor:
+        """in A_eᵀ, or in B_e: [splits, M, r] fp32, its sum over splits being the result.
 
         Few rows split the columns, so that there are blocks for every multiprocessor. One split is
         written to out_Mr, if there is one.
@@ -171,7 +171,7 @@ class _Call:
         if splits > 1 or out_Mr is None:
             out_Mr = in_MC.new_empty((splits, self.m, self.width), dtype=torch.float32)
         out_sMr = out_Mr.view(splits, self.m, self.width)
-        self._runtime.module.project(
+        self._runtime.module.shrink(
             self._call, in_MC.data_ptr(), out_sMr.data_ptr(), splits, per_split * self.strip, from_b
         )
         return out_sMr
@@ -201,7 +201,7 @@ class _Call:
         )  # fmt: skip
         return u_Mr
 
-    def reduce(
+    def outer(
         self, in_MC: Tensor, ranks_Mr: Tensor, grads: Sequence[Tensor], *, to_b: bool
     ) -> None:
         """dA_e, or dB_e, of the experts whose gradient was given to the constructor."""
@@ -214,7 +214,7 @@ class _Call:
         if splits > 1:
             total = sum(g.shape[0] for g in self._alive[0])
             partial = in_MC.new_empty((splits, total, columns), dtype=torch.float32)
-        self._runtime.module.reduce(
+        self._runtime.module.outer(
             self._call, in_MC.data_ptr(), ranks_Mr.data_ptr(),
             0 if partial is None else partial.data_ptr(), splits, to_b,
         )  # fmt: skip
@@ -255,7 +255,7 @@ def _forward(
     )
     h_Mr = x.new_empty((call.m, call.width) if save_h else (0,), dtype=torch.float32)
     if call.m and call.width:
-        h_sMr = call.project(x, h_Mr if save_h else None, from_b=False)
+        h_sMr = call.shrink(x, h_Mr if save_h else None, from_b=False)
         call.expand(h_sMr, h_Mr if save_h else None, y_MN, from_b=True)
     return y_MN, h_Mr
 
@@ -279,14 +279,14 @@ def _backward(
     )  # fmt: skip
     u_Mr = dg  # nobody reads it where it stays that
     if call.m and call.width and (need_dx or need_dg or any(need_dA)):
-        u_sMr = call.project(dy, None, from_b=True)
+        u_sMr = call.shrink(dy, None, from_b=True)
         u_Mr = call.combine(u_sMr, h if need_dg else None, dg)
         if need_dx:
             call.expand(u_Mr.unsqueeze(0), None, dx_MK, from_b=False)
     if x is not None and any(need_dA):
-        call.reduce(x.contiguous(), u_Mr, dA, to_b=False)
+        call.outer(x.contiguous(), u_Mr, dA, to_b=False)
     if h is not None and any(need_dB):
-        call.reduce(dy, h, dB, to_b=True)
+        call.outer(dy, h, dB, to_b=True)
     if need_dg and gates is not None:
         dg = (dg.sum(0) if gates.dim() == 1 else dg).to(gates.dtype)
     return dx_MK, dg, dA, dB

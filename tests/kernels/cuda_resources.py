@@ -19,7 +19,7 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 DTYPES = {"f": "fp32", "6__half": "fp16", "13__nv_bfloat16": "bf16"}
 NVCC, PTXAS = shutil.which("nvcc"), shutil.which("ptxas")
 _KERNEL = re.compile(
-    r"\d(project|expand|reduce|finish|combine|upload)"
+    r"\d(shrink|expand|outer_sum|outer|combine|upload)"
     r"(?:I(f|6__half|13__nv_bfloat16)(?:Li(\d)E)?(?:Lb(\d)E)?E)?E?v?NS_"
 )
 _REPORT = re.compile(

@@ -10,7 +10,7 @@ from cuda_resources import ARCHITECTURES, NVCC, PTXAS, Kernel, measure, measure_
 pytestmark = pytest.mark.skipif(NVCC is None or PTXAS is None, reason="nvcc is not installed")
 STATIC_SHARED = 48 * 1024
 REGISTER_FILE = 65536
-THREADS = {"project": 256, "expand": 128, "reduce": 128, "finish": 256, "combine": 256,
+THREADS = {"shrink": 256, "expand": 128, "outer": 128, "outer_sum": 256, "combine": 256,
            "upload": 128}  # fmt: skip
 
 
@@ -20,7 +20,7 @@ def kernels() -> list[Kernel]:
 
 
 def test_every_kernel_was_compiled_for_every_architecture(kernels):
-    """3 dtypes of project and reduce, 3 x 3 of expand, finish, combine, upload."""
+    """3 dtypes of shrink and outer, 3 x 3 of expand, outer_sum, combine, upload."""
     for architecture in ARCHITECTURES:
         names = [k.name for k in kernels if k.architecture == architecture]
         assert len(names) == len(set(names)) == 18
@@ -64,9 +64,9 @@ def test_a_spill_would_be_seen(tmp_path: Path):
 
 
 def test_a_report_without_shared_memory_is_read():
-    text = """ptxas info    : Compiling entry function '_ZN5fedms1_6finishENS_6ReduceE' for 'sm_90'
-ptxas info    : Function properties for _ZN5fedms1_6finishENS_6ReduceE
+    text = """ptxas info : Compiling entry function '_ZN5fedms1_9outer_sumENS_5OuterE' for 'sm_90'
+ptxas info    : Function properties for _ZN5fedms1_9outer_sumENS_5OuterE
     8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads
 ptxas info    : Used 32 registers, used 0 barriers
 """
-    assert parse(text) == [Kernel("finish", "sm_90", 32, 8, 16, 0)]
+    assert parse(text) == [Kernel("outer_sum", "sm_90", 32, 8, 16, 0)]

@@ -240,7 +240,7 @@ def test_too_many_experts_need_a_table(module):
 
 
 @pytest.mark.parametrize(
-    ("file", "barrier"), [("project.cu", 0), ("project.cu", 1), ("expand.cu", 0), ("reduce.cu", 1)]
+    ("file", "barrier"), [("shrink.cu", 0), ("shrink.cu", 1), ("expand.cu", 0), ("outer.cu", 1)]
 )
 def test_a_missing_barrier_is_seen(tmp_path, host, file, barrier):
     """Controls of the host build: one __syncthreads() taken out, and results are wrong."""

@@ -139,7 +139,7 @@ def test_more_ranks_than_a_program_takes(force):
 
 
 def test_few_rows_split_the_columns(force, monkeypatch):
-    """One row tile and many columns: several programs share them, finish adds their sums."""
+    """One row tile and many columns: several programs share them, combine adds their sums."""
     force(replace(choice("split"), shrink=Tiles(16, 0, 16, 4, 2)))
     monkeypatch.setattr(backend, "_multiprocessors", lambda device: 8)
     for gates in ("token", None):

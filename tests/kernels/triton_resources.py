@@ -43,7 +43,7 @@ TARGETS = {
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PAIRS = [("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "fp32")]
-KERNELS = ("shrink_kernel", "finish_kernel", "linear_kernel", "outer_kernel", "reduce_kernel")
+KERNELS = ("shrink_kernel", "combine_kernel", "expand_kernel", "outer_kernel", "outer_sum_kernel")
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Row:
             return f"spills {self.spilled} bytes"
         if self.shared > limit:
             return f"wants {self.shared} bytes of shared memory, there are {limit}"
-        gemm = self.kernel == "linear_kernel" and self.launch.startswith("bf16/bf16 128x")
+        gemm = self.kernel == "expand_kernel" and self.launch.startswith("bf16/bf16 128x")
         if self.target == "sm_90" and gemm and " gemm" in self.launch and not self.wgmma:
             return "no wgmma"
         return ""

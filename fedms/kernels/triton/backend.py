@@ -8,9 +8,9 @@ cast to; every sum is fp32.
 
 Launches of a call with R <= 128, no segments, no dropout, whose experts are one matrix:
 
-    forward    fused: 1        extend: 2 (shrink, linear)        split: torch's GEMM + 2
-    backward   fused: linear (dx, u), outer + reduce for dB, the same for dA, finish for dg
-               extend: outer (dB, u), reduce, finish, linear, outer + reduce for dA
+    forward    fused: 1        extend: 2 (shrink, expand)        split: torch's GEMM + 2
+    backward   fused: expand (dx, u), outer + outer_sum for dB, the same for dA, combine for dg
+               extend: outer (dB, u), outer_sum, combine, expand, outer + outer_sum for dA
 
 h [M, W] in c is what forward keeps: ungated, so that dg is exact at a gate of zero.
 """
@@ -29,14 +29,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fedms.kernels.packing import stack_columns, stack_rows
 from fedms.kernels.tiles import Choice, Tiles, choose
-from fedms.kernels.triton.finish import finish_kernel
+from fedms.kernels.triton.combine import combine_kernel
+from fedms.kernels.triton.expand import expand_kernel
 from fedms.kernels.triton.layout import Layout, layout, rank_block
-from fedms.kernels.triton.linear import linear_kernel
-from fedms.kernels.triton.outer import outer_kernel, reduce_kernel
+from fedms.kernels.triton.outer import outer_kernel, outer_sum_kernel
 from fedms.kernels.triton.shrink import shrink_kernel
 
-_REDUCED_AT_ONCE = 8
-"""Gradients that one reduce launch writes; a compiled kernel for each count up to it."""
+_SUMMED_AT_ONCE = 8
+"""Gradients that one outer_sum launch writes; a compiled kernel for each count up to it."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def forward(
     if strategy != "fused":
         p_MW = call.empty(m, call.layout.width)
         _shrink(call, x, A_RK, A_RK.stride(), p_MW, h_MW if save_h else None, drop=True)
-    _linear(
+    _expand(
         call, call.choice.linear, x, weight, bias, y_MN, A_RK, A_RK.stride(), B_NR,
         B_NR.stride()[::-1], p_MW, h_MW if save_h else None,
         base="add" if strategy == "split" else "gemm", fused=strategy == "fused", drop=False,
@@ -194,7 +194,7 @@ def _run_backward(
         wanted = (B_NR, b_strides) if need_u and not u_from_dx else None
         partial_u = _outer(call, dy, h, dB, need_dB, gate=True, drop=False, b=wanted)
     if partial_u is not None:
-        _finish(call, partial_u, ug_MW, h, dg)
+        _combine(call, partial_u, ug_MW, h, dg)
     elif need_u and not u_from_dx:
         _shrink(call, dy, B_NR, b_strides, ug_MW, u_MW, drop=False)
     if need_dx:
@@ -204,12 +204,12 @@ def _run_backward(
         elif strategy == "split":
             base = "add"
             torch.mm(dy, weight, out=dx)
-        _linear(
+        _expand(
             call, call.choice.dx, dy, None if weight is None else weight.t(), None, dx, B_NR,
             b_strides, A_RK, a_strides, ug_MW, u_MW, base=base, fused=u_from_dx, drop=True,
         )  # fmt: skip
     if partial_u is None and u_MW is not None:
-        _finish(call, u_MW, None, h, dg)
+        _combine(call, u_MW, None, h, dg)
     if any(need_dA):
         assert x is not None
         x = x if x.stride(-1) == 1 else x.contiguous()
@@ -268,10 +268,10 @@ def _shrink(
         num_warps=tiles.warps, num_stages=tiles.stages, **call.routing(), **call.dropout(drop),
     )  # fmt: skip
     if split > 1:
-        _finish(call, partial, gated, None, None, raw=raw)
+        _combine(call, partial, gated, None, None, raw=raw)
 
 
-def _linear(
+def _expand(
     call: _Call, tiles: Tiles, x: Tensor, w: Tensor | None, bias: Tensor | None, y: Tensor,
     a: Tensor, a_strides: Sequence[int], b: Tensor, b_strides: Sequence[int], p: Tensor | None,
     raw: Tensor | None, *, base: str, fused: bool, drop: bool,
@@ -298,7 +298,7 @@ def _linear(
     grid = _ceil_div(m, tiles.block_m) * _ceil_div(o, tiles.block_n)
     if tiles.persistent:
         grid = min(grid, _multiprocessors(x.device))
-    linear_kernel[(grid,)](
+    expand_kernel[(grid,)](
         x_ptr=x_arg, w_ptr=w_arg, bias_ptr=x if bias is None else bias, y_ptr=y, a_ptr=a_arg,
         b_ptr=b, raw_ptr=y if raw is None else raw, p_ptr=call.empty(0) if p is None else p,
         piece_ptr=pieces, piece_offset_ptr=offsets, M=m, C=c, N=o, R=call.layout.total,
@@ -345,9 +345,9 @@ def _outer(
             **call.routing(), **call.dropout(drop),
         )  # fmt: skip
     outs = [grad for grad, wanted in zip(grads, need, strict=True) if wanted]
-    for first in range(0, len(outs), _REDUCED_AT_ONCE):
-        group = tuple(outs[first : first + _REDUCED_AT_ONCE])
-        reduce_kernel[(_ceil_div(c, 128), len(group))](
+    for first in range(0, len(outs), _SUMMED_AT_ONCE):
+        group = tuple(outs[first : first + _SUMMED_AT_ONCE])
+        outer_sum_kernel[(_ceil_div(c, 128), len(group))](
             partial_w, group, items.ranks, items.entries, items.entry_offsets, first, c,
             BLOCK_S=items.block_s, BLOCK_R=min(64, rank_block([items.max_rank])), BLOCK_C=128,
             COUNT=len(group), TRANSPOSE=gate, num_warps=4,
@@ -355,7 +355,7 @@ def _outer(
     return partial_u
 
 
-def _finish(
+def _combine(
     call: _Call, partial: Tensor, gated: Tensor | None, h: Tensor | None, dg: Tensor | None,
     *, raw: Tensor | None = None,
 ) -> None:  # fmt: skip
@@ -367,7 +367,7 @@ def _finish(
         return
     ranks = call.layout.ranks
     grid = (_ceil_div(m, block_m), len(ranks)) if items is None else (len(items), 1)
-    finish_kernel[grid](
+    combine_kernel[grid](
         partial_ptr=partial, raw_ptr=partial if raw is None else raw,
         gated_ptr=partial if gated is None else gated, h_ptr=partial if h is None else h,
         dg_ptr=partial if dg is None else dg, rank_offset_ptr=call.layout.by_rank.offset,

@@ -1,8 +1,8 @@
 """outer: one pass over d [M, C] for the weight gradients and, at wish, for u.
 
-    partial_w[item, r, c] = sum over the item's rows of p[m, r] drop(d[m, c])       (this kernel)
-    dw_e[r, c] = sum over the items that have e, in their order                     (reduce_kernel)
-    partial_u[c tile, m, r] = sum over the tile's columns of d[m, c] b[c, r]        (finish.py)
+    partial_w[item, r, c] = sum over the item's rows of p[m, r] drop(d[m, c])    (outer_kernel)
+    dw_e[r, c] = sum over the items that have e, in their order                  (outer_sum_kernel)
+    partial_u[c tile, m, r] = sum over the tile's columns of d[m, c] b[c, r]     (combine.py)
 
     dB and u from dy:  d = dy, p = h gated here, b = B; dw is dBᵀ and is transposed on the way out
     dA from x:         d = x, p = the gated u
@@ -95,7 +95,7 @@ def outer_kernel(
 
 
 @triton.jit
-def reduce_kernel(
+def outer_sum_kernel(
     partial_w_ptr, out_ptrs, rank_ptr, entry_ptr, entry_offset_ptr, first, C,
     BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
     COUNT: tl.constexpr, TRANSPOSE: tl.constexpr,

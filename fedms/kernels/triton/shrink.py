@@ -7,7 +7,7 @@ Forward: x is x and a is A, giving h. Backward: x is dy and a is B read as [R, N
 
 Bytes: M C + R C read (x once for every `BLOCK_R` ranks, and once an expert with dropout), 2 M R
 written. FLOPs: 2 M C R. Bound by x's bandwidth up to R of about 200 in bf16 on an H100.
-Few rows leave multiprocessors idle: SPLIT programs then share a row tile's columns, and finish.py
+Few rows leave multiprocessors idle: SPLIT programs then share a row tile's columns, and combine.py
 adds what they found.
 """
 

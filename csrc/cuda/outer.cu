@@ -1,5 +1,5 @@
-// See reduce.cuh.
-#include "cuda/reduce.cuh"
+// See outer.cuh.
+#include "cuda/outer.cuh"
 
 #include "cuda/dropout.cuh"
 #include "cuda/launch.cuh"
@@ -12,7 +12,7 @@ constexpr int kWarps = 4;
 constexpr int kOwn = kRows / kWarps;  // rows of a warp: warp, warp + kWarps, ...
 constexpr int kAhead = 4;             // rows a warp loads before it uses them
 
-__device__ inline void write_gradient(const Reduce& call, const Expert& expert, int rank,
+__device__ inline void write_gradient(const Outer& call, const Expert& expert, int rank,
                                       std::int64_t c, float value) {
     void* gradient = call.to_b ? expert.db : expert.da;
     const std::int64_t at = call.to_b ? c * expert.rank + rank : rank * call.columns + c;
@@ -20,7 +20,7 @@ __device__ inline void write_gradient(const Reduce& call, const Expert& expert, 
 }
 
 template <class T>
-__global__ void __launch_bounds__(32 * kWarps) reduce(const __grid_constant__ Reduce call) {
+__global__ void __launch_bounds__(32 * kWarps) outer(const __grid_constant__ Outer call) {
     constexpr int V = kVector<T>;
     struct Shared {
         Tile<V> tile;
@@ -140,14 +140,14 @@ __global__ void __launch_bounds__(32 * kWarps) reduce(const __grid_constant__ Re
     }
 }
 
-constexpr int kFinishThreads = 256;
+constexpr int kSumThreads = 256;
 
-__global__ void __launch_bounds__(kFinishThreads) finish(const __grid_constant__ Reduce call) {
+__global__ void __launch_bounds__(kSumThreads) outer_sum(const __grid_constant__ Outer call) {
     const Problem& p = call.problem;
     const Expert& expert = expert_at(p, std::int32_t(blockIdx.x / p.chunks));
     const int first = int(blockIdx.x % p.chunks) * kRanks;
     const int ranks = min(expert.rank - first, kRanks);
-    const std::int64_t c = std::int64_t(blockIdx.y) * kFinishThreads + threadIdx.x;
+    const std::int64_t c = std::int64_t(blockIdx.y) * kSumThreads + threadIdx.x;
     if ((call.to_b ? expert.db : expert.da) == nullptr || c >= call.columns) return;
     for (int j = 0; j < ranks; ++j) {
         const std::int64_t at = (std::int64_t(expert.offset) + first + j) * call.columns + c;
@@ -160,18 +160,18 @@ __global__ void __launch_bounds__(kFinishThreads) finish(const __grid_constant__
 }
 
 template <class T>
-Status dispatch(const Reduce& call, cudaStream_t stream) {
+Status dispatch(const Outer& call, cudaStream_t stream) {
     const std::int64_t units = std::int64_t(call.problem.num_experts) * call.problem.chunks;
     const Grid grid{units * call.splits, ceil_div(call.columns, Tile<kVector<T>>::kColumns)};
-    const Status status = launch("reduce", reduce<T>, grid, 32 * kWarps, stream, call);
+    const Status status = launch("outer", outer<T>, grid, 32 * kWarps, stream, call);
     if (status.error != cudaSuccess || call.partial == nullptr) return status;
-    return launch("finish", finish, Grid{units, ceil_div(call.columns, kFinishThreads)},
-                  kFinishThreads, stream, call);
+    return launch("outer_sum", outer_sum, Grid{units, ceil_div(call.columns, kSumThreads)},
+                  kSumThreads, stream, call);
 }
 
 }  // namespace
 
-Status launch_reduce(const Reduce& call, cudaStream_t stream) {
+Status launch_outer(const Outer& call, cudaStream_t stream) {
     switch (call.dtype) {
         case DType::bf16:
             return dispatch<bf16>(call, stream);

@@ -1,4 +1,4 @@
-"""linear: a GEMM whose accumulator also takes the mixture, so that y (or dx) is written once.
+"""expand: a GEMM whose accumulator also takes the mixture, so that y (or dx) is written once.
 
     y[m, o] = base[m, o] + bias[o] + sum over r of p[m, r] b[r, o]
 
@@ -8,7 +8,7 @@
 In here C is the width that is summed over and N that of y, whichever direction it is.
 
 BASE says where the base comes from: "gemm" (x [M, C] times w by strides), "add" (what y holds, a
-product of torch's or a quantised layer's), "zero". p comes from shrink or finish, or with SHRINK
+product of torch's or a quantised layer's), "zero". p comes from shrink or combine, or with SHRINK
 from this kernel itself: a second accumulator, x aᵀ, in the GEMM's own loop over C, gated after it.
 That saves reading x again and a launch, and costs R / BLOCK_N of the GEMM in repeated work, as
 every column tile computes p anew.
@@ -39,7 +39,7 @@ from fedms.kernels.triton.tile import (
 
 
 @triton.jit(do_not_specialize=["M", "seed", "threshold"])
-def linear_kernel(
+def expand_kernel(
     x_ptr, w_ptr, bias_ptr, y_ptr, a_ptr, b_ptr, raw_ptr, p_ptr,
     gates_ptr, idxs_ptr, expert_ptr, scale_ptr, piece_ptr, piece_offset_ptr,
     M, C, N, R, width,

@@ -1,10 +1,10 @@
-"""finish: sum the partial products of shrink or of the outer kernel, gate them, and reduce dg.
+"""combine: sum the partial products of shrink or of the outer kernel, gate them, and make dg.
 
     partial [S, M, width] fp32 -> raw [M, width]      p = sum over s, in order of s
                                   gated [M, width]    p * gate * scale, 0 where the pair is not
                                   dg [M, E | k] fp32  s_e * sum over the ranks of e of h p
 
-One program for BLOCK_M rows and one expert, so that dg needs no second reduction. Two runs give the
+One program for BLOCK_M rows and one expert, so that dg needs no second pass. Two runs give the
 same bits. Bytes: S M R * 4 read, up to 2 M R written.
 """
 
@@ -17,7 +17,7 @@ from fedms.kernels.triton.tile import coefficients, gated, load_piece, narrow
 
 
 @triton.jit(do_not_specialize=["M", "splits"])
-def finish_kernel(
+def combine_kernel(
     partial_ptr, raw_ptr, gated_ptr, h_ptr, dg_ptr,
     gates_ptr, idxs_ptr, expert_ptr, scale_ptr, rank_offset_ptr, items_ptr,
     M, width, splits, stride_gm, stride_ge, stride_dg,

@@ -5,14 +5,14 @@
 //
 // A block takes a chunk of kRanks ranks of one expert, a strip of columns and a slice of the
 // expert's rows. One slice: the gradient is written at once, with one rounding. Several: their
-// sums lie apart and finish adds them in a fixed order. Frozen experts' blocks return at once.
+// sums lie apart and outer_sum adds them in a fixed order. Frozen experts' blocks return at once.
 #pragma once
 
 #include "cuda/problem.cuh"
 
 namespace fedms {
 
-struct Reduce {
+struct Outer {
     Problem problem;
     const void* in;      // [M, columns]
     const float* ranks;  // [M, width], u or h
@@ -24,6 +24,6 @@ struct Reduce {
     DType dtype;        // of in
 };
 
-Status launch_reduce(const Reduce& call, cudaStream_t stream);
+Status launch_outer(const Outer& call, cudaStream_t stream);
 
 }  // namespace fedms

@@ -1,4 +1,4 @@
-// Project rows onto the experts' ranks, the first step of both directions:
+// Rows times the experts' A (or B), the first step of both directions:
 //
 //   forward    h[m, j] = sum over k of drop(x)[m, k] A[j, k]       in = x,  columns = K
 //   backward   u[m, j] = sum over n of dy[m, n] B[n, j]            in = dy, columns = N
@@ -12,7 +12,7 @@
 
 namespace fedms {
 
-struct Project {
+struct Shrink {
     Problem problem;
     const void* in;  // [M, columns]
     float* out;      // [splits, M, width]
@@ -23,6 +23,6 @@ struct Project {
     DType dtype;          // of in
 };
 
-Status launch_project(const Project& call, cudaStream_t stream);
+Status launch_shrink(const Shrink& call, cudaStream_t stream);
 
 }  // namespace fedms

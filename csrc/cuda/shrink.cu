@@ -1,5 +1,5 @@
-// See project.cuh.
-#include "cuda/project.cuh"
+// See shrink.cuh.
+#include "cuda/shrink.cuh"
 
 #include "cuda/dropout.cuh"
 #include "cuda/launch.cuh"
@@ -28,7 +28,7 @@ __device__ inline void sum_over_lanes(float (&sums)[kSums], int lane) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(32 * kWarps) project(const __grid_constant__ Project call) {
+__global__ void __launch_bounds__(32 * kWarps) shrink(const __grid_constant__ Shrink call) {
     constexpr int V = kVector<T>;
     struct Shared {
         Tile<V> tile;
@@ -110,18 +110,18 @@ __global__ void __launch_bounds__(32 * kWarps) project(const __grid_constant__ P
 
 }  // namespace
 
-Status launch_project(const Project& call, cudaStream_t stream) {
+Status launch_shrink(const Shrink& call, cudaStream_t stream) {
     const Problem& p = call.problem;
     const std::int64_t tiles =
         p.routes.num_groups < 0 ? ceil_div(p.m, kRows) * p.num_experts : p.routes.member_tiles;
     const Grid grid{tiles * p.chunks, call.splits};
     switch (call.dtype) {
         case DType::bf16:
-            return launch("project", project<bf16>, grid, 32 * kWarps, stream, call);
+            return launch("shrink", shrink<bf16>, grid, 32 * kWarps, stream, call);
         case DType::f16:
-            return launch("project", project<f16>, grid, 32 * kWarps, stream, call);
+            return launch("shrink", shrink<f16>, grid, 32 * kWarps, stream, call);
         default:
-            return launch("project", project<float>, grid, 32 * kWarps, stream, call);
+            return launch("shrink", shrink<float>, grid, 32 * kWarps, stream, call);
     }
 }
 
