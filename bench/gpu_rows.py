@@ -13,7 +13,7 @@ Shape suffixes: M rows, K in, N out, E experts, k experts a token, r one rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedms.kernels import Segments, gated_lora_linear, gated_lora_linear_reference, plan, tiles
+from fedms.kernels.agreement import BOUND, difference
 from fedms.kernels.segments import row_width
-from fedms.kernels.tune import BOUND
 
 SEED = 7
 
@@ -196,7 +196,7 @@ class Truth:
         key = (len(of.A), of.segments, of.dropout_p)  # what a case's problems differ in, but dtypes
         if key not in self._known:
             self._known[key] = self._results(of)
-        return difference(of.results(row.forward), self._known[key])
+        return difference(of.results(row.forward), self._known[key], BOUND[torch.bfloat16])
 
     def _results(self, of: Problem) -> list[Tensor]:
         try:
@@ -209,26 +209,6 @@ class Truth:
         torch.backends.cuda.matmul.allow_tf32 = False
         self.dtype = torch.float32
         return self._results(of)
-
-
-def difference(found: Iterable[Tensor], truth: Iterable[Tensor]) -> str:
-    """The first output that is off, and by how much; empty when all agree.
-
-    Relative L2 over the whole output, and over each of its rows against the root mean square row
-    with five times the bound: one wrong row among thousands would not show in the first.
-    """
-    bound = BOUND[torch.bfloat16]
-    for i, (value, right) in enumerate(zip(found, truth, strict=True)):
-        if value.shape != right.shape:
-            return f"output {i} has shape {list(value.shape)}, must have {list(right.shape)}"
-        off, size = value.to(right.dtype) - right, right.norm()
-        error = float(off.norm() / size)
-        if not error <= bound:
-            return f"output {i} is off by {error:.1e}, allowed is {bound:.0e}"
-        worst = float(off.norm(dim=1).max() / size) * len(right) ** 0.5
-        if not worst <= 5 * bound:
-            return f"a row of output {i} is off by {worst:.1e}, allowed is {5 * bound:.0e}"
-    return ""
 
 
 def _peft(of: Problem, function: Callable[..., Tensor] = peft_style) -> Row:

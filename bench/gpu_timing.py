@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 from gpu_cases import Case
-from gpu_rows import Row, Truth, default_backend, difference
+from gpu_rows import Row, Truth, default_backend
 from torch.profiler import ProfilerActivity, profile
+
+from fedms.kernels.agreement import BOUND, difference
 
 FLUSH_BYTES = 256 << 20  # several times the 50 MB of an H100's L2
 MOST_ROUNDS = 100
@@ -133,7 +135,7 @@ def capture(row: Row, device: torch.device) -> Callable[[], None]:
     graph.replay()
     torch.cuda.synchronize()
     # Where torch draws a new dropout mask at every replay, only the eager check can be made.
-    problem = "" if row.checked else difference(replayed, eager)
+    problem = "" if row.checked else difference(replayed, eager, BOUND[torch.bfloat16])
     if problem:
         raise RuntimeError(f"the graph's replay is not the eager call's result: {problem}")
     return graph.replay

@@ -25,7 +25,10 @@ KERNELS = {
         "kernels.stacked", "kernels.validate",
     },
     "kernels.plan": {"kernels.cuda", "kernels.native", "kernels.tiles", "kernels.triton"},
-    "kernels.tune": {"kernels.plan", "kernels.tiles", "kernels.triton.backend"},
+    "kernels.tune": {
+        "kernels.agreement", "kernels.plan", "kernels.tiles", "kernels.triton.backend",
+    },
+    "kernels.agreement": set(),
     "kernels.validate": {"kernels.segments"},
     "kernels.reference": {"kernels.dropout", "kernels.segments"},
     "kernels.stacked": {"kernels.dropout", "kernels.ops", "kernels.packing"},

@@ -19,13 +19,11 @@ import torch
 from torch import Tensor
 
 from fedms.kernels import plan
+from fedms.kernels.agreement import BOUND, difference
 from fedms.kernels.tiles import Choice, Shape, Tiles, device_name, heuristic
 
 Clock = Callable[[Callable[[], object]], float]
 """Median microseconds of a call."""
-
-BOUND = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
-"""Largest relative L2 error against float64 of any output, by x's dtype."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +152,7 @@ class _Race:
         what = backend if chosen is None else f"triton {_describe(direction, choice)}"
         try:
             found = _results(backend, self.args, chosen)
-            problem = _wrong(found, self.truth, self.bound)
+            problem = difference(found, self.truth, self.bound)
             if not problem:
                 forward, backward = _steps(backend, self.args, chosen)
                 time_us = self.clock(forward if direction == "forward" else backward)
@@ -227,16 +225,6 @@ def _results(backend: str, args: dict[str, Any], choice: Choice | None) -> list[
     forward, backward = _steps(backend, args, choice)
     dx, dg, dA, dB = backward()
     return [forward()[0], dx, dg, *dA, *dB]
-
-
-def _wrong(found: list[Tensor], truth: list[Tensor], bound: float) -> str:
-    for i, (value, right) in enumerate(zip(found, truth, strict=True)):
-        if right.numel() == 0:
-            continue
-        error = float((value.double() - right).norm() / right.norm())
-        if not error <= bound:
-            return f"output {i} is off by {error:.1e}, allowed is {bound:.0e}"
-    return ""
 
 
 def _describe(direction: str, choice: Choice) -> str:

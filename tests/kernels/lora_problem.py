@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -82,6 +83,21 @@ class Problem:
         return self.to(torch.float64).run(gated_lora_linear_reference)
 
 
+def on_device(problem: Problem, device: str) -> Problem:
+    def move(t: Tensor | None) -> Any:
+        return None if t is None else t.detach().to(device).requires_grad_(t.requires_grad)
+
+    return replace(
+        problem, x=move(problem.x), weight=move(problem.weight), bias=move(problem.bias),
+        A=[move(a) for a in problem.A], B=[move(b) for b in problem.B], gates=move(problem.gates),
+        expert_idxs=move(problem.expert_idxs),
+    )  # fmt: skip
+
+
+def on_cpu(got: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    return {name: None if t is None else t.cpu() for name, t in got.items()}
+
+
 def upstream(y: Tensor) -> Tensor:
     """A fixed dy of order one that bf16 holds exactly."""
     dy = torch.cos(torch.arange(y.numel(), dtype=torch.float64, device=y.device) * 0.7)
@@ -140,6 +156,30 @@ def errors(got: dict[str, Tensor | None], truth: dict[str, Tensor | None]) -> di
         norm = right.norm().item()
         out[name] = (value.double() - right).norm().item() / (norm if norm > 0 else 1.0)
     return out
+
+
+def allowed(theirs: float, base: torch.dtype, device: str) -> float:
+    """The error that is no worse than peft's: twice it, and more than the noise of few numbers.
+
+    On a GPU Triton multiplies fp32 as three TF32 products, 1e-6 where a CPU's fp32 makes 1e-7.
+    """
+    least = 1e-6 if device == "cuda" and base == torch.float32 else torch.finfo(base).eps / 2
+    return max(2 * theirs, least)
+
+
+@contextlib.contextmanager
+def without_tf32() -> Iterator[None]:
+    """torch's own products in full fp32 on a GPU.
+
+    By hand: monkeypatch undoes an attribute that `__getattr__` made by deleting it, and fails.
+    """
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def assert_close(

@@ -7,13 +7,21 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from cuda_problems import PROBLEMS, listed
-from lora_problem import Problem, assert_close, errors, make_problem
+from lora_problem import (
+    Problem,
+    assert_close,
+    errors,
+    make_problem,
+    on_cpu,
+    on_device,
+    without_tf32,
+)
 
 from fedms.kernels import cuda, gated_lora_linear, native
 
@@ -51,28 +59,18 @@ def test_importing_fedms_loads_no_cuda_module():
 
 
 def _on_gpu(problem: Problem) -> Problem:
-    def move(t: Any) -> Any:
-        return t.detach().cuda().requires_grad_(t.requires_grad) if t is not None else None
-
-    return replace(
-        problem,
-        x=move(problem.x),
-        weight=move(problem.weight),
-        bias=move(problem.bias),
-        A=[move(a) for a in problem.A],
-        B=[move(b) for b in problem.B],
-        gates=move(problem.gates),
-        expert_idxs=move(problem.expert_idxs),
-    )
-
-
-def _on_cpu(got: dict) -> dict:
-    return {name: None if t is None else t.cpu() for name, t in got.items()}
+    return on_device(problem, "cuda")
 
 
 @pytest.fixture
-def _no_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+def _no_tf32() -> Iterator[None]:
+    with without_tf32():
+        yield
+
+
+@pytest.mark.usefixtures("_no_tf32")
+def test_tf32_is_off_for_the_tests_that_ask():
+    assert torch.backends.cuda.matmul.fp32_precision == "ieee"
 
 
 @needs_gpu
@@ -81,7 +79,7 @@ def _no_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_problems(name):
     problem = PROBLEMS[name]()
-    got = _on_cpu(_on_gpu(problem.to(F32)).run("cuda"))
+    got = on_cpu(_on_gpu(problem.to(F32)).run("cuda"))
     assert_close(got, problem.truth(), 1e-5)
 
 
@@ -94,7 +92,7 @@ def test_problems(name):
 def test_dtypes(name, base, adapter):
     problem = PROBLEMS[name]()
     limits = {F32: 1e-5, BF16: 6e-3, F16: 1e-3}
-    got = _on_cpu(_on_gpu(problem.to(base, adapter)).run("cuda"))
+    got = on_cpu(_on_gpu(problem.to(base, adapter)).run("cuda"))
     assert got["y"].dtype == base
     assert got["dA0"].dtype == adapter
     assert_close(got, problem.truth(), max(limits[base], limits[adapter]))
@@ -116,9 +114,9 @@ def test_the_comparison_can_fail():
     problem = make_problem(ranks=(8, 8))
     single = problem.to(F32)
     swapped = replace(single, gates=single.gates.detach().flip(1).requires_grad_())
-    assert errors(_on_cpu(_on_gpu(swapped).run("cuda")), problem.truth())["y"] > 0.1
+    assert errors(on_cpu(_on_gpu(swapped).run("cuda")), problem.truth())["y"] > 0.1
     wrong = replace(single, A=single.A[::-1])
-    assert errors(_on_cpu(_on_gpu(wrong).run("cuda")), problem.truth())["dx"] > 0.1
+    assert errors(on_cpu(_on_gpu(wrong).run("cuda")), problem.truth())["dx"] > 0.1
 
 
 @needs_gpu
