@@ -21,7 +21,7 @@ TRITON_KERNELS = ("shrink", "finish", "linear", "outer")
 KERNELS = {
     "kernels": {"kernels.functional", "kernels.reference", "kernels.segments"},
     "kernels.functional": {
-        "kernels.dropout", "kernels.native", "kernels.plan", "kernels.segments",
+        "kernels.dropout", "kernels.experts", "kernels.native", "kernels.plan", "kernels.segments",
         "kernels.stacked", "kernels.validate",
     },
     "kernels.plan": {"kernels.cuda", "kernels.native", "kernels.tiles", "kernels.triton"},
@@ -30,15 +30,18 @@ KERNELS = {
     },
     "kernels.agreement": set(),
     "kernels.validate": {"kernels.segments"},
-    "kernels.reference": {"kernels.dropout", "kernels.segments"},
-    "kernels.stacked": {"kernels.dropout", "kernels.ops", "kernels.packing"},
-    "kernels.native": {"kernels.ops"},
+    "kernels.reference": {"kernels.dropout", "kernels.experts", "kernels.segments"},
+    "kernels.stacked": {"kernels.dropout", "kernels.experts", "kernels.ops", "kernels.packing"},
+    "kernels.native": {"kernels.experts", "kernels.ops"},
     "kernels.ops": set(),
-    "kernels.cuda": {"kernels.cuda_tables", "kernels.ops"},
+    "kernels.cuda": {"kernels.cuda_tables", "kernels.experts", "kernels.ops"},
     "kernels.cuda_tables": set(),
+    "kernels.experts": set(),
     "kernels.packing": set(),
     "kernels.tiles": set(),
-    "kernels.triton": {"kernels.ops", "kernels.segments", "kernels.triton.backend"},
+    "kernels.triton": {
+        "kernels.experts", "kernels.ops", "kernels.segments", "kernels.triton.backend",
+    },
     "kernels.triton.backend": {
         "kernels.packing", "kernels.tiles", "kernels.triton.finish", "kernels.triton.layout",
         "kernels.triton.linear", "kernels.triton.outer", "kernels.triton.shrink",

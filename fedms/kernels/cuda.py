@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedms.kernels.cuda_tables import Routes, TableCache, routes_of
+from fedms.kernels.experts import expert_ranks, takes_stacks
 from fedms.kernels.ops import define_backend
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/cuda/problem.cuh's DType
@@ -235,7 +236,7 @@ def _layout(
 def _h_like(
     x: Tensor, A: Sequence[Tensor], expert_idxs: Tensor | None, runs: Sequence[int] | None
 ) -> tuple[int, torch.dtype]:
-    width, _ = _layout([a.shape[0] for a in A], expert_idxs, runs)
+    width, _ = _layout(expert_ranks(A), expert_idxs, runs)
     return width, torch.float32
 
 
@@ -296,4 +297,4 @@ def _outputs(like: Sequence[Tensor], need: Sequence[bool]) -> list[Tensor]:
     return [t.new_empty(t.shape if want else (0,)) for t, want in zip(like, need, strict=True)]
 
 
-define_backend("cuda", _forward, _backward, dispatch_key="CUDA", h_like=_h_like)
+define_backend("cuda", *takes_stacks(_forward, _backward), dispatch_key="CUDA", h_like=_h_like)

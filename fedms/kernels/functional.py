@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from fedms.kernels import native, plan, validate
 from fedms.kernels import stacked as _stacked  # noqa: F401  (defines its ops)
 from fedms.kernels.dropout import draw_seed
+from fedms.kernels.experts import counts, expert_ranks
 from fedms.kernels.segments import Segments
 
 # Looked up once: an attribute chain through torch.ops costs more than the autograd.Function's call.
@@ -46,7 +47,7 @@ class _Spec(NamedTuple):
     """What a call is, apart from its tensors."""
 
     backend: str
-    num_experts: int
+    part_sizes: list[int]
     runs: list[int] | None
     scale: list[float]
     dropout_p: float
@@ -57,8 +58,8 @@ class _Spec(NamedTuple):
 def gated_lora_linear(
     x: Tensor,
     weight: Tensor | Callable[[Tensor], Tensor],
-    lora_A: Sequence[Tensor],
-    lora_B: Sequence[Tensor],
+    lora_A: Sequence[Tensor] | Tensor,
+    lora_B: Sequence[Tensor] | Tensor,
     *,
     gates: Tensor | None = None,
     expert_idxs: Tensor | None = None,
@@ -79,11 +80,16 @@ def gated_lora_linear(
     lora_A, lora_B: for each active expert [r_e, K] and [N, r_e], one floating dtype (fp32 adapters
         on a bf16 base are usual: then products and sum are fp32, with one rounding). Leave an
         inactive expert out: it costs nothing. A frozen one (requires_grad False) gets no gradient
-        work.
+        work. A stack of S experts in one tensor, [S, r, K] and [S, N, r], may stand where an expert
+        does, or alone instead of the sequence: one leaf with one gradient. Experts are counted
+        through, so with lora_A = [one [r, K], stack [S, r', K]] the stack's are 1 to S, and
+        Segments(offsets, [(0, 1 + s) for s in range(S)]) puts the first and a slot of the stack on
+        each of S clients' rows.
     gates: None (ones), [E], [..., E], or [..., k] beside expert_idxs. Differentiable, also at zero.
     expert_idxs: int64 [..., k]: only the listed (token, expert) pairs exist (a pair listed twice
         counts twice).
-    segments: only these rows use these experts; an expert without rows gets no gradient (None).
+    segments: only these rows use these experts; an expert without rows gets no gradient (None; in
+        a stack zeros, and None if none of the stack has rows).
     bias: [N].
     scaling: s_e: None (ones), a float, or one an expert.
     dropout_p, seed: dropout on the experts' input, a mask of its own for each expert, a function
@@ -111,8 +117,9 @@ def gated_lora_linear(
         base = F.linear(x, weight, bias)
     n = base.shape[-1] if base is not None else weight.shape[0]  # type: ignore[union-attr]
 
-    e = len(lora_A)
-    validate.check_experts(x, n, lora_A, lora_B)
+    lora_A, lora_B = validate.check_experts(x, n, lora_A, lora_B)
+    ranks = expert_ranks(lora_A)
+    e = len(ranks)
     scale = validate.check_scaling(scaling, e)
     validate.check_routing(x, e, gates, expert_idxs, segments)
     validate.check_dropout(dropout_p, seed)
@@ -121,7 +128,7 @@ def gated_lora_linear(
             f"weight(x) must be [..., N] with leading dims {list(x.shape[:-1])}, "
             f"got {list(base.shape)}"
         )
-    m, k, r = math.prod(x.shape[:-1]), x.shape[-1], sum([a.shape[0] for a in lora_A])
+    m, k, r = math.prod(x.shape[:-1]), x.shape[-1], sum(ranks)
     if 0 in (k, n, r):
         return base if base is not None else F.linear(x, weight, bias)  # type: ignore[arg-type]
     if dropout_p > 0.0 and seed is None:
@@ -130,7 +137,7 @@ def gated_lora_linear(
     out_dtype = x.dtype if base is None else base.dtype
     chosen = plan.choose(x.device, x.dtype, lora_A[0].dtype, out_dtype, backend, m, k, n, r)
     runs = None if segments is None else segments.runs()
-    spec = _Spec(chosen, e, runs, scale, dropout_p, seed or 0, base is not None)
+    spec = _Spec(chosen, counts(lora_A), runs, scale, dropout_p, seed or 0, base is not None)
     weight_NK, bias_N = (cast(Tensor, weight), bias) if base is None else (None, None)
     learnt = (x, base, gates, *lora_A, *lora_B)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in learnt):
@@ -184,8 +191,8 @@ class _GatedLora(torch.autograd.Function):
         ctx: Any, spec: _Spec, x: Tensor, weight: Tensor | None, bias: Tensor | None,
         base: Tensor | None, gates: Tensor | None, expert_idxs: Tensor | None, *experts: Tensor,
     ) -> Tensor:  # fmt: skip
-        e = spec.num_experts
-        A, B = experts[:e], experts[e:]
+        parts = len(spec.part_sizes)
+        A, B = experts[:parts], experts[parts:]
         needs = ctx.needs_input_grad
         need_A, need_B = _trainable(needs, spec)
         need_dg = gates is not None and needs[5]
@@ -214,13 +221,13 @@ class _GatedLora(torch.autograd.Function):
     def _backward(ctx: Any, dy: Tensor) -> tuple:
         spec: _Spec = ctx.spec
         x, weight, h, gates, expert_idxs, *experts = ctx.saved_tensors
-        e = spec.num_experts
+        parts = len(spec.part_sizes)
         need_dx, need_dg, need_A, need_B = ctx.wanted
         dbase = dy if spec.has_base and ctx.needs_input_grad[4] else None
         if not (need_dx or need_dg or True in need_A or True in need_B):
-            return (None, None, None, None, dbase, None, None, *(None,) * (2 * e))
+            return (None, None, None, None, dbase, None, None, *(None,) * (2 * parts))
         dx, dg, dA, dB = _op(spec.backend, "backward", dy)(
-            _rows(dy), weight, _rows(x), h, experts[:e], experts[e:], _gate_rows(gates),
+            _rows(dy), weight, _rows(x), h, experts[:parts], experts[parts:], _gate_rows(gates),
             _rows(expert_idxs), spec.runs, spec.scale, spec.dropout_p, spec.seed, need_dx,
             need_dg, need_A, need_B,
         )  # fmt: skip
@@ -239,14 +246,17 @@ class _GatedLora(torch.autograd.Function):
 
 def _trainable(needs: Sequence[bool], spec: _Spec) -> tuple[list[bool], list[bool]]:
     """Which A and B get a gradient: those that require one and, with segments, have any row."""
-    e = spec.num_experts
-    need_A, need_B = list(needs[7 : 7 + e]), list(needs[7 + e : 7 + 2 * e])
+    parts = len(spec.part_sizes)
+    need_A, need_B = list(needs[7 : 7 + parts]), list(needs[7 + parts : 7 + 2 * parts])
     if spec.runs is not None:
         used: set[int] = set()
         for i in range(0, len(spec.runs), 4):
             used.update(range(spec.runs[i + 2], spec.runs[i + 3]))
-        need_A = [need and i in used for i, need in enumerate(need_A)]
-        need_B = [need and i in used for i, need in enumerate(need_B)]
+        begin = 0
+        for i, size in enumerate(spec.part_sizes):
+            has_rows = not used.isdisjoint(range(begin, begin + size))
+            need_A[i], need_B[i] = need_A[i] and has_rows, need_B[i] and has_rows
+            begin += size
     return need_A, need_B
 
 

@@ -18,6 +18,7 @@ import ctypes
 import importlib
 import sys
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedms.kernels.experts import counts, expert_ranks
 from fedms.kernels.ops import define_backend
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -112,12 +114,11 @@ def _cuda_state() -> str:
 
 def _widths(A: Sequence[Tensor], expert_idxs: Tensor | None) -> tuple[list[int], int]:
     """Offsets [E + 1] of the experts' ranks in 0..R, and the width of a row of h."""
-    ranks = [0]
-    for a in A:
-        ranks.append(ranks[-1] + a.shape[0])
+    by_expert = expert_ranks(A)
+    ranks = [0, *accumulate(by_expert)]
     if expert_idxs is None:
         return ranks, ranks[-1]
-    return ranks, expert_idxs.shape[1] * max(a.shape[0] for a in A)
+    return ranks, expert_idxs.shape[1] * max(by_expert)
 
 
 def _h_like(
@@ -181,7 +182,7 @@ def _shared(
         row = gates.stride(0) if gates.dim() == 2 else 0
     return (
         m, k, n, dtype == torch.bfloat16, A[0].dtype == torch.bfloat16,
-        [a.data_ptr() for a in A], [b.data_ptr() for b in B], ranks, scale,
+        _addresses(A, A), _addresses(B, B), ranks, scale,
         0 if gates is None else gates.data_ptr(), row, column,
         0 if expert_idxs is None else expert_idxs.data_ptr(),
         0 if expert_idxs is None else expert_idxs.shape[1],
@@ -214,10 +215,10 @@ def forward(
     gates = None if gates is None else gates.to(torch.float32)
     expert_idxs = None if expert_idxs is None else expert_idxs.contiguous()
     if small:
-        y_from = y_MN = torch.empty((m, B[0].shape[0]), dtype=x.dtype)
+        y_from = y_MN = torch.empty((m, B[0].shape[-2]), dtype=x.dtype)
     elif base_last:
         y_from = bias
-        y_MN = torch.empty((m, B[0].shape[0]), dtype=x.dtype)
+        y_MN = torch.empty((m, B[0].shape[-2]), dtype=x.dtype)
     elif base is not None and writes_all:
         y_from = base.contiguous()
         y_MN = torch.empty_like(y_from)
@@ -258,7 +259,7 @@ def backward(
         )  # fmt: skip
         assert dx is not None
         return dx.to(dy.dtype), dg, dA, dB
-    (m, n), k = dy.shape, A[0].shape[1]
+    (m, n), k = dy.shape, A[0].shape[-1]
     dy = dy.contiguous()
     ranks, width = _widths(A, expert_idxs)
     dense = width > 0 and expert_idxs is None and runs is None
@@ -276,7 +277,7 @@ def backward(
     dA, dB = _outputs(A, need_dA), _outputs(B, need_dB)
     gates32 = None if gates is None else gates.to(torch.float32)
     expert_idxs = None if expert_idxs is None else expert_idxs.contiguous()
-    columns = len(A) if expert_idxs is None else expert_idxs.shape[1]
+    columns = len(ranks) - 1 if expert_idxs is None else expert_idxs.shape[1]
     dg = torch.zeros((m, columns), dtype=torch.float32) if need_dg else None
     shared = _shared(m, k, n, dy.dtype, A, B, gates32, expert_idxs, runs, scale, dropout_p, seed, x,
                      h, ranks, width)  # fmt: skip
@@ -287,8 +288,8 @@ def backward(
         dx_add,
         weight.data_ptr() if small else 0,  # type: ignore[union-attr]
         0 if dg is None else dg.data_ptr(),
-        [0 if g is None else g.data_ptr() for g in dA],
-        [0 if g is None else g.data_ptr() for g in dB],
+        _addresses(dA, A),
+        _addresses(dB, B),
         *shared,
     )
     if base_last:
@@ -296,6 +297,20 @@ def backward(
     if dg is not None and gates is not None:
         dg = (dg.sum(0) if gates.dim() == 1 else dg).to(gates.dtype)
     return dx_MK, dg, dA, dB
+
+
+def _addresses(parts: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[int]:
+    """Where each expert's matrix begins; 0 for those of a part that is None. Parts: contiguous."""
+    found: list[int] = []
+    for part, size in zip(parts, counts(like), strict=True):
+        if part is None:
+            found += [0] * size
+        elif part.dim() == 2:
+            found.append(part.data_ptr())
+        else:
+            begin, step = part.data_ptr(), part.stride(0) * part.element_size()
+            found += [begin + i * step for i in range(size)]
+    return found
 
 
 def _outputs(like: Sequence[Tensor], need: Sequence[bool]) -> list[Tensor | None]:

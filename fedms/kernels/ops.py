@@ -5,9 +5,10 @@ Shape suffixes: M rows, K in, N out, R the sum of the experts' ranks, E experts,
     fedms::<backend>_forward   (x_MK, W_NK | base_MN, A_e, B_e, gates) -> y_MN, h
     fedms::<backend>_backward  (dy_MN, W_NK, x_MK, h, A_e, B_e, gates) -> dx_MK, dg, dA_e, dB_e
 
-`runs` are `Segments.runs()` (None: every row uses every expert). An output that was not asked for
-is an empty tensor. h is the backend's own: its layout and dtype are read by its backward alone, and
-its entries of pairs that do not exist are never written.
+A and B are parts (fedms.kernels.experts), dA and dB one gradient a part. `runs` are
+`Segments.runs()` (None: every row uses every expert). An output that was not asked for is an empty
+tensor. h is the backend's own: its layout and dtype are read by its backward alone, and its entries
+of pairs that do not exist are never written.
 One op per direction, and one autograd.Function around them (functional.py), because a call through
 `torch.library.custom_op` with `register_autograd` costs about 31 us and this costs about 4.
 """
@@ -68,7 +69,7 @@ def define_backend(
         gates: Tensor | None, expert_idxs: Any, runs: Any, scale: Any, dropout_p: float, seed: int,
         need_dx: bool, need_dg: bool, need_dA: Sequence[bool], need_dB: Sequence[bool],
     ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
-        dx = dy.new_empty((dy.shape[0], A[0].shape[1]) if need_dx else (0,))
+        dx = dy.new_empty((dy.shape[0], A[0].shape[-1]) if need_dx else (0,))
         dg = dy.new_empty(0) if gates is None or not need_dg else gates.new_empty(gates.shape)
         dA = [a.new_empty(a.shape if need else (0,)) for a, need in zip(A, need_dA, strict=True)]
         dB = [b.new_empty(b.shape if need else (0,)) for b, need in zip(B, need_dB, strict=True)]

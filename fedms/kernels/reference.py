@@ -17,14 +17,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedms.kernels.dropout import draw_seed, keep_mask
+from fedms.kernels.experts import unstack
 from fedms.kernels.segments import Segments
 
 
 def gated_lora_linear_reference(
     x: Tensor,
     weight: Tensor | Callable[[Tensor], Tensor],
-    lora_A: Sequence[Tensor],
-    lora_B: Sequence[Tensor],
+    lora_A: Sequence[Tensor] | Tensor,
+    lora_B: Sequence[Tensor] | Tensor,
     *,
     gates: Tensor | None = None,
     expert_idxs: Tensor | None = None,
@@ -39,14 +40,15 @@ def gated_lora_linear_reference(
     x [..., K] -> [..., N] in the base result's dtype. Products and the sum are taken in the widest
     of x's, the adapters' and the gates' dtypes and rounded once. No validation.
     """
+    A, B = unstack(lora_A), unstack(lora_B)
     y = weight(x) if callable(weight) else F.linear(x, weight, bias)
     x_MK = x.reshape(-1, x.shape[-1])
-    scales = _scales(scaling, len(lora_A))
+    scales = _scales(scaling, len(A))
     if dropout_p > 0.0 and seed is None:
         seed = draw_seed()
 
     y_MN = y.reshape(-1, y.shape[-1])
-    for e, (A_rK, B_Nr) in enumerate(zip(lora_A, lora_B, strict=True)):
+    for e, (A_rK, B_Nr) in enumerate(zip(A, B, strict=True)):
         dtype = torch.promote_types(x.dtype, A_rK.dtype)
         for begin, end in _row_ranges(segments, e, x_MK.shape[0]):
             xs_MK = x_MK[begin:end].to(dtype)

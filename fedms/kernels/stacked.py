@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedms.kernels.dropout import keep_mask
+from fedms.kernels.experts import expert_ranks, takes_stacks
 from fedms.kernels.ops import define_backend
 from fedms.kernels.packing import constant, stack_columns, stack_rows
 
@@ -25,7 +26,7 @@ from fedms.kernels.packing import constant, stack_columns, stack_rows
 def _h_like(
     x: Tensor, A: Sequence[Tensor], expert_idxs: Tensor | None, runs: Sequence[int] | None
 ) -> tuple[int, torch.dtype]:
-    return sum(a.shape[0] for a in A), torch.promote_types(x.dtype, A[0].dtype)
+    return sum(expert_ranks(A)), torch.promote_types(x.dtype, A[0].dtype)
 
 
 def _forward(
@@ -245,5 +246,8 @@ def _result(grad: Tensor | None, like: Tensor, need: bool) -> Tensor:
 
 
 define_backend(
-    "stacked", _forward, _backward, dispatch_key="CompositeExplicitAutograd", h_like=_h_like
+    "stacked",
+    *takes_stacks(_forward, _backward),
+    dispatch_key="CompositeExplicitAutograd",
+    h_like=_h_like,
 )

@@ -36,27 +36,44 @@ def check_base(x: Tensor, weight: Tensor | Callable, bias: Tensor | None) -> Non
         raise ValueError(f"bias must be [{shape[0]}] {x.dtype} on {x.device}, got {_seen(bias)}")
 
 
-def check_experts(x: Tensor, n: int, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]) -> None:
-    """lora_A [r_e, K] and lora_B [N, r_e], one floating dtype, x's device. n: the base's width."""
-    if isinstance(lora_A, Tensor) or isinstance(lora_B, Tensor):
-        raise TypeError("lora_A and lora_B must be sequences, one Tensor an expert, got a Tensor")
+def check_experts(
+    x: Tensor, n: int, lora_A: Sequence[Tensor] | Tensor, lora_B: Sequence[Tensor] | Tensor
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """lora_A [r_e, K] and lora_B [N, r_e], or stacks of them, one floating dtype, x's device.
+
+    n: the base's width. Returns both as sequences of parts (fedms.kernels.experts).
+    """
+    if isinstance(lora_A, Tensor) and isinstance(lora_B, Tensor):
+        lora_A, lora_B = (lora_A,), (lora_B,)
+        if lora_A[0].dim() != 3 or lora_B[0].dim() != 3:
+            raise ValueError(
+                "lora_A and lora_B must be sequences of Tensors, or stacks [S, r, K] and "
+                f"[S, N, r], got {_seen(lora_A[0])} and {_seen(lora_B[0])}"
+            )
+    elif isinstance(lora_A, Tensor) or isinstance(lora_B, Tensor):
+        raise TypeError(
+            "lora_A and lora_B must both be sequences or both be stacks, got "
+            f"{type(lora_A).__name__} and {type(lora_B).__name__}"
+        )
     if len(lora_A) != len(lora_B):
         raise ValueError(
             f"lora_B must have one entry for each of lora_A ({len(lora_A)}), got {len(lora_B)}"
         )
     if not lora_A:
-        return
+        return lora_A, lora_B
     k, dtype, device = x.shape[-1], lora_A[0].dtype, x.device
     if not dtype.is_floating_point:
         raise ValueError(f"lora_A[0] must have a floating dtype, got {_seen(lora_A[0])}")
     for e, (a, b) in enumerate(zip(lora_A, lora_B, strict=True)):
         shape = a.shape
-        if len(shape) != 2 or shape[1] != k:
-            raise ValueError(f"lora_A[{e}] must be [r, K] with K = {k}, got {_seen(a)}")
-        if b.shape != (n, shape[0]):
+        if len(shape) not in (2, 3) or shape[-1] != k:
             raise ValueError(
-                f"lora_B[{e}] must be [N, r] = [{n}, {shape[0]}] as lora_A[{e}] has "
-                f"{shape[0]} rows, got {_seen(b)}"
+                f"lora_A[{e}] must be [r, K], or a stack [S, r, K], with K = {k}, got {_seen(a)}"
+            )
+        if b.shape != (*shape[:-2], n, shape[-2]):
+            raise ValueError(
+                f"lora_B[{e}] must be [N, r] = {[*shape[:-2], n, shape[-2]]} as lora_A[{e}] is "
+                f"{list(shape)}, got {_seen(b)}"
             )
         if a.dtype != dtype or b.dtype != dtype:
             raise ValueError(
@@ -68,6 +85,7 @@ def check_experts(x: Tensor, n: int, lora_A: Sequence[Tensor], lora_B: Sequence[
                 f"lora_A[{e}] and lora_B[{e}] must be on x's device {device}, got {a.device} and "
                 f"{b.device}"
             )
+    return lora_A, lora_B
 
 
 def check_scaling(scaling: float | Sequence[float] | Tensor | None, e: int) -> list[float]:

@@ -30,7 +30,17 @@ IDXS = torch.zeros(2, 5, 1, dtype=torch.int64)
         ({"weight": lambda x: x[..., :3], "bias": W[:, 0]}, ValueError, r"bias must be None"),
         ({"weight": lambda x: torch.zeros(9, 3)}, ValueError, r"weight\(x\) must be .* \[9, 3\]"),
         ({"bias": torch.zeros(4)}, ValueError, r"bias must be \[3\] .* got \[4\]"),
-        ({"lora_A": torch.zeros(2, 2, 4)}, TypeError, r"lora_A and lora_B must be sequences"),
+        ({"lora_A": torch.zeros(2, 2, 4)}, TypeError, r"lora_A and lora_B must both be .* list"),
+        (
+            {"lora_A": A[0], "lora_B": B[0]},
+            ValueError,
+            r"sequences of Tensors, or stacks \[S, r, K\] and \[S, N, r\], got \[2, 4\]",
+        ),
+        (
+            {"lora_A": torch.zeros(5, 2, 4), "lora_B": torch.zeros(4, 3, 2)},
+            ValueError,
+            r"lora_B\[0\] must be \[N, r\] = \[5, 3, 2\] as lora_A\[0\] is \[5, 2, 4\], got",
+        ),
         ({"lora_B": B[:1]}, ValueError, r"lora_B must have one entry .* \(2\), got 1"),
         ({"lora_A": [A[0], torch.zeros(1, 5)]}, ValueError, r"lora_A\[1\] must be .* \[1, 5\]"),
         ({"lora_B": [B[0], torch.zeros(3, 2)]}, ValueError, r"lora_B\[1\] must be .* \[3, 2\]"),

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fedms.kernels.experts import expert_ranks, takes_stacks
 from fedms.kernels.ops import define_backend
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -66,10 +67,12 @@ def _h_like(
 ) -> tuple[int, torch.dtype]:
     from fedms.kernels.segments import row_width
 
-    ranks = [a.shape[0] for a in A]
-    return row_width(ranks, runs), torch.promote_types(x.dtype, A[0].dtype)
+    return row_width(expert_ranks(A), runs), torch.promote_types(x.dtype, A[0].dtype)
 
 
 define_backend(
-    "triton", _forward, _backward, dispatch_key="CompositeExplicitAutograd", h_like=_h_like
+    "triton",
+    *takes_stacks(_forward, _backward),
+    dispatch_key="CompositeExplicitAutograd",
+    h_like=_h_like,
 )
