@@ -17,7 +17,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "fedms"
 
 # module (without `fedms.`) -> what it may import; a name ending in `.*` allows the whole subpackage
-TRITON_KERNELS = ("shrink", "finish", "linear", "outer")
+TRITON_KERNELS = ("shrink", "combine", "expand", "outer")
 KERNELS = {
     "kernels": {"kernels.functional", "kernels.reference", "kernels.segments"},
     "kernels.functional": {
@@ -43,8 +43,8 @@ KERNELS = {
         "kernels.experts", "kernels.ops", "kernels.segments", "kernels.triton.backend",
     },
     "kernels.triton.backend": {
-        "kernels.packing", "kernels.tiles", "kernels.triton.finish", "kernels.triton.layout",
-        "kernels.triton.linear", "kernels.triton.outer", "kernels.triton.shrink",
+        "kernels.packing", "kernels.tiles", "kernels.triton.combine", "kernels.triton.expand",
+        "kernels.triton.layout", "kernels.triton.outer", "kernels.triton.shrink",
     },
     "kernels.triton.layout": {"kernels.packing", "kernels.segments"},
     "kernels.triton.tile": set(),
