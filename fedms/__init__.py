@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from fedms.peft import restore as restore
     from fedms.peft import set_adapter_names as set_adapter_names
     from fedms.peft import set_gates as set_gates
-    from fedms.router import LayerRouters as LayerRouters
-    from fedms.router import RoutedModel as RoutedModel
-    from fedms.router import Router as Router
+    from fedms.peft.routers import LayerRouters as LayerRouters
+    from fedms.peft.routers import RoutedModel as RoutedModel
+    from fedms.peft.routers import Router as Router
 
 __version__ = "0.1.0"
 
 # public name -> module that defines it
 _PUBLIC = {
-    "LayerRouters": "fedms.router",
-    "RoutedModel": "fedms.router",
-    "Router": "fedms.router",
+    "LayerRouters": "fedms.peft.routers",
+    "RoutedModel": "fedms.peft.routers",
+    "Router": "fedms.peft.routers",
     "Segments": "fedms.kernels",
     "accelerate": "fedms.peft",
     "disable_peft": "fedms.peft",

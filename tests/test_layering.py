@@ -2,7 +2,7 @@
 
 fl/cli -> fl/experiment -> fl/engines, fl/report -> measures -> fl/server, fl/client
            -> fl's parts -> fl/types
-                          router -> peft -> kernels (public names only); layers -> kernels
+                          peft -> kernels (public names only); layers -> kernels
 kernels: functional -> plan -> native; functional, native, stacked -> ops; backends never import
          one another; nothing in kernels knows layers, peft or fl
 """
@@ -55,7 +55,6 @@ KERNELS = {
 SURFACE = {
     "layers": {"kernels"},
     "peft": {"kernels"},
-    "router": {"peft"},
     # these two report what is under the hood
     "doctor": {"", "kernels", "kernels.native", "kernels.plan", "kernels.tiles"},
     "tuning": {"kernels.tiles", "kernels.tune"},
@@ -75,7 +74,7 @@ FL_LEVELS = {
     "fl.cli": 6,
 }  # fmt: skip
 PARTS = 1
-BELOW_FL = {"", "kernels", "layers", "peft", "router", "doctor", "tuning"}
+BELOW_FL = {"", "kernels", "layers", "peft", "doctor", "tuning"}
 
 
 def _name(path: Path) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from fedms.peft.layer import FusedLinear
-from fedms.peft.routing import Routing
+from fedms.peft.routing import AdapterRouting
 
 _ATTRIBUTE = "_gradient_checkpointing_func"
 
@@ -58,7 +58,9 @@ def release_checkpoints(model: nn.Module) -> None:
 
 
 @contextmanager
-def _reading(layers: Sequence[FusedLinear], routings: Sequence[Routing | None]) -> Iterator[None]:
+def _reading(
+    layers: Sequence[FusedLinear], routings: Sequence[AdapterRouting | None]
+) -> Iterator[None]:
     before = [(layer._fedms_routing, layer._fedms_seen) for layer in layers]
     for layer, routing in zip(layers, routings, strict=True):
         layer._fedms_routing = layer._fedms_seen = routing

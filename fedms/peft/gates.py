@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fedms.peft.checkpointing import bind_checkpoints
 from fedms.peft.layer import FusedLinear
-from fedms.peft.routing import BASE, Gates, Routing
+from fedms.peft.routing import BASE, AdapterRouting, Gates
 
 LayerGates = Gates | Callable[[Tensor], Gates]
 
@@ -54,8 +54,8 @@ def set_gates(
         adapters = _active({name: layers[name] for name in chosen})
     names = tuple(adapters)
     _check_known(layers, names)
-    shared: dict[int, Routing] = {}
-    routings: dict[str, Routing | None] = {}
+    shared: dict[int, AdapterRouting] = {}
+    routings: dict[str, AdapterRouting | None] = {}
     for name, value in chosen.items():
         if id(value) not in shared:
             shared[id(value)] = _routing(value, names)
@@ -99,7 +99,7 @@ def set_adapter_names(model: nn.Module, names: Sequence[str | Sequence[str]] | N
     listed = tuple(dict.fromkeys(one for sample in samples for one in sample))
     _check_known(layers, listed)
     _check_all_gateable(model, listed)
-    _bind(model, dict.fromkeys(layers, Routing(samples=samples)))
+    _bind(model, dict.fromkeys(layers, AdapterRouting(samples=samples)))
 
 
 @contextmanager
@@ -120,15 +120,15 @@ def _as_before(model: nn.Module) -> Iterator[None]:
         _bind(model, before)
 
 
-def _bind(model: nn.Module, routings: Mapping[str, Routing | None]) -> None:
+def _bind(model: nn.Module, routings: Mapping[str, AdapterRouting | None]) -> None:
     for name, layer in _fused_layers(model).items():
         layer._fedms_routing = routings[name]
     bind_checkpoints(model)
 
 
-def _routing(gates: LayerGates | None, names: tuple[str, ...]) -> Routing:
+def _routing(gates: LayerGates | None, names: tuple[str, ...]) -> AdapterRouting:
     if gates is None or (callable(gates) and not isinstance(gates, Tensor)):
-        return Routing(names, gates)
+        return AdapterRouting(names, gates)
     values, idxs = gates if isinstance(gates, tuple) else (gates, None)
     if not isinstance(values, Tensor) or not values.is_floating_point():
         raise TypeError(
@@ -139,7 +139,7 @@ def _routing(gates: LayerGates | None, names: tuple[str, ...]) -> Routing:
             f"gates must have one column for each of the adapters {list(names)}, got "
             f"{list(values.shape)}"
         )
-    return Routing(names, values, idxs)
+    return AdapterRouting(names, values, idxs)
 
 
 def _fused_layers(model: nn.Module) -> dict[str, FusedLinear]:

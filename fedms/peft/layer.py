@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from fedms.kernels import gated_lora_linear
-from fedms.peft.routing import Routing
+from fedms.peft.routing import AdapterRouting
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -34,9 +34,9 @@ class Adapters(NamedTuple):
 class FusedLinear(Linear):
     """A `peft.tuners.lora.layer.Linear` whose forward is `gated_lora_linear` where it can be."""
 
-    _fedms_routing: Routing | None = None
+    _fedms_routing: AdapterRouting | None = None
     # What the last forward outside a recomputation read; see `_check_recomputation`.
-    _fedms_seen: Routing | None = None
+    _fedms_seen: AdapterRouting | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., in] -> [..., out] in the base result's dtype, as peft gives it.
@@ -57,7 +57,7 @@ class FusedLinear(Linear):
             )
         return super().forward(x, *args, **kwargs)
 
-    def _fused(self, x: Tensor, routing: Routing | None, adapters: Adapters) -> Tensor:
+    def _fused(self, x: Tensor, routing: AdapterRouting | None, adapters: Adapters) -> Tensor:
         names, A, B, scaling, dropout_p = adapters
         gates = expert_idxs = segments = None
         if routing is not None:
@@ -87,7 +87,7 @@ class FusedLinear(Linear):
             dropout_p=dropout_p,
         )
 
-    def _check_recomputation(self, routing: Routing | None) -> None:
+    def _check_recomputation(self, routing: AdapterRouting | None) -> None:
         """Raise when a checkpoint recomputes this layer with other gates than it first ran with."""
         if torch.compiler.is_compiling():
             return

@@ -1,6 +1,6 @@
 """What the fused layers of a model read in a forward: gates, top-k indices, adapters per sample.
 
-A `Routing` is immutable and bound to a layer; `fit` turns it into arguments of the op for the x at
+An `AdapterRouting` is immutable; `fit` turns it into arguments of the op for the x at
 hand. Shape suffixes: B samples, T tokens, E adapters, k adapters a token.
 """
 
@@ -29,7 +29,7 @@ class Experts(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Routing:
+class AdapterRouting:
     """Which adapters take part in a forward, with which gates, on which samples.
 
     Attributes:

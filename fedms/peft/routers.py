@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedms.peft import FusedLinear, gated
+from fedms.peft.gates import gated
+from fedms.peft.layer import FusedLinear
 
 
 class Router(nn.Module):
