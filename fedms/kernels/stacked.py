@@ -1,8 +1,12 @@
 """The plain-torch backend: all experts as one [R, K] and one [N, R] matrix. Any device, any dtype.
 
 Shape suffixes: M rows, K in, N out, R the sum of the experts' ranks, E experts, k experts a token.
-Products are taken in c = promote_types(x, A), and rounded once into the base result's dtype; where
-that is c already, the expand is one GEMM with beta = 1 into the base result.
+Products are taken in c = promote_types(x, A), and rounded once into the base result's dtype.
+
+Where that is c already and every row has experts, the base GEMM comes last: the expand writes y
+(and dx), and the GEMM adds to it with beta = 1. That saves a pass over y, as the GEMM reads it in
+its epilogue. Otherwise the base comes first and the expand adds to it; rows without experts then
+hold the base's own bits.
 
 Each `Segments` run is a slice of rows and of ranks, so a pair that does not exist costs nothing.
 Top-k routing is the dense form with zero gates here: E * r columns are cheap against the gathers
@@ -44,12 +48,14 @@ def _forward(
     seed: int,
     save_h: bool,
 ) -> tuple[Tensor, Tensor]:
-    if base is None:
-        assert weight is not None
-        y_MN = F.linear(x, weight, bias)
-    else:
-        y_MN = base.clone()  # a custom op's output must not be its input
     width, dtype = _h_like(x, A, expert_idxs, runs)
+    whole = runs is None  # one run of all rows, so y is written and not added to
+    base_last = whole and weight is not None and dtype == x.dtype
+    y_MN = None
+    if weight is not None and not base_last:
+        y_MN = F.linear(x, weight, bias)
+    elif base is not None and not whole:
+        y_MN = base.clone()  # a custom op's output must not be its input
     h_MR = x.new_empty((x.shape[0], width), dtype=dtype)
     coef = _coefficients(gates, expert_idxs, scale, x)
     ranks = _rank_offsets(A)
@@ -65,7 +71,15 @@ def _forward(
             torch.mm(xs_MK, A_RK.t(), out=h_MR[rows, columns])
         hg_MR = _gated(h_MR[rows, columns], coef, rows, first, last, ranks)
         B_NR = stack_columns(B[first:last]).to(dtype)
-        _accumulate(y_MN[rows], hg_MR, B_NR.t())
+        if y_MN is not None:
+            _accumulate(y_MN[rows], hg_MR, B_NR.t())
+        elif base is not None:
+            y_MN = _sum(base, hg_MR, B_NR.t())
+        else:
+            assert weight is not None
+            y_MN = hg_MR @ B_NR.t() if bias is None else torch.addmm(bias, hg_MR, B_NR.t())
+            y_MN.addmm_(x, weight.t())
+    assert y_MN is not None
     return y_MN, h_MR if save_h else h_MR.new_empty(0)
 
 
@@ -91,8 +105,10 @@ def _backward(
     dtype = torch.promote_types(dy.dtype, A[0].dtype)
     ranks = _rank_offsets(A)
     coef = _coefficients(gates, expert_idxs, scale, dy)
+    # Written whole where one product is all of the experts' part.
+    base_last = need_dx and runs is None and dropout_p == 0.0 and dtype == dy.dtype
     dx_MK = dy.new_empty(0)
-    if need_dx:
+    if need_dx and not base_last:
         dx_MK = dy.new_zeros((m, k)) if weight is None else dy @ weight
     dg_ME = dy.new_zeros((m, len(A)), dtype=dtype) if need_dg else None
     need_u = need_dx or need_dg or any(need_dA)
@@ -136,6 +152,10 @@ def _backward(
                 span = slice(local[e - first], local[e - first + 1])
                 part_MK = ug_MR[:, span] @ A[e].to(dtype)
                 dx_MK[rows] += _drop(part_MK, seed, e, rows.start, dropout_p)
+        elif base_last:
+            dx_MK = ug_MR @ stack_rows(A[first:last])
+            if weight is not None:
+                dx_MK.addmm_(dy, weight)
         elif need_dx:
             _accumulate(dx_MK[rows], ug_MR, stack_rows(A[first:last]).to(dtype))
 
@@ -207,6 +227,13 @@ def _accumulate(out_MN: Tensor, left_MR: Tensor, right_RN: Tensor) -> None:
         out_MN.addmm_(left_MR, right_RN)
     else:
         out_MN.add_(left_MR @ right_RN)
+
+
+def _sum(base_MN: Tensor, left_MR: Tensor, right_RN: Tensor) -> Tensor:
+    """base + left @ right as a new tensor, with one rounding into base's dtype."""
+    if base_MN.dtype == left_MR.dtype:
+        return torch.addmm(base_MN, left_MR, right_RN)
+    return torch.add(base_MN, left_MR @ right_RN, out=torch.empty_like(base_MN))
 
 
 def _drop(x_MK: Tensor, seed: int, expert: int, row_begin: int, p: float) -> Tensor:
