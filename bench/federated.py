@@ -18,10 +18,11 @@ from pathlib import Path
 import torch
 
 from fedms.fl.config import Config, load_config
-from fedms.fl.engines.local import Run, World
-from fedms.fl.progress import Progress
-from fedms.fl.report import read_rounds
-from fedms.fl.types import RoundRecord
+from fedms.fl.engines.world import World
+from fedms.fl.round import Run
+from fedms.fl.runs.progress import Progress
+from fedms.fl.runs.records import RoundRecord
+from fedms.fl.runs.report import read_rounds
 
 ROWS: dict[str, list[str]] = {
     "zero-shot": ["method=zero_shot"],

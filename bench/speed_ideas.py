@@ -23,10 +23,11 @@ from typing import Any
 
 import torch
 
+from fedms.fl import round as local
 from fedms.fl.config import load_config
-from fedms.fl.engines import local
-from fedms.fl.foundation import Foundation
-from fedms.fl.progress import Progress
+from fedms.fl.engines.world import World
+from fedms.fl.model.backbone import Foundation
+from fedms.fl.runs.progress import Progress
 
 VARIANTS: dict[str, list[str]] = {
     "all on": [],
@@ -77,7 +78,7 @@ def _measure(variant: str, settings: list[str]) -> dict[str, Any]:
         Progress(quiet=True) as progress,
         _switched(variant),
     ):
-        world = local.World(config, progress)
+        world = World(config, progress)
         local.Run(replace(config, rivals=()), world, Path(folder), progress).execute()
         lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         clients = (Path(folder) / "clients.jsonl").read_text(encoding="utf-8").splitlines()

@@ -114,8 +114,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(args: argparse.Namespace) -> None:
     from fedms.fl.config import load_config
-    from fedms.fl.experiment import start
-    from fedms.fl.progress import Progress
+    from fedms.fl.runs.folder import start
+    from fedms.fl.runs.progress import Progress
 
     settings: list[str] = args.settings
     path = Path(settings.pop(0)) if settings and "=" not in settings[0] else None
@@ -127,8 +127,8 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _resume(args: argparse.Namespace) -> None:
-    from fedms.fl.experiment import resume
-    from fedms.fl.progress import Progress
+    from fedms.fl.runs.folder import resume
+    from fedms.fl.runs.progress import Progress
 
     with Progress(quiet=args.quiet) as progress:
         resume(args.folder, progress)
@@ -136,7 +136,7 @@ def _resume(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from fedms.fl.report import write_report
+    from fedms.fl.runs.report import write_report
 
     written = write_report(args.folder)
     _print_table(args.folder)
@@ -145,8 +145,8 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _predict(args: argparse.Namespace) -> None:
-    from fedms.fl.predict import predict
-    from fedms.fl.progress import Progress
+    from fedms.fl.runs.predict import predict
+    from fedms.fl.runs.progress import Progress
 
     for found in predict(args.folder, args.client, args.texts, Progress(quiet=True)):
         weights = (
@@ -176,7 +176,7 @@ def _tune(args: argparse.Namespace) -> None:
 
 
 def _print_table(folder: Path) -> None:
-    from fedms.fl.report import comparison_table
+    from fedms.fl.runs.report import comparison_table
 
     Console(width=None if sys.stdout.isatty() else 140).print(
         comparison_table(folder, title="the last round of each method")

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedms.fl.algorithms import Stage
-from fedms.fl.experts import Gate, log_prior_of_counts
-from fedms.fl.resident import Resident
-from fedms.fl.sampling import draw_batches, generator
-from fedms.fl.types import ClientData, ClientFailure, State, Update
+from fedms.fl.data.federation import ClientData
+from fedms.fl.data.sampling import draw_batches, generator
+from fedms.fl.model.gate import Gate, log_prior_of_counts
+from fedms.fl.model.resident import Resident
+from fedms.fl.types import ClientFailure, State, Update
 
 
 def initial_kept(resident: Resident, stage: Stage, server_state: State) -> State:

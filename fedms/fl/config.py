@@ -20,7 +20,6 @@ from typing import Any, Literal
 
 import tomli_w
 
-from fedms.fl.checkpoint import replace_file
 from fedms.fl.types import ConfigError
 
 Method = Literal["fedms", "fedavg", "fedavg_ft", "local_only", "zero_shot"]
@@ -215,9 +214,9 @@ def load_config(path: Path | None = None, overrides: Iterable[str] = ()) -> Conf
     return config
 
 
-def save_config(config: Config, path: Path) -> None:
-    """Write the resolved configuration as TOML; :func:`load_config` reads it back equal."""
-    replace_file(path, tomli_w.dumps(_plain(dataclasses.asdict(config))).encode())
+def to_toml(config: Config) -> str:
+    """The resolved configuration as TOML; :func:`load_config` reads it back equal."""
+    return tomli_w.dumps(_plain(dataclasses.asdict(config)))
 
 
 def _parse(text: str) -> Any:

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from fedms.fl.config import Config, load_config
-from fedms.fl.engines.local import Run, World
-from fedms.fl.foundation import Foundation, load_foundation
-from fedms.fl.progress import Progress
+from fedms.fl.engines.world import World
+from fedms.fl.model.backbone import Foundation, load_foundation
+from fedms.fl.round import Run
+from fedms.fl.runs.progress import Progress
 
 CLASSES = {
     "lung": ["cough", "breath", "wheeze", "sputum", "chest"],

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from fedms.fl import checkpoint
 from fedms.fl.cli import main
 from fedms.fl.config import load_config
+from fedms.fl.runs import checkpoint
 
 
 @pytest.fixture
@@ -267,7 +267,7 @@ def test_all_checkpoints_damaged(settings, tmp_path, capsys):
 def test_predict_before_the_first_round_and_for_a_stranger(settings, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr("fedms.fl.engines.local.visit", lambda *_: 1 / 0)
+        patch.setattr("fedms.fl.round.visit", lambda *_: 1 / 0)
         assert main(["run", *settings, "--out", str(folder), "--quiet"]) == 2
     capsys.readouterr()
     assert main(["predict", str(folder), "--client", "client-00", "rash"]) == 2

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from fedms import __version__
 from fedms.fl.cli import main
 from fedms.fl.config import load_config
-from fedms.fl.experiment import folder_name
+from fedms.fl.runs.folder import folder_name
 
 ARGUMENTS = {
     "run": ["CONFIG.toml", "key=value", "--out DIR", "--quiet", "fedms resume DIR"],
@@ -151,14 +151,14 @@ def test_predict_prints_a_class_and_two_weights(finished, capsys, client):
 
 def test_predict_says_what_the_run_measured(finished, table, config, quiet, read_lines):
     """From the folder alone: a client's accuracy on its test texts is the last round's."""
-    from fedms.fl.engines.local import load_federation
-    from fedms.fl.predict import predict
+    from fedms.fl.engines.world import load_federation
+    from fedms.fl.runs.predict import predict
 
     federation = load_federation(config())
     last = {c["client_id"]: c for c in read_lines(finished / "clients.jsonl") if c["round"] == 4}
     for client in (*federation.clients, *federation.unseen):
         dataset = federation.dataset
-        texts = [dataset.texts[i] for i in client.test]
+        texts = [dataset.inputs[i] for i in client.test]
         names = [dataset.class_names[dataset.labels[i]] for i in client.test]
         found = predict(finished, client.client_id, texts, quiet)
         right = sum(p.class_name == name for p, name in zip(found, names, strict=True))
@@ -243,7 +243,7 @@ def test_clients_have_folders_of_their_own():
 
 
 def test_interrupt(settings, tmp_path, capsys, monkeypatch):
-    from fedms.fl.engines import local
+    from fedms.fl import round as local
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt

@@ -9,8 +9,9 @@ import torch
 from fedms.fl import client as module
 from fedms.fl.algorithms import stages_of
 from fedms.fl.client import fresh_gate, initial_kept, log_prior, visit
-from fedms.fl.engines.local import World
-from fedms.fl.types import ClientData, ClientFailure
+from fedms.fl.data.federation import ClientData
+from fedms.fl.engines.world import World
+from fedms.fl.types import ClientFailure
 
 
 class Setup:

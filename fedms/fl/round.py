@@ -1,0 +1,290 @@
+"""The local engine: a federation simulated on one machine, with one resident model.
+
+A round is: draw the cohort from (seed, round); visit each client; refuse what is no update; average
+what is shared; let SAL see the global score; score every client's model; write the metrics line;
+write the checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+from safetensors.torch import save
+
+from fedms.fl.algorithms import Stage, stages_of
+from fedms.fl.client import fresh_gate, initial_kept, visit
+from fedms.fl.config import Config, SalConfig
+from fedms.fl.data.sampling import draw_cohort
+from fedms.fl.engines.world import Outcome, World
+from fedms.fl.evaluate import Scores, evaluate, global_score, pooled_sample, spread
+from fedms.fl.runs.checkpoint import Checkpoint, load_checkpoint, replace_file, save_checkpoint
+from fedms.fl.runs.progress import Progress
+from fedms.fl.runs.records import RoundRecord
+from fedms.fl.sal import Activation, block_importance, wake_order
+from fedms.fl.server import aggregate, check_update, require_quorum
+from fedms.fl.types import Failure, State, Update
+
+LINE_FILES = ("metrics.jsonl", "clients.jsonl")
+
+
+class Run:
+    """One method on one world, written to one folder; goes on from the folder's newest checkpoint.
+
+    Args:
+        config: settings; ``config.method`` names the algorithm.
+        world: clients and model.
+        folder: where metrics and checkpoints go; it exists.
+        progress: who is told.
+    """
+
+    def __init__(self, config: Config, world: World, folder: Path, progress: Progress) -> None:
+        self.config, self.folder, self.progress = config, folder, progress
+        self.world, self.federation, self.resident = world, world.federation, world.resident
+        self.resident.configure(config)
+        self.stages = stages_of(config)
+        self.total_rounds = sum(stage.settings.rounds for stage in self.stages)
+        self.pooled = pooled_sample(self.federation, config.eval.pooled_examples, config.seed)
+        self.server: State = {
+            **self.resident.foundation.fresh_expert("global"),
+            **fresh_gate(self.resident),
+        }
+        self.kept: dict[str, State] = {}
+        self.visited: tuple[str, ...] = ()
+        self.done = 0
+        found = load_checkpoint(folder / "checkpoints", progress.warn) or self._adopt()
+        self.activation = self._activation(found)
+        if found is not None:
+            self.done, self.visited = found.round, found.visited
+            self.server, self.kept = found.server, found.kept
+        self._drop_metrics_after(self.done)
+
+    def execute(self) -> None:
+        """Run the rounds that are left."""
+        self._wake()
+        self._fill_prefix()
+        first = 1
+        for stage in self.stages:
+            last = first + stage.settings.rounds - 1
+            if self.done < last:
+                self.resident.forget_outputs()
+            for round in range(max(first, self.done + 1), last + 1):
+                if round == first:
+                    self.visited = ()
+                self._round(
+                    stage, round, score=round == last or round % self.config.eval.every == 0
+                )
+            if stage is self.stages[0] and self.done == last:
+                lines = {name: (self.folder / name).read_text("utf-8") for name in LINE_FILES}
+                self.world.outcomes[self._first_stage_key] = Outcome(self._checkpoint(), lines)
+            first = last + 1
+
+    # One round ------------------------------------------------------------------------------------
+
+    def _round(self, stage: Stage, round: int, *, score: bool) -> None:
+        started = time.perf_counter()
+        config, awake = self.config, self.activation.awake
+        ids = [client.client_id for client in self.federation.clients]
+        fraction = config.server.fraction_train
+        cohort = draw_cohort(ids, fraction, config.seed, round) if stage.trains else []
+        units = len(cohort) + (len(ids) + len(self.federation.unseen) if score else 0)
+        self.progress.round(config.method, stage.name, round, self.total_rounds, units)
+        failed: list[Failure] = []
+        returned: list[Update] = []
+        state = aggregate(self.server, self._visits(stage, cohort, round, returned, failed))
+        require_quorum(len(returned), len(cohort), config.server.quorum)
+        bytes_down = self._bytes_down(stage, cohort)
+        self.server = state
+        self.kept.update({update.client_id: update.kept for update in returned if update.kept})
+        self.visited = tuple(sorted({*self.visited, *cohort}))
+        trainable = self.resident.parameters(stage.trains)
+        if stage.wakes:
+            val_score = global_score(self.resident, self.server, self.federation)
+            if self.activation.observe(val_score):
+                self._wake()
+        scores = self._score(stage) if score else None
+        seen = [client for client in scores.clients if client.seen] if scores else []
+        unseen = [client for client in scores.clients if not client.seen] if scores else []
+        gates = [client.gate_local for client in seen if client.gate_local is not None]
+        count = sum(parameter.numel() for parameter in trainable.values())
+        record = RoundRecord(
+            round=round,
+            stage=stage.name,
+            seconds=time.perf_counter() - started,
+            participants=[update.client_id for update in returned],
+            failed=failed,
+            awake_blocks=list(awake) if stage.predicts != "base" else [],
+            trainable_parameters=count,
+            trainable_share=count / self.resident.foundation.parameter_count,
+            bytes_up=sum(encoded_size(update.shared) for update in returned),
+            bytes_down=bytes_down,
+            train_loss=_mean_loss(returned),
+            global_accuracy=scores.global_accuracy if scores else None,
+            personalized_accuracy=spread([client.accuracy for client in seen]),
+            pooled_accuracy=spread([client.pooled_accuracy for client in seen]),
+            unseen_accuracy=spread([client.accuracy for client in unseen]),
+            gate_local_mean=sum(gates) / len(gates) if gates else None,
+            peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        )
+        self._write(record, scores)
+        self.done = round
+        save_checkpoint(
+            self.folder / "checkpoints", self._checkpoint(), config.engine.keep_checkpoints
+        )
+        self.progress.scored(config.method, record)
+
+    def _visits(
+        self,
+        stage: Stage,
+        cohort: list[str],
+        round: int,
+        returned: list[Update],
+        failed: list[Failure],
+    ) -> Iterator[Update]:
+        """Visit the cohort one by one; a client that fails is noted and the round goes on."""
+        for client_id in cohort:
+            kept = {
+                **initial_kept(self.resident, stage, self.server),
+                **self.kept.get(client_id, {}),
+            }
+            blocks = self.activation.client_blocks(client_id, self.config.seed)
+            try:
+                update = visit(
+                    self.resident,
+                    stage,
+                    self.federation.client(client_id),
+                    self.server,
+                    kept,
+                    blocks,
+                    round,
+                )
+                check_update(update, self.server)
+            except Exception as error:  # whatever stops one client must not stop the federation
+                failed.append(Failure(client_id, f"{type(error).__name__}: {error}"))
+                self.progress.warn(f"round {round}: {client_id} dropped, {error}")
+            else:
+                returned.append(update)
+                yield update
+            self.progress.advance(1)
+
+    def _score(self, stage: Stage) -> Scores:
+        return evaluate(
+            self.resident,
+            stage,
+            self.server,
+            self.kept,
+            self.federation,
+            self.pooled,
+            self.progress.advance,
+        )
+
+    def _bytes_down(self, stage: Stage, cohort: list[str]) -> int:
+        """What the cohort was sent: shared parameters, and frozen ones to whoever lacked them."""
+        every_time, once = (
+            encoded_size({name: self.server[name] for name in self.resident.parameters(prefixes)})
+            for prefixes in (stage.shares, stage.frozen)
+        )
+        return every_time * len(cohort) + once * len(set(cohort) - set(self.visited))
+
+    # State ----------------------------------------------------------------------------------------
+
+    def _checkpoint(self) -> Checkpoint:
+        return Checkpoint(
+            self.done, self.server, dict(self.kept), self.visited, self.activation.state()
+        )
+
+    @property
+    def _sal(self) -> SalConfig:
+        """SAL as this method has it: all awake from the start unless a stage wakes blocks."""
+        return replace(
+            self.config.sal,
+            enabled=self.config.sal.enabled and any(stage.wakes for stage in self.stages),
+        )
+
+    @property
+    def _first_stage_key(self) -> object:
+        return self.stages[0], self._sal, self.config.seed, self.config.server, self.config.eval
+
+    def _adopt(self) -> Checkpoint | None:
+        """Begin where another method ended the same first stage, if one did."""
+        outcome = self.world.outcomes.get(self._first_stage_key)
+        if outcome is None:
+            return None
+        for name, text in outcome.lines.items():
+            (self.folder / name).write_text(text, encoding="utf-8")
+        # No first stage trains the gate, and another method's may have another size.
+        server = {**outcome.checkpoint.server, **fresh_gate(self.resident)}
+        return replace(outcome.checkpoint, server=server)
+
+    def _activation(self, found: Checkpoint | None) -> Activation:
+        foundation, sal = self.resident.foundation, self._sal
+        if found is not None:
+            activation = Activation(sal, found.sal["order"])
+            activation.restore(found.sal)
+            return activation
+        return Activation(
+            sal,
+            wake_order(
+                sal,
+                foundation.num_blocks,
+                self.config.seed,
+                lambda: block_importance(self.resident, self.federation),
+            ),
+        )
+
+    def _wake(self) -> None:
+        """Bring the model to the awake blocks."""
+        self.resident.foundation.set_awake(self.activation.awake)
+        self.resident.cache.forget_above(max(self.activation.depths))
+
+    def _fill_prefix(self) -> None:
+        clients = (*self.federation.clients, *self.federation.unseen)
+        used = np.unique(
+            np.concatenate([np.concatenate([c.train, c.gate, c.val, c.test]) for c in clients])
+        )
+        with self.progress.phase("frozen prefix", len(used)):
+            self.resident.cache.fill(used, self.activation.depths, self.progress.advance)
+
+    def _write(self, record: RoundRecord, scores: Scores | None) -> None:
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(record)) + "\n")
+        if scores is not None:
+            with (self.folder / "clients.jsonl").open("a", encoding="utf-8") as file:
+                for client in scores.clients:
+                    file.write(
+                        json.dumps({"round": record.round, "stage": record.stage, **asdict(client)})
+                        + "\n"
+                    )
+
+    def _drop_metrics_after(self, round: int) -> None:
+        """A kill can leave lines of a round that has no checkpoint, the last one torn."""
+        for name in LINE_FILES:
+            path = self.folder / name
+            if path.exists():
+                lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+                whole = [line for line in lines if line.endswith("\n")]
+                kept = [line for line in whole if json.loads(line)["round"] <= round]
+                replace_file(path, "".join(kept).encode())
+
+
+def encoded_size(state: State) -> int:
+    """Bytes of a state as it would go over the wire (safetensors); none for an empty one."""
+    return (
+        len(save({name: tensor.detach().contiguous() for name, tensor in state.items()}))
+        if state
+        else 0
+    )
+
+
+def _mean_loss(updates: list[Update]) -> float | None:
+    examples = sum(update.num_examples for update in updates)
+    return (
+        sum(update.train_loss * update.num_examples for update in updates) / examples
+        if examples
+        else None
+    )

@@ -1,0 +1,160 @@
+"""A run and its folder: the method, then its rivals on the same clients, each in its own folder.
+
+DIR/config.toml           the resolved configuration
+DIR/label_counts.json     classes, clients and each client's number of training examples per class
+DIR/metrics.jsonl         one RoundRecord a round
+DIR/clients.jsonl         one line per client per evaluation
+DIR/checkpoints/          see fedms.fl.runs.checkpoint
+DIR/adapters/             global and clients/<id>, in peft's format; DIR/gate.safetensors
+DIR/rivals/<method>/      the same for each rival
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+from safetensors.torch import save
+
+from fedms.fl.config import Config, load_config, to_toml
+from fedms.fl.data.federation import Federation
+from fedms.fl.engines.world import World
+from fedms.fl.model.layers import save_adapter
+from fedms.fl.round import Run
+from fedms.fl.runs.checkpoint import replace_file
+from fedms.fl.runs.progress import Progress
+from fedms.fl.types import FedMSError
+
+
+def start(config: Config, folder: Path, progress: Progress) -> None:
+    """Begin a run in a new folder and carry it to its end.
+
+    Raises:
+        FedMSError: the folder holds something already, or cannot be written.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FedMSError(
+            f"{folder} exists; go on with it by `fedms resume {folder}`, "
+            "or name another folder with --out"
+        )
+    with _disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    _carry_on(config, folder, progress)
+
+
+def resume(folder: Path, progress: Progress) -> None:
+    """Carry a run on from its newest whole checkpoints to its end; a finished run stays as it is.
+
+    Raises:
+        FedMSError: the folder holds no run.
+    """
+    if not (folder / "config.toml").is_file():
+        raise FedMSError(f"{folder} holds no run: it has no config.toml")
+    _carry_on(load_config(folder / "config.toml"), folder, progress)
+
+
+def _carry_on(config: Config, folder: Path, progress: Progress) -> None:
+    """Do what is left.
+
+    Nothing is written before data and model are there: after a mistake in them the folder is
+    still free for a second try.
+    """
+    methods = {folder: config}
+    for rival in config.rivals:
+        if rival != config.method:
+            methods[folder / "rivals" / rival] = replace(config, method=rival, rivals=())
+    left = {
+        place: settings for place, settings in methods.items() if not (place / "finished").exists()
+    }
+    if not left:
+        return
+    with _disk_errors(folder):
+        world = World(config, progress)
+        for place, settings in left.items():
+            _prepare(settings, place)
+            _write_label_counts(world.federation, place / "label_counts.json")
+            run = Run(settings, world, place, progress)
+            run.execute()
+            export(run, place)
+            replace_file(place / "finished", b"")
+
+
+def export(run: Run, folder: Path) -> None:
+    """Write what was trained: all experts as peft adapters, the gates as safetensors."""
+    foundation, resident = run.resident.foundation, run.resident
+    trained = {prefix for stage in run.stages for prefix in stage.trains}
+    resident.load(run.server)
+    base = run.config.model.path
+    if "global." in trained:
+        save_adapter(foundation.layers, "global", folder / "adapters" / "global", base_model=base)
+    gates = {
+        name: tensor for name, tensor in run.server.items() if name.startswith("gate.adapter.")
+    }
+    for client_id, kept in run.kept.items():
+        resident.load(kept)
+        if "local." in trained:
+            save_adapter(
+                foundation.layers,
+                "local",
+                folder / "adapters" / "clients" / folder_name(client_id),
+                base_model=base,
+            )
+        gates.update(
+            {
+                f"clients/{client_id}/{name}": tensor
+                for name, tensor in kept.items()
+                if name.startswith("gate.")
+            }
+        )
+    if "gate." in trained:
+        replace_file(
+            folder / "gate.safetensors",
+            save({name: tensor.contiguous() for name, tensor in gates.items()}),
+        )
+
+
+def folder_name(client_id: str) -> str:
+    """A client's id as a file name.
+
+    Whatever a table may call a client, nothing leaves the run's folder.
+    """
+    name = quote(client_id, safe=" ")
+    return name.replace(".", "%2E") if name.startswith(".") else name
+
+
+def _prepare(config: Config, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "config.toml").exists():
+        replace_file(folder / "config.toml", to_toml(config).encode())
+
+
+def _write_label_counts(federation: Federation, path: Path) -> None:
+    classes = federation.dataset.class_names
+    clients = (*federation.clients, *federation.unseen)
+    own = [
+        federation.dataset.labels[np.concatenate([client.train, client.gate])] for client in clients
+    ]
+    record = {
+        "class_names": list(classes),
+        "clients": [client.client_id for client in clients],
+        "counts": [np.bincount(labels, minlength=len(classes)).tolist() for labels in own],
+    }
+    replace_file(path, json.dumps(record).encode())
+
+
+class _disk_errors:
+    """Turns what the disk refuses into one sentence with the folder's name."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise FedMSError(
+                f"the run's folder {self._folder} cannot be written: {error.strerror}"
+            ) from error

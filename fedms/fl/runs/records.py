@@ -1,0 +1,58 @@
+"""What a run writes down: one RoundRecord a round, one ClientScore per client and evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedms.fl.types import Failure
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A score over clients: mean, standard deviation, mean of the worst tenth, minimum."""
+
+    mean: float
+    std: float
+    worst10: float
+    min: float
+
+
+@dataclass(frozen=True)
+class ClientScore:
+    """One line of ``clients.jsonl``, with accuracies in [0, 1].
+
+    ``gate_local`` is the mean weight of the local expert or None.
+    """
+
+    client_id: str
+    seen: bool
+    num_test: int
+    accuracy: float
+    pooled_accuracy: float
+    gate_local: float | None
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One line of ``metrics.jsonl``.
+
+    Accuracies are shares in [0, 1], sizes are bytes; None: not measured.
+    """
+
+    round: int
+    stage: str
+    seconds: float
+    participants: list[str]
+    failed: list[Failure]
+    awake_blocks: list[int]
+    trainable_parameters: int
+    trainable_share: float
+    bytes_up: int
+    bytes_down: int
+    train_loss: float | None
+    global_accuracy: float | None
+    personalized_accuracy: Spread | None
+    pooled_accuracy: Spread | None
+    unseen_accuracy: Spread | None
+    gate_local_mean: float | None
+    peak_memory_mb: float

@@ -1,0 +1,343 @@
+"""What a run folder says: its records, a table that compares the methods, and a page with pictures.
+
+Everything is read from the folder alone, so a run can be looked at while it runs and long after.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from html import escape
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from fedms.fl.algorithms import stages_of
+from fedms.fl.config import Config, load_config
+from fedms.fl.runs.plots import ClientRecord, LabelCounts, MethodRun, draw
+from fedms.fl.runs.records import RoundRecord, Spread
+from fedms.fl.types import Failure, FedMSError
+
+T = TypeVar("T")
+Cell = tuple[str, bool]
+"""What a table cell says, and whether it is bold."""
+
+NAMES = {
+    "fedms": "FedMS",
+    "fedavg": "FedAvg-LoRA",
+    "fedavg_ft": "FedAvg-LoRA + fine-tuning",
+    "local_only": "local only",
+    "zero_shot": "zero-shot",
+}
+CAPTIONS = {
+    "accuracy.png": "Accuracy of the clients' models, on their own and on everyone's test data.",
+    "bytes.png": "Accuracy on own data against what all clients together sent and received.",
+    "clients.png": "The clients' accuracies on their own data, after the last scored round.",
+    "labels.png": "How the training examples are shared out.",
+    "blocks_and_gate.png": "Blocks that sparsely activated LoRA has woken, and the gate's choice.",
+}
+COLUMNS = (
+    "method", "rounds", "own\ndata", "worst\n10 %", "everyone's\ndata", "unseen\nclients",
+    "share\ntrained", "MB\nup", "MB\ndown", "time\n(s)",
+)  # fmt: skip
+LEGEND = (
+    "Accuracies in %, mean over clients (own data: ± standard deviation), after the last scored "
+    "round. Share trained: the largest of any round, in %. MB: 10⁶ bytes, all clients and rounds."
+)
+ROUND_COLUMNS = (
+    "round", "stage", "seconds", "clients", "awake blocks", "trainable, %", "MB up", "MB down",
+    "loss", "own, %", "worst tenth, %", "everyone's, %", "unseen, %", "gate on local, %",
+    "memory, MB",
+)  # fmt: skip
+CLIENT_COLUMNS = (
+    "client", "test examples", "own, %", "everyone's, %", "gate on local, %", "largest class",
+)  # fmt: skip
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff; max-width: 68rem;
+  margin: 2.5rem auto; padding: 0 1.5rem; }
+h1 { font-size: 1.7rem; margin-bottom: .2rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
+p, figcaption, summary { max-width: 46rem; } .note, figcaption { color: #555; font-size: .9rem; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .88rem; }
+th, td { padding: .3rem .7rem; text-align: right; white-space: nowrap; }
+td { font-variant-numeric: tabular-nums; border-top: 1px solid #e4e4e4; }
+th { font-weight: 600; color: #555; vertical-align: bottom; white-space: normal; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
+figure { margin: 1.5rem 0 2.5rem; } img { max-width: 100%; height: auto; }
+summary { cursor: pointer; margin: .8rem 0; }
+pre { background: #f6f6f6; padding: 1rem; overflow-x: auto; font-size: .85rem; line-height: 1.4; }
+"""
+
+
+def read_rounds(folder: Path) -> list[RoundRecord]:
+    """The rounds of one method, oldest first. A last line that a kill has torn is left out.
+
+    Raises:
+        FedMSError: there is no ``metrics.jsonl``, no round in it yet, or a line that is no round.
+    """
+    return _read(folder, "metrics.jsonl", "round", _round)
+
+
+def read_clients(folder: Path) -> list[ClientRecord]:
+    """Every client's scores after every scored round; like :func:`read_rounds`."""
+    return _read(folder, "clients.jsonl", "client's score", lambda entry: ClientRecord(**entry))
+
+
+def comparison_table(folder: Path, *, title: str) -> Table:
+    """One row per method that has a round: FedMS, then the others by their accuracy on own data."""
+    table = Table(
+        title=Text(title, style="bold"), caption=LEGEND, caption_justify="left",
+        box=SIMPLE_HEAD, padding=0, show_edge=False,
+    )  # fmt: skip
+    table.add_column(COLUMNS[0], overflow="fold")
+    for column in COLUMNS[1:]:  # headers break where they say, so that 80 columns are enough
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in _rows(_methods(folder)):
+        table.add_row(*(Text(text, style="bold" if bold else "") for text, bold in row))
+    return table
+
+
+def write_report(folder: Path) -> list[Path]:
+    """Draw the pictures and write ``report.html``, which holds them and needs nothing else.
+
+    Raises:
+        FedMSError: the folder is no run, has no round yet, or matplotlib is not installed.
+    """
+    runs = _methods(folder)
+    labels = _label_counts(folder / "label_counts.json")
+    pictures = draw(runs, labels, folder)
+    page = folder / "report.html"
+    config = (folder / "config.toml").read_text(encoding="utf-8")
+    page.write_text(_page(folder.resolve().name, runs, labels, pictures, config), encoding="utf-8")
+    return [*pictures, page]
+
+
+# Reading ----------------------------------------------------------------------------------------
+
+
+def _read(folder: Path, name: str, what: str, build: Callable[[Any], T]) -> list[T]:
+    path = folder / name
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError as error:
+        raise FedMSError(
+            f"{folder} is not the folder of a run: {name} cannot be read ({error.strerror})"
+        ) from error
+    records: list[T] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            records.append(build(json.loads(line)))
+        except json.JSONDecodeError as error:
+            if number < len(lines):  # the last one has no line end: a kill has torn it
+                raise FedMSError(f"{path}, line {number}: not valid JSON: {error}") from error
+        except (TypeError, KeyError) as error:
+            raise FedMSError(f"{path}, line {number}: not a {what}: {error}") from error
+    if not records:
+        raise FedMSError(f"{path} has no {what} yet")
+    return records
+
+
+def _has_lines(path: Path) -> bool:
+    return path.exists() and "\n" in path.read_text(encoding="utf-8", errors="replace")
+
+
+def _label_counts(path: Path) -> LabelCounts | None:
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return LabelCounts(found["class_names"], found["clients"], found["counts"])
+
+
+def _round(entry: dict[str, Any]) -> RoundRecord:
+    spreads = {
+        key: None if entry[key] is None else Spread(**entry[key])
+        for key in ("personalized_accuracy", "pooled_accuracy", "unseen_accuracy")
+    }
+    failed = [Failure(**failure) for failure in entry["failed"]]
+    return RoundRecord(**{**entry, **spreads, "failed": failed})
+
+
+def _methods(folder: Path) -> list[MethodRun]:
+    """The run's method and the rivals that have a round, in the table's order."""
+    rounds = read_rounds(folder)
+    config = load_config(folder / "config.toml")
+    runs = [_method(folder, config.method, config, rounds)]
+    for path in sorted(folder.glob("rivals/*/metrics.jsonl")):
+        if _has_lines(path):
+            runs.append(_method(path.parent, path.parent.name, config, read_rounds(path.parent)))
+    return sorted(runs, key=lambda run: (run.method != "fedms", -(_own_mean(run) or 0.0)))
+
+
+def _method(folder: Path, method: str, config: Config, rounds: list[RoundRecord]) -> MethodRun:
+    clients = read_clients(folder) if _has_lines(folder / "clients.jsonl") else []
+    planned = len(rounds)
+    if method in NAMES:
+        stages = stages_of(replace(config, method=method))  # type: ignore[arg-type]
+        planned = sum(stage.settings.rounds for stage in stages)
+    return MethodRun(method, NAMES.get(method, method), rounds, clients, planned)
+
+
+# The table --------------------------------------------------------------------------------------
+
+
+def _own_mean(run: MethodRun) -> float | None:
+    own = _scored(run).personalized_accuracy
+    return own.mean if own else None
+
+
+def _scored(run: MethodRun) -> RoundRecord:
+    """The last round that was scored, or the last one if none was."""
+    return next((r for r in reversed(run.rounds) if r.personalized_accuracy), run.rounds[-1])
+
+
+def _scores(record: RoundRecord) -> tuple[float | None, ...]:
+    """Own data, its worst tenth, everyone's data, unseen clients."""
+    own, everyone, unseen = (
+        record.personalized_accuracy, record.pooled_accuracy, record.unseen_accuracy
+    )  # fmt: skip
+    return (
+        own.mean if own else None,
+        own.worst10 if own else None,
+        everyone.mean if everyone else None,
+        unseen.mean if unseen else None,
+    )
+
+
+def _rows(runs: Sequence[MethodRun]) -> list[list[Cell]]:
+    """The cells below :data:`COLUMNS`; the best of each accuracy column is bold."""
+    scores = [_scores(_scored(run)) for run in runs]
+    best = [
+        max((value for value in column if value is not None), default=None)
+        for column in zip(*scores, strict=True)
+    ]
+    rows: list[list[Cell]] = []
+    for run, values in zip(runs, scores, strict=True):
+        texts = [_percent(value) for value in values]
+        own = _scored(run).personalized_accuracy
+        if own:
+            texts[0] += f" ± {_percent(own.std)}"
+        done = run.rounds[-1].round
+        rows.append([
+            (run.label, False),
+            (f"{done}" if run.finished else f"{done}/{run.planned}", False),
+            *((t, v is not None and v == b) for t, v, b in zip(texts, values, best, strict=True)),
+            (_percent(max(r.trainable_share for r in run.rounds), 2), False),
+            (_megabytes(sum(r.bytes_up for r in run.rounds)), False),
+            (_megabytes(sum(r.bytes_down for r in run.rounds)), False),
+            (f"{sum(r.seconds for r in run.rounds):,.0f}", False),
+        ])  # fmt: skip
+    return rows
+
+
+def _percent(share: float | None, digits: int = 1) -> str:
+    return "–" if share is None else f"{100 * share:.{digits}f}"
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f}"
+
+
+# The page ---------------------------------------------------------------------------------------
+
+
+def _page(
+    name: str,
+    runs: Sequence[MethodRun],
+    labels: LabelCounts | None,
+    pictures: Iterable[Path],
+    config: str,
+) -> str:
+    first = runs[0]
+    state = f"{first.rounds[-1].round} of {first.planned} rounds"
+    title = escape(f"{first.name}: {name}")
+    figures = "".join(
+        f'<figure><img alt="{CAPTIONS[path.name]}" src="data:image/png;base64,'
+        f'{base64.b64encode(path.read_bytes()).decode()}">'
+        f"<figcaption>{CAPTIONS[path.name]}</figcaption></figure>\n"
+        for path in pictures
+    )
+    rounds = "".join(
+        _details(run.label, _html_table(ROUND_COLUMNS, map(_round_cells, run.rounds)), run is first)
+        for run in runs
+    )
+    clients = _html_table(CLIENT_COLUMNS, _client_rows(first, labels))
+    failures = "".join(
+        f"<li>{escape(f'{run.name}, round {r.round}: {f.client_id}: {f.reason}')}</li>"
+        for run in runs for r in run.rounds for f in r.failed
+    )  # fmt: skip
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>
+<h1>{title}</h1><p class="note">{state}</p>
+<h2>Methods</h2>{_html_table(COLUMNS, _rows(runs))}<p class="note">{LEGEND}</p>
+<h2>Pictures</h2>{figures}
+<h2>Round by round</h2>{rounds}
+{f"<h2>Clients that were dropped</h2><ul>{failures}</ul>" if failures else ""}
+<h2>Clients</h2>{_details(f"{first.label}, after the last scored round", clients)}
+<h2>Settings</h2>{_details("config.toml", f"<pre>{escape(config)}</pre>")}
+</body></html>
+"""
+
+
+def _round_cells(record: RoundRecord) -> list[Cell]:
+    failed = f" ({len(record.failed)} dropped)" if record.failed else ""
+    texts = (
+        str(record.round),
+        record.stage,
+        f"{record.seconds:.1f}",
+        f"{len(record.participants)}{failed}",
+        ", ".join(map(str, record.awake_blocks)) or "–",
+        _percent(record.trainable_share, 2),
+        _megabytes(record.bytes_up),
+        _megabytes(record.bytes_down),
+        "–" if record.train_loss is None else f"{record.train_loss:.3f}",
+        *map(_percent, _scores(record)),
+        _percent(record.gate_local_mean),
+        f"{record.peak_memory_mb:,.0f}",
+    )
+    return [(text, False) for text in texts]
+
+
+def _client_rows(run: MethodRun, labels: LabelCounts | None) -> list[list[Cell]]:
+    largest: dict[str, str] = {}
+    if labels is not None:
+        for client_id, counts in zip(labels.clients, labels.counts, strict=True):
+            share = max(counts) / max(1, sum(counts))
+            name = labels.class_names[counts.index(max(counts))]
+            largest[client_id] = f"{name} ({_percent(share)} %)"
+    return [
+        [
+            (text, False)
+            for text in (
+                client.client_id if client.seen else f"{client.client_id} (unseen)",
+                str(client.num_test),
+                _percent(client.accuracy),
+                _percent(client.pooled_accuracy),
+                _percent(client.gate_local),
+                largest.get(client.client_id, "–"),
+            )
+        ]
+        for client in run.final_clients
+    ]
+
+
+def _details(summary: str, inner: str, is_open: bool = False) -> str:
+    opened = " open" if is_open else ""
+    return f"<details{opened}><summary>{escape(summary)}</summary>{inner}</details>\n"
+
+
+def _html_table(columns: Iterable[str], rows: Iterable[Sequence[Cell]]) -> str:
+    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
+    body = "".join(
+        "<tr>"
+        + "".join(f"<td>{f'<b>{escape(t)}</b>' if bold else escape(t)}</td>" for t, bold in row)
+        + "</tr>\n"
+        for row in rows
+    )
+    return f'<div class="wide"><table><tr>{head}</tr>\n{body}</table></div>'

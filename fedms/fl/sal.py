@@ -1,0 +1,133 @@
+"""Sparsely Activated LoRA (SAL): which blocks' LoRA is awake, and when the next one wakes.
+
+FedMS, arXiv 2312.15926, gives the idea: low-rank matrices in the blocks are activated
+progressively, when the capability of the model stops growing. Orders, triggers and scopes are this
+library's reading; see DESIGN.md.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from fedms.fl.client import learning
+from fedms.fl.config import SalConfig
+from fedms.fl.data.federation import Federation
+from fedms.fl.data.sampling import generator
+from fedms.fl.model.resident import Resident
+
+PROBE_CLIENTS = 8
+PROBE_EXAMPLES = 32
+
+
+def wake_order(
+    config: SalConfig, num_blocks: int, seed: int, importance: Callable[[], Sequence[float]]
+) -> list[int]:
+    """The blocks in the order in which they wake, ``max_blocks`` of them at most.
+
+    ``importance`` is asked only by ``order = "importance"``: one score per block, the highest wakes
+    first.
+    """
+    blocks = list(range(num_blocks))
+    if config.order == "deep_to_shallow":
+        blocks.reverse()
+    elif config.order == "random":
+        blocks = generator(seed, "sal-order").permutation(num_blocks).tolist()
+    elif config.order == "importance":
+        scores = importance()
+        blocks.sort(key=lambda block: -scores[block])
+    return blocks[: config.max_blocks]
+
+
+class Activation:
+    """The awake blocks of a run and the capability queue that wakes more.
+
+    Args:
+        config: settings.
+        order: from :func:`wake_order`.
+    """
+
+    def __init__(self, config: SalConfig, order: Sequence[int]) -> None:
+        self._config = config
+        self.order = list(order)
+        at_once = not config.enabled or config.trigger == "all_at_once"
+        self._count = len(self.order) if at_once else min(config.start_blocks, len(self.order))
+        self._scores: deque[float] = deque(maxlen=config.queue_length)
+        self._rounds = 0
+
+    @property
+    def awake(self) -> tuple[int, ...]:
+        """The blocks that are awake now, ascending."""
+        return tuple(sorted(self.order[: self._count]))
+
+    @property
+    def depths(self) -> list[int]:
+        """Every lowest awake block there can be from now on: where a forward may have to start."""
+        return sorted(
+            {min(self.order[:count]) for count in range(self._count, len(self.order) + 1)}
+        )
+
+    def observe(self, score: float | None) -> bool:
+        """Take in a round's global score (None: not measured); True if blocks woke."""
+        self._rounds += 1
+        if score is not None:
+            self._scores.append(score)
+        if self._count == len(self.order) or not self._is_due():
+            return False
+        self._count = min(self._count + self._config.wake_blocks, len(self.order))
+        self._scores.clear()
+        return True
+
+    def _is_due(self) -> bool:
+        if self._config.trigger == "every":
+            return self._rounds % self._config.every == 0
+        full = len(self._scores) == self._config.queue_length
+        return full and self._scores[-1] - self._scores[0] < self._config.threshold
+
+    def client_blocks(self, client_id: str, seed: int) -> tuple[int, ...]:
+        """The awake blocks that a client trains: all, or the deepest within its own budget."""
+        if self._config.scope == "global":
+            return self.awake
+        low = min(self._config.min_budget, len(self.order))
+        budget = int(generator(seed, "sal-budget", client_id).integers(low, len(self.order) + 1))
+        return self.awake[-budget:]
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, as JSON values."""
+        return {
+            "order": self.order,
+            "count": self._count,
+            "scores": list(self._scores),
+            "rounds": self._rounds,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state`."""
+        self.order, self._count, self._rounds = state["order"], state["count"], state["rounds"]
+        self._scores.clear()
+        self._scores.extend(state["scores"])
+
+
+def block_importance(resident: Resident, federation: Federation) -> list[float]:
+    """One score per block: the fresh global expert's squared gradient norm, summed over probes."""
+    foundation = resident.foundation
+    before = foundation.awake
+    foundation.set_awake(range(foundation.num_blocks))
+    resident.load(foundation.fresh_expert("global"))
+    parameters = resident.parameters(("global.",))
+    scores = [0.0] * foundation.num_blocks
+    for client in federation.clients[:PROBE_CLIENTS]:
+        batch = client.train[:PROBE_EXAMPLES]
+        with learning(parameters.values()):
+            F.nll_loss(
+                resident.log_probs(resident.features(batch, ("global",))), resident.labels[batch]
+            ).backward()
+            for name, parameter in parameters.items():
+                if parameter.grad is not None:
+                    scores[foundation.block_of(name)] += float(torch.sum(parameter.grad**2))
+    foundation.set_awake(before)
+    return scores
