@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import socket
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from lora_problem import BACKENDS, make_problem
+from ranks import run_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -58,39 +56,31 @@ def test_checkpointing_recomputes_the_same(backend, reentrant):
         assert torch.equal(a, b)
 
 
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+def _gradients_of_half() -> dict[str, dict[str, torch.Tensor | None]]:
+    """For each backend the averaged gradients, after this rank's half of the batch."""
+    found = {}
+    for backend in BACKENDS:
+        torch.manual_seed(0)
+        layer = Layer(backend)
+        mine = torch.randn(8, 16).chunk(2)[dist.get_rank()]
+        parallel = DistributedDataParallel(layer)  # it averages as long as it is alive
+        parallel(mine).square().mean().backward()
+        found[backend] = {name: p.grad for name, p in layer.named_parameters()}
+    return found
 
 
-def _rank(rank: int, port: int, backend: str, path: str) -> None:
-    """One of two processes: half of the batch each; rank 0 keeps the averaged gradients."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    torch.manual_seed(0)
-    layer = Layer(backend)
-    x = torch.randn(8, 16)
-    parallel = DistributedDataParallel(layer)  # it averages as long as it is alive
-    parallel(x[4 * rank : 4 * rank + 4]).square().mean().backward()
-    if rank == 0:
-        torch.save({name: p.grad for name, p in layer.named_parameters()}, path)
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_two_processes_equal_one(backend, tmp_path):
-    path = str(tmp_path / "gradients.pt")
-    mp.spawn(_rank, args=(_free_port(), backend, path), nprocs=2)
-    torch.manual_seed(0)
-    layer = Layer(backend)
-    layer(torch.randn(8, 16)).square().mean().backward()
-    averaged = torch.load(path)
-    assert averaged["weight"] is None
-    for name, p in layer.named_parameters():
-        if name != "weight":
-            assert p.grad.norm() > 0
-            assert torch.allclose(averaged[name], p.grad, rtol=1e-4, atol=1e-6), name
+def test_two_processes_equal_one():
+    ranks = run_ranks(_gradients_of_half)
+    for backend in BACKENDS:
+        torch.manual_seed(0)
+        layer = Layer(backend)
+        layer(torch.randn(8, 16)).square().mean().backward()
+        for averaged in (found[backend] for found in ranks):
+            assert averaged["weight"] is None
+            for name, p in layer.named_parameters():
+                if name != "weight":
+                    assert p.grad.norm() > 0
+                    assert torch.allclose(averaged[name], p.grad, rtol=1e-4, atol=1e-6), name
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

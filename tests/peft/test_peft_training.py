@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import copy
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from peft_models import fused_calls, small_llama, with_adapters
+from ranks import run_ranks
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
@@ -141,56 +138,27 @@ def test_transformers_trainer(tmp_path):
     torch.testing.assert_close(*map(torch.tensor, histories), rtol=1e-4, atol=1e-4)
 
 
-DDP = """
-import torch
-from accelerate import Accelerator
-from peft_models import fused_calls
-from test_peft_training import _model, _texts
-import fedms
-
-torch.set_num_threads(1)
-accelerator = Accelerator(cpu=True)
-assert accelerator.num_processes == 2, accelerator.num_processes
-model = _model(init_lora_weights=False)
-fedms.accelerate(model)
-optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-wrapped, optimiser = accelerator.prepare(model, optimiser)
-assert type(wrapped).__name__ == "DistributedDataParallel"
-rows = _texts(8).chunk(2)[accelerator.process_index]
-with fused_calls() as calls:
-    loss = wrapped(input_ids=rows, labels=rows).loss
-    accelerator.backward(loss)
-assert len(calls) == 14
-gradients = [p.grad for p in model.parameters() if p.requires_grad]
-if accelerator.is_main_process:
-    torch.save(gradients, OUT)
-accelerator.end_training()
-"""
+def _gradients_by_accelerate() -> list[torch.Tensor]:
+    """The averaged gradients, after this rank's half of the batch."""
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == 2
+    model = _model(init_lora_weights=False)
+    fedms.accelerate(model)
+    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    wrapped, optimiser = accelerator.prepare(model, optimiser)
+    assert type(wrapped).__name__ == "DistributedDataParallel"
+    rows = _texts(8).chunk(2)[accelerator.process_index]
+    with fused_calls() as calls:
+        accelerator.backward(wrapped(input_ids=rows, labels=rows).loss)
+    assert len(calls) == 14
+    return [p.grad for p in model.parameters() if p.requires_grad]
 
 
-def test_accelerate_and_ddp_on_gloo(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {
-        **os.environ, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port), "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-    }  # fmt: skip
-    out = tmp_path / "gradients.pt"
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", f"OUT = {str(out)!r}\n{DDP}"],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    for worker in workers:
-        errors = worker.communicate(timeout=240)[1]
-        assert worker.returncode == 0, errors
+def test_accelerate_and_ddp_on_gloo():
+    found = run_ranks(_gradients_by_accelerate)
     model, rows = _model(init_lora_weights=False), _texts(8)
     model(input_ids=rows, labels=rows).loss.backward()
     wanted = [p.grad for p in model.parameters() if p.requires_grad]
-    for ours, exact in zip(torch.load(out), wanted, strict=True):
-        torch.testing.assert_close(ours, exact, rtol=1e-3, atol=1e-6)
+    for gradients in found:
+        for ours, exact in zip(gradients, wanted, strict=True):
+            torch.testing.assert_close(ours, exact, rtol=1e-3, atol=1e-6)
