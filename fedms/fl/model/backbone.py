@@ -1,16 +1,15 @@
 """The foundation model: a frozen transformers encoder with experts on its blocks' linears.
 
-It is run block by block. Everything below the lowest awake block is the same for every client and
-every round. :meth:`Foundation.prefix` computes hidden states at the entry of given blocks once;
-:meth:`Foundation.features` goes on from there. Neither knows the architecture: the model's own
-forward runs over a slice of its list of blocks, and a hook puts the hidden states in.
+Everything below the lowest awake block is the same for every client and every round.
+:meth:`Foundation.prefix` computes hidden states at the entry of given blocks once;
+:meth:`Foundation.features` goes on from there.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fedms.fl.config import LoraConfig, ModelConfig
+from fedms.fl.model.blocks import Blocks
 from fedms.fl.model.layers import add_experts, routed
 from fedms.fl.types import ConfigError, FedMSError, State
 
 EXPERTS = ("global", "local")
-
-
-class _EnoughSeen(Exception):
-    """Stops a forward whose remaining blocks nobody asked for."""
 
 
 @dataclass(frozen=True)
@@ -71,18 +67,22 @@ class Foundation:
         self.tokenizer = tokenizer
         self.config = config
         self.pooling = pooling
-        self._list_name, blocks = _find_blocks(model)
-        self.blocks = list(blocks)
+        self.blocks = Blocks(model)
         self.num_blocks = len(self.blocks)
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)  # clients and server must agree on the start of A
                 self.layers = add_experts(
-                    blocks, lora.targets, EXPERTS, r=lora.r, alpha=lora.alpha, dropout=lora.dropout
+                    model.get_submodule(self.blocks.name),
+                    lora.targets,
+                    EXPERTS,
+                    r=lora.r,
+                    alpha=lora.alpha,
+                    dropout=lora.dropout,
                 )
         except ValueError as error:
             raise ConfigError(f"lora.targets: {error}") from error
-        self.layers = {f"{self._list_name}.{name}": layer for name, layer in self.layers.items()}
+        self.layers = {f"{self.blocks.name}.{name}": layer for name, layer in self.layers.items()}
         model.requires_grad_(False).eval()
         self.set_awake(())
         self._fresh = {
@@ -96,7 +96,7 @@ class Foundation:
 
     def block_of(self, layer_name: str) -> int:
         """The index of the block that a layer or parameter of :attr:`layers` belongs to."""
-        _, _, rest = layer_name.partition(self._list_name + ".")
+        _, _, rest = layer_name.partition(self.blocks.name + ".")
         return int(rest.split(".")[0])
 
     def set_awake(self, blocks: Sequence[int]) -> None:
@@ -141,32 +141,13 @@ class Foundation:
     @torch.no_grad()
     def prefix(self, tokens: Tokens, depths: Sequence[int]) -> dict[int, Tensor]:
         """Frozen hidden states [B, T, D] entering each block in ``depths`` (0 needs none)."""
-        seen: dict[int, Tensor] = {}
-
-        def record(depth: int) -> Any:
-            def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-                seen[depth] = args[0]
-                if depth == last:
-                    raise _EnoughSeen
-
-            return hook
-
-        last = max(depths)
-        handles = [self.blocks[depth].register_forward_pre_hook(record(depth)) for depth in depths]
-        try:
-            with routed(self.layers, ()):
-                self.model(input_ids=tokens.ids, attention_mask=tokens.mask)
-        except _EnoughSeen:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
-        return seen
+        with self.route(()):
+            return self.blocks.entering(lambda: self._run(tokens), depths)
 
     def features(self, tokens: Tokens, hidden: Tensor | None = None, depth: int = 0) -> Tensor:
         """Normalised sentence features [B, D], from ``hidden`` at block ``depth`` if given."""
-        with self._starting_at(depth, hidden):
-            output = self.model(input_ids=tokens.ids, attention_mask=tokens.mask).last_hidden_state
+        with nullcontext() if hidden is None else self.blocks.starting_at(depth, hidden):
+            output = self._run(tokens).last_hidden_state
         if self.pooling == "cls":
             pooled = output[:, 0]
         else:
@@ -210,21 +191,8 @@ class Foundation:
             for layer in dropping:
                 layer.train()
 
-    @contextmanager
-    def _starting_at(self, depth: int, hidden: Tensor | None) -> Iterator[None]:
-        if hidden is None:
-            yield
-            return
-        parent_name, _, attribute = self._list_name.rpartition(".")
-        parent = self.model.get_submodule(parent_name)
-        whole = getattr(parent, attribute)
-        setattr(parent, attribute, nn.ModuleList(self.blocks[depth:]))
-        handle = self.blocks[depth].register_forward_pre_hook(lambda _, args: (hidden, *args[1:]))
-        try:
-            yield
-        finally:
-            handle.remove()
-            setattr(parent, attribute, whole)
+    def _run(self, tokens: Tokens) -> Any:
+        return self.model(input_ids=tokens.ids, attention_mask=tokens.mask)
 
 
 def pad(rows: Sequence[Tensor]) -> Tokens:
@@ -275,14 +243,3 @@ def _recorded_pooling(folder: Path) -> str:
     ):
         return "cls"
     return "mean"
-
-
-def _find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    count = getattr(model.config, "num_hidden_layers", None)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return name, module
-    raise FedMSError(
-        f"{type(model).__name__} has no list of {count} blocks; "
-        "fedms needs an encoder made of one list of blocks"
-    )
