@@ -27,12 +27,15 @@ class Batch:
         example: int64 [P], ascending: the row of the batch that each answer belongs to.
         position: int64 [P] or None: the position in the row's hidden state that each answer is read
             from; None where an answer is read from the whole row (P = B).
+        answers: how many answers each row has, [B], known to the host, so that nobody has to wait
+            for the device; None: one each.
     """
 
     inputs: Mapping[str, Tensor]
     targets: Tensor
     example: Tensor
     position: Tensor | None = None
+    answers: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         """B, the number of examples."""
@@ -45,6 +48,7 @@ class Batch:
             self.targets.to(device, non_blocking=True),
             self.example.to(device, non_blocking=True),
             None if self.position is None else self.position.to(device, non_blocking=True),
+            self.answers,
         )
 
 

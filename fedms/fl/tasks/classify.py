@@ -1,0 +1,70 @@
+"""Classification: one answer an example, by class names in words or by a trained linear head.
+
+B examples, C classes, D features.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedms.fl.tasks.task import Metric
+
+ACCURACY = Metric("accuracy", 100.0, "%")
+
+
+class ClassNames:
+    """The zero-shot head, as CLIP's: logits are scaled cosines of an example and a class name.
+
+    Args:
+        scale: what the cosines are multiplied by.
+
+    Attributes:
+        weight: unit features of the class names [C, D], once they are known.
+    """
+
+    def __init__(self, scale: float) -> None:
+        self._scale = scale
+        self.weight = torch.empty(0, 0)
+
+    def features(self, pooled: Tensor) -> Tensor:
+        """Pooled states [B, D] -> unit features."""
+        return F.normalize(pooled, dim=-1)
+
+    def fresh(self, width: int) -> Tensor | None:
+        """Nothing: class names are not trained."""
+        return None
+
+    def logits(self, z: Tensor, head: Tensor | None) -> Tensor:
+        """Features [P, D] -> [P, C]."""
+        return z @ self.weight.T * self._scale
+
+
+class Linear:
+    """A head that every expert trains with itself: logits are features times weights [C, D].
+
+    Args:
+        num_classes: C. The weights start at zero, so that before any training all classes are
+            alike, on every client.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        self._num_classes = num_classes
+
+    def features(self, pooled: Tensor) -> Tensor:
+        """Pooled states [B, D] as they are."""
+        return pooled
+
+    def fresh(self, width: int) -> Tensor | None:
+        """Zeros [C, D]."""
+        return torch.zeros(self._num_classes, width)
+
+    def logits(self, z: Tensor, head: Tensor | None) -> Tensor:
+        """Features [P, D] -> [P, C]; without a head (the base alone) all classes are alike."""
+        return z.new_zeros(len(z), self._num_classes) if head is None else z @ head.T
+
+
+def hits(log_p: Tensor, targets: Tensor) -> Tensor:
+    """Scores [P]: 1.0 where the likeliest class of log_p [P, C] is the right one, else 0.0."""
+    return (log_p.argmax(-1) == targets).to(log_p.dtype)
