@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import re
 import statistics
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -74,7 +73,7 @@ def main() -> None:
 def _config(settings: list[str], seed: int, row: list[str]) -> Config:
     # Between the ends of the stages nothing is scored: the rows need the last round alone.
     common = [f"seed={seed}", "eval.every=1000", "eval.pooled_examples=400"]
-    return replace(load_config(None, [*common, *settings, *row]), rivals=())
+    return load_config(None, [*common, *settings, *row]).replace(rivals=())
 
 
 def _table(

@@ -17,7 +17,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +78,7 @@ def _measure(variant: str, settings: list[str]) -> dict[str, Any]:
         _switched(variant),
     ):
         world = World(config, progress)
-        local.Run(replace(config, rivals=()), world, Path(folder), progress).execute()
+        local.Run(config.replace(rivals=()), world, Path(folder), progress).execute()
         lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         clients = (Path(folder) / "clients.jsonl").read_text(encoding="utf-8").splitlines()
     rounds = [json.loads(line) for line in lines]

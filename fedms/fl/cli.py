@@ -26,8 +26,9 @@ into ICD-10 chapters
   fedms run data.source=notes.csv data.text_column=note \
 data.label_column=code data.client_column=ward data.partitioner=column
 
-A run that was stopped goes on with `fedms resume DIR`. \
-DIR/config.toml shows every setting of a run.
+A run that was stopped goes on with `fedms resume DIR`. `fedms run --settings` explains every \
+setting;
+what it prints is a settings file itself.
 The last line names the run's folder.
 """
 
@@ -85,6 +86,12 @@ def _parser() -> argparse.ArgumentParser:
         help="folder of the run; it must not exist (default: runs/<method>-<time>)",
     )
     run.add_argument("--quiet", action="store_true", help="no progress, only the table")
+    run.add_argument(
+        "--settings",
+        action="store_true",
+        dest="explain",
+        help="print every setting with its meaning, and train nothing",
+    )
     resume = add("resume", _resume, "go on with a run that was stopped")
     resume.add_argument("folder", type=Path, metavar="DIR")
     resume.add_argument("--quiet", action="store_true", help="no progress, only the table")
@@ -113,13 +120,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from fedms.fl.config import load_config
-    from fedms.fl.runs.folder import start
-    from fedms.fl.runs.progress import Progress
+    from fedms.fl.config import explain, load_config
 
     settings: list[str] = args.settings
     path = Path(settings.pop(0)) if settings and "=" not in settings[0] else None
     config = load_config(path, settings)
+    if args.explain:
+        print(explain(config), end="")
+        return
+    from fedms.fl.runs.folder import start
+    from fedms.fl.runs.progress import Progress
+
     folder = args.out or Path("runs") / f"{config.method}-{time.strftime('%Y%m%d-%H%M%S')}"
     with Progress(quiet=args.quiet) as progress:
         start(config, folder, progress)

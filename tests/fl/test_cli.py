@@ -16,7 +16,7 @@ from fedms.fl.config import load_config
 from fedms.fl.runs.folder import folder_name
 
 ARGUMENTS = {
-    "run": ["CONFIG.toml", "key=value", "--out DIR", "--quiet", "fedms resume DIR"],
+    "run": ["CONFIG.toml", "key=value", "--out DIR", "--quiet", "--settings", "fedms resume DIR"],
     "resume": ["DIR", "--quiet"],
     "report": ["DIR"],
     "predict": ["DIR", "--client ID", "TEXT"],
@@ -92,6 +92,15 @@ def test_a_settings_file_comes_first(settings, tmp_path):
     assert (config.stage1.rounds, config.stage2.rounds) == (1, 0)
     assert config.stage1.local_steps == 2  # an override beats the file
     assert len((tmp_path / "r" / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_the_printed_settings_are_a_settings_file(tmp_path, capsys):
+    path = tmp_path / "my.toml"
+    assert main(["run", "--settings", "stage1.rounds=3", "data.client_column=ward"]) == 0
+    path.write_text(capsys.readouterr().out, encoding="utf-8")
+    assert load_config(path) == load_config(None, ["stage1.rounds=3", "data.client_column=ward"])
+    assert main(["run", "--settings", str(path), "sal.max_blocks=0"]) == 2
+    assert capsys.readouterr().err == "fedms: sal.max_blocks must be at least 1, got 0\n"
 
 
 def test_the_folder_is_named_after_method_and_time(settings, tmp_path, capsys, monkeypatch):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import tomllib
 
 import pytest
+from pydantic import ValidationError
 
-from fedms.fl.config import Config, load_config, to_toml
+from fedms.fl.config import Config, explain, load_config, to_toml
+from fedms.fl.settings import Section
 from fedms.fl.types import ConfigError
 
 
@@ -38,11 +40,47 @@ def test_no_file_and_no_overrides_give_the_defaults():
 )
 def test_a_saved_configuration_comes_back_equal(tmp_path, overrides):
     config = load_config(None, overrides)
-    (tmp_path / "config.toml").write_text(to_toml(config), encoding="utf-8")
-    assert load_config(tmp_path / "config.toml") == config
-    written = tomllib.loads((tmp_path / "config.toml").read_text(encoding="utf-8"))
-    assert written["seed"] == config.seed
-    assert written["stage1"]["lr"] == config.stage1.lr
+    for text in (to_toml(config), explain(config)):
+        (tmp_path / "config.toml").write_text(text, encoding="utf-8")
+        assert load_config(tmp_path / "config.toml") == config
+        written = tomllib.loads(text)
+        assert written["seed"] == config.seed
+        assert written["stage1"]["lr"] == config.stage1.lr
+
+
+def _sections(section: Section) -> list[Section]:
+    inner = [value for _, value in section if isinstance(value, Section)]
+    return [section, *(found for value in inner for found in _sections(value))]
+
+
+def test_every_setting_has_a_meaning():
+    for section in _sections(Config()):
+        for name, setting in type(section).model_fields.items():
+            inner = isinstance(getattr(section, name), Section)
+            assert inner or (setting.description or "").endswith("."), f"{type(section)}.{name}"
+
+
+def test_a_setting_is_explained_above_it():
+    """Meaning, limits or choices, default; within 100 columns."""
+    text = explain(Config())
+    assert max(map(len, text.splitlines())) <= 100
+    for part in (
+        'for partitioner = "column".\n# client_column = (none)\n',
+        "# Share of a cohort that must come back for the round to count. (in (0, 1])\nquorum = 0.5",
+        '(iid | dirichlet |\n# pathological | column)\npartitioner = "dirichlet"',
+    ):
+        assert part in text
+
+
+def test_settings_are_immutable_and_replaced_with_a_check():
+    config = Config()
+    with pytest.raises(ValidationError, match="frozen"):
+        config.stage1.rounds = 3  # type: ignore[misc]
+    changed = config.replace(seed=3)
+    assert (changed.seed, changed.data, config.seed) == (3, config.data, 0)
+    for change in ({"sed": 3}, {"seed": -1}):
+        with pytest.raises(ValidationError):
+            config.replace(**change)
 
 
 def test_an_override_beats_the_file_and_the_last_one_beats_the_others(tmp_path):
@@ -132,6 +170,17 @@ def test_an_unknown_setting_near_to_none_lists_the_sections():
 def test_wrong_types_and_choices(override, message):
     with pytest.raises(ConfigError, match=message):
         load_config(None, [override])
+
+
+def test_every_mistake_is_named_at_once():
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, ["seed=x", "data.alpah=1", "sal.max_blocks=0", "model.prompt=a note"])
+    assert str(caught.value).splitlines() == [
+        "seed must be of type int, got 'x' (str)",
+        "unknown setting data.alpah; did you mean data.alpha?",
+        "model.prompt must contain {}, where the class name goes; got 'a note'",
+        "sal.max_blocks must be at least 1, got 0",
+    ]
 
 
 def test_a_value_is_not_a_section():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from fedms.fl.algorithms.stage import Stage
 from fedms.fl.config import Config
 
@@ -11,6 +9,6 @@ from fedms.fl.config import Config
 def stages(config: Config) -> tuple[Stage, ...]:
     return (
         Stage(
-            name="zero_shot", settings=replace(config.stage1, rounds=1), trains=(), predicts="base"
+            name="zero_shot", settings=config.stage1.replace(rounds=1), trains=(), predicts="base"
         ),
     )

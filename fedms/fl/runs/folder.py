@@ -12,7 +12,6 @@ DIR/rivals/<method>/      the same for each rival
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote
 
@@ -65,7 +64,7 @@ def _carry_on(config: Config, folder: Path, progress: Progress) -> None:
     methods = {folder: config}
     for rival in config.rivals:
         if rival != config.method:
-            methods[folder / "rivals" / rival] = replace(config, method=rival, rivals=())
+            methods[folder / "rivals" / rival] = config.replace(method=rival, rivals=())
     left = {
         place: settings for place, settings in methods.items() if not (place / "finished").exists()
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +57,7 @@ def predict(
         )
     counts = torch.tensor(record["counts"][record["clients"].index(client_id)])
 
-    config = replace(config, engine=replace(config.engine, prefix_cache_mb=0, cache_global=False))
+    config = config.replace(engine=config.engine.replace(prefix_cache_mb=0, cache_global=False))
     dataset = Dataset(
         tuple(texts), np.zeros(len(texts), dtype=np.int64), tuple(record["class_names"])
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any, TypeVar
@@ -178,7 +177,7 @@ def _method(folder: Path, method: str, config: Config, rounds: list[RoundRecord]
     clients = read_clients(folder) if _has_lines(folder / "clients.jsonl") else []
     planned = len(rounds)
     if method in NAMES:
-        stages = stages_of(replace(config, method=method))  # type: ignore[arg-type]
+        stages = stages_of(config.replace(method=method))
         planned = sum(stage.settings.rounds for stage in stages)
     return MethodRun(method, NAMES.get(method, method), rounds, clients, planned)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from pathlib import Path
 
@@ -181,13 +180,13 @@ def test_pooling_by_hand(foundation):
 def test_pooling_is_what_was_recorded_beside_the_model(config, tiny_bert, tmp_path):
     folder = shutil.copytree(tiny_bert, tmp_path / "model")
     lora = config().lora
-    settings = dataclasses.replace(config().model, path=str(folder))
+    settings = config().model.replace(path=str(folder))
     assert load_foundation(settings, lora).pooling == "mean"
     (folder / "1_Pooling").mkdir()
     record = folder / "1_Pooling" / "config.json"
     record.write_text('{"pooling_mode_cls_token": true}')
     assert load_foundation(settings, lora).pooling == "cls"
-    assert load_foundation(dataclasses.replace(settings, pooling="mean"), lora).pooling == "mean"
+    assert load_foundation(settings.replace(pooling="mean"), lora).pooling == "mean"
     record.write_text('{"pooling_mode_cls_token": false}')
     assert load_foundation(settings, lora).pooling == "mean"
 
@@ -229,7 +228,7 @@ def test_dropout_acts_only_where_it_is_asked_for_and_by_the_given_seed(config):
 
 
 def test_linears_that_do_not_exist(config):
-    lora = dataclasses.replace(config().lora, targets=("query", "qeury"))
+    lora = config().lora.replace(targets=("query", "qeury"))
     with pytest.raises(
         ConfigError, match=r"lora.targets: .*'qeury'; its linears end in dense, key, query"
     ):
@@ -254,11 +253,11 @@ def test_texts_longer_than_the_model_can_read(config):
 
 
 def test_a_model_that_cannot_be_loaded(config, tmp_path):
-    model = dataclasses.replace(config().model, path=str(tmp_path / "none"))
+    model = config().model.replace(path=str(tmp_path / "none"))
     with pytest.raises(FedMSError, match=r"model.path: .*none' cannot be loaded"):
         load_foundation(model, config().lora)
     (tmp_path / "config.json").write_text("{}")
-    model = dataclasses.replace(config().model, path=str(tmp_path))
+    model = config().model.replace(path=str(tmp_path))
     with pytest.raises(FedMSError, match=r"model.path: .* cannot be loaded"):
         load_foundation(model, config().lora)
 
@@ -267,7 +266,7 @@ def test_weights_that_are_damaged(config, tiny_bert, tmp_path):
     folder = shutil.copytree(tiny_bert, tmp_path / "model")
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    model = dataclasses.replace(config().model, path=str(folder))
+    model = config().model.replace(path=str(folder))
     with pytest.raises(FedMSError, match=r"model\.path: .* cannot be loaded"):
         load_foundation(model, config().lora)
 
@@ -322,8 +321,8 @@ def test_another_architecture(config, tiny_bert: Path, tmp_path, name):
     tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
     make(len(tokenizer)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    model = dataclasses.replace(config().model, path=str(tmp_path))
-    foundation = load_foundation(model, dataclasses.replace(config().lora, targets=targets))
+    model = config().model.replace(path=str(tmp_path))
+    foundation = load_foundation(model, config().lora.replace(targets=targets))
     assert foundation.num_blocks == 4
     train_a_little(foundation)
     tokens = tokens_of(foundation)
