@@ -64,8 +64,8 @@ BACKENDS = {
 # fl: rooms from the ground up. A module imports from its own room and from lower levels only. A
 # module that stands on another level than its room is named by itself.
 FL_ROOMS = (
-    {"fl.types"},
-    {"fl.runs.records"},
+    {"fl.types", "fl.settings"},
+    {"fl.runs.records", "fl.runs.files"},
     {"fl.data"},
     {"fl.tasks"},
     {"fl.model"},
@@ -79,7 +79,7 @@ FL_ROOMS = (
 )
 # On their way to their rooms: config's sections go to the rooms that read them, then config stands
 # between engines and round; these two of runs are handed to the round, not imported by it.
-UNDER_WAY = {"fl.config": 1, "fl.runs.checkpoint": 1, "fl.runs.progress": 2}
+UNDER_WAY = {"fl.config": 1, "fl.runs.checkpoint": 2, "fl.runs.progress": 2}
 BELOW_FL = {"", "kernels", "peft", "doctor", "tuning"}
 
 

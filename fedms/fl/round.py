@@ -23,7 +23,8 @@ from fedms.fl.config import Config, SalConfig
 from fedms.fl.data.sampling import draw_cohort
 from fedms.fl.engines.world import Outcome, World
 from fedms.fl.evaluate import Scores, evaluate, global_score, pooled_sample, spread
-from fedms.fl.runs.checkpoint import Checkpoint, load_checkpoint, replace_file, save_checkpoint
+from fedms.fl.runs.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from fedms.fl.runs.files import replace_file
 from fedms.fl.runs.progress import Progress
 from fedms.fl.runs.records import RoundRecord
 from fedms.fl.sal import Activation, block_importance, wake_order

@@ -11,7 +11,6 @@ import pytest
 
 from fedms.fl.cli import main
 from fedms.fl.config import load_config
-from fedms.fl.runs import checkpoint
 
 
 @pytest.fixture
@@ -195,7 +194,7 @@ def test_a_full_disk(settings, whole, tmp_path, capsys, monkeypatch, read_lines,
         real(handle)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.os, "fsync", fsync)
+        patch.setattr(os, "fsync", fsync)
         assert main(["run", *settings, "--out", str(folder), "--quiet"]) == 2
     text = capsys.readouterr().err
     assert text.count("\n") == 1

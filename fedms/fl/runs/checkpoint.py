@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from fedms.fl.runs.files import sync_folder, write_synced
 from fedms.fl.types import CheckpointError, State
 
 
@@ -79,7 +79,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> None:
         if final.exists():
             shutil.rmtree(final)
         temporary.rename(final)
-        _sync_folder(folder)
+        sync_folder(folder)
         for old in _folders(folder)[keep:]:
             shutil.rmtree(old)
     except OSError as error:
@@ -107,29 +107,6 @@ def load_checkpoint(folder: Path, warn: Callable[[str], None]) -> Checkpoint | N
             f"no checkpoint in {folder} can be read; the run must be started again"
         )
     return None
-
-
-def write_synced(path: Path, content: bytes) -> None:
-    """Write a file and wait until it is on the disk."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file so that a kill leaves either the old one or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}")
-    write_synced(temporary, content)
-    temporary.replace(path)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _folders(folder: Path) -> list[Path]:

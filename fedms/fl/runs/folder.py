@@ -23,7 +23,7 @@ from fedms.fl.data.federation import Federation
 from fedms.fl.engines.world import World
 from fedms.fl.model.layers import save_adapter
 from fedms.fl.round import Run
-from fedms.fl.runs.checkpoint import replace_file
+from fedms.fl.runs.files import replace_file
 from fedms.fl.runs.progress import Progress
 from fedms.fl.types import FedMSError
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedms.fl.runs import checkpoint as module
 from fedms.fl.runs.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fedms.fl.types import CheckpointError
 
@@ -194,7 +193,7 @@ def test_a_full_disk_leaves_the_older_ones(tmp_path, monkeypatch, nth):
         real(handle)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module.os, "fsync", fsync)
+        patch.setattr(os, "fsync", fsync)
         with pytest.raises(
             CheckpointError, match="round-0003 cannot be written: No space left on device"
         ):
