@@ -3,6 +3,7 @@
 //
 //   set_parallel_for(address)   torch's thread pool, once at import
 //   forward(call)               y = what it starts from + the mixture, optionally keeping h
+//   forward_few(call)           y with the frozen layer, for few rows; whether the mixture is zero
 //   backward(call)              dx, dgates, dA, dB
 //   isa(), set_isa(name), compiler()
 #include <pybind11/pybind11.h>
@@ -73,16 +74,23 @@ struct Call {
 };
 
 template <class... Args>
-void forward(int64_t threads, int64_t y, int64_t y_from, int64_t y_from_row, int64_t weight,
-             int64_t bias, Args... args) {
+void forward(int64_t threads, int64_t y, int64_t y_from, int64_t y_from_row, Args... args) {
     py::gil_scoped_release release;
     Call call(std::move(args)...);
     call.problem.y = pointer<void>(y);
     call.problem.y_from = pointer<const void>(y_from);
     call.problem.y_from_row = y_from_row;
+    fedms::forward(call.problem, threads);
+}
+
+template <class... Args>
+bool forward_few(int64_t threads, int64_t y, int64_t weight, int64_t bias, Args... args) {
+    py::gil_scoped_release release;
+    Call call(std::move(args)...);
+    call.problem.y = pointer<void>(y);
     call.problem.weight = pointer<const void>(weight);
     call.problem.bias = pointer<const void>(bias);
-    fedms::forward(call.problem, threads);
+    return fedms::forward_few(call.problem, threads);
 }
 
 // da, db: addresses, 0 where no gradient is wanted.
@@ -120,6 +128,7 @@ template <class... Args>
 struct Bind {
     static void into(py::module_& m) {
         m.def("forward", &forward<Args...>);
+        m.def("forward_few", &forward_few<Args...>);
         m.def("backward", &backward<Args...>);
     }
 };

@@ -58,14 +58,18 @@ struct Chunks {
     int64_t begin(int64_t i) const { return m * i / count; }
 };
 
+// Parts for so many multiply-adds: one a thread where there are enough.
+int64_t parts_for(int64_t work, int64_t threads) {
+    return work < kSerialWork ? 1 : std::max<int64_t>(threads, 1);
+}
+
 // Scratch of every chunk. The shared panels are those of A in a forward and of B in a backward.
 void prepare(Chunks& chunks, const Problem& p, const RowKernels& rows, int64_t threads,
              bool backward) {
     const int64_t ranks = p.ranks[p.num_experts];
     const int64_t work = p.m * ranks * (p.k + p.n) * (backward ? 2 : 1);
     chunks.m = p.m;
-    chunks.count =
-        work < kSerialWork ? 1 : std::clamp<int64_t>(threads, 1, std::max<int64_t>(p.m, 1));
+    chunks.count = std::clamp<int64_t>(parts_for(work, threads), 1, std::max<int64_t>(p.m, 1));
     const int64_t block = std::min(kBlock, std::max<int64_t>(p.m, 1));
     const int64_t pairs = p.idxs != nullptr ? block * p.top_k : 0;
     const int64_t ld = round_up(ranks, rows.width);
@@ -134,15 +138,6 @@ void pack(const Chunks& chunks, const Problem& p, const RowKernels& rows, bool b
     });
 }
 
-// The frozen layer's y or dx, each thread a range of columns.
-void base(const Problem& p, const RowKernels& rows, int64_t threads) {
-    const int64_t columns = p.dy == nullptr ? p.n : p.k;
-    const int64_t parts = p.m * p.k * p.n < kSerialWork ? 1 : std::max<int64_t>(threads, 1);
-    parallel_for(parts, [&](int64_t i) {
-        rows.base(p, columns * i / parts, columns * (i + 1) / parts);
-    });
-}
-
 std::uint16_t to_bf16(float x) {
     std::uint32_t u;
     std::memcpy(&u, &x, sizeof u);
@@ -199,11 +194,28 @@ void forward(const Problem& p, int64_t threads) {
     Chunks chunks;
     const RowKernels& rows = *rows_slot();
     prepare(chunks, p, rows, threads, false);
-    if (p.weight != nullptr) base(p, rows, threads);
     pack(chunks, p, rows, false);
     parallel_for(chunks.count, [&](int64_t i) {
         rows.forward(p, chunks.scratch[i], chunks.begin(i), chunks.begin(i + 1));
     });
+}
+
+bool forward_few(const Problem& p, int64_t threads) {
+    if (p.m == 0) return false;
+    const RowKernels& rows = *rows_slot();
+    const int64_t ranks = p.ranks[p.num_experts];
+    std::unique_ptr<float[]> memory(new float[static_cast<std::size_t>(p.m * (ranks + p.n))]);
+    float *h = memory.get(), *delta = h + p.m * ranks;
+    const int64_t shrinks = parts_for(p.m * p.k * ranks, threads);
+    parallel_for(shrinks, [&](int64_t i) {
+        rows.few_shrink(p, h, ranks * i / shrinks, ranks * (i + 1) / shrinks);
+    });
+    const int64_t parts = parts_for(p.m * p.n * (p.k + ranks), threads);
+    std::unique_ptr<bool[]> zero(new bool[static_cast<std::size_t>(parts)]);
+    parallel_for(parts, [&](int64_t i) {
+        zero[i] = rows.few_expand(p, h, delta, p.n * i / parts, p.n * (i + 1) / parts);
+    });
+    return std::all_of(zero.get(), zero.get() + parts, [](bool part) { return part; });
 }
 
 void backward(const Problem& p, int64_t threads, void* const* da_out, void* const* db_out) {
@@ -211,7 +223,12 @@ void backward(const Problem& p, int64_t threads, void* const* da_out, void* cons
     Chunks chunks;
     const RowKernels& rows = *rows_slot();
     prepare(chunks, p, rows, threads, true);
-    if (p.weight != nullptr && p.dx != nullptr) base(p, rows, threads);
+    if (p.weight != nullptr && p.dx != nullptr) {
+        const int64_t parts = parts_for(p.m * p.k * p.n, threads);
+        parallel_for(parts, [&](int64_t i) {
+            rows.base_backward(p, p.k * i / parts, p.k * (i + 1) / parts);
+        });
+    }
     pack(chunks, p, rows, true);
     parallel_for(chunks.count, [&](int64_t i) {
         rows.backward(p, chunks.scratch[i], chunks.begin(i), chunks.begin(i + 1));

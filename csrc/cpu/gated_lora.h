@@ -30,21 +30,20 @@ struct Problem {
     double dropout_p;
     std::uint64_t seed;
     const void* weight;  // [N, K] of the frozen layer; null: it is not computed here
-    const void* bias;    // [N] or null; with weight only
+    const void* bias;    // [N] or null; forward_few only
     const void* x;       // [M, K]; null in a backward without dA
-    float* h;            // [M, h_width]: written by the forward (null: not kept), read by the backward
-    std::int64_t h_width;  // R, or with idxs top_k * largest rank
-    void* y;               // forward: [M, N]
-    const void* y_from;    // what y starts from: y itself, other rows [M, N], a bias [N] (with a
-    std::int64_t y_from_row;  // row stride of 0), or null for zero. Not y: dense calls only. With
-                              // weight y, which is set to the frozen layer's result first
-    const void* dy;        // backward: [M, N]
-    void* dx;              // [M, K]; null: not wanted
-    bool dx_add;           // dx holds the base's part; else it is written: dense calls only. With
-                           // weight the base's part is written first, then added to
-    float* dgates;         // [M, E] or [M, top_k], zeroed by the caller; null: not wanted
-    const bool* want_da;   // [E]
-    const bool* want_db;   // [E]
+    float* h;  // [M, h_width]: written by the forward (null: not kept), read by the backward
+    std::int64_t h_width;     // R, or with idxs top_k * largest rank
+    void* y;                  // forward: [M, N]
+    const void* y_from;       // what y starts from: y itself, other rows [M, N], a bias [N] (with a
+    std::int64_t y_from_row;  // row stride of 0), or null for zero. Not y: dense calls only
+    const void* dy;           // backward: [M, N]
+    void* dx;                 // [M, K]; null: not wanted
+    bool dx_add;          // dx holds the base's part; else it is written: dense calls only. With
+                          // weight the base's part is written first, then added to
+    float* dgates;        // [M, E] or [M, top_k], zeroed by the caller; null: not wanted
+    const bool* want_da;  // [E]
+    const bool* want_db;  // [E]
 };
 
 // Memory of one thread, and the packed factors that all share. Sized by the driver.
@@ -77,12 +76,21 @@ struct RowKernels {
     // Both walk rows [begin, end) block by block.
     void (*forward)(const Problem&, const Scratch&, std::int64_t begin, std::int64_t end);
     void (*backward)(const Problem&, const Scratch&, std::int64_t begin, std::int64_t end);
-    // Columns [begin, end) of the frozen layer's y, or with dy of its dx.
-    void (*base)(const Problem&, std::int64_t begin, std::int64_t end);
+    // cpu/few_rows.h: h~ of stacked ranks [begin, end); columns [begin, end) of y and whether the
+    // mixture is zero there; columns of the frozen layer's dx.
+    void (*few_shrink)(const Problem&, float* h, std::int64_t begin, std::int64_t end);
+    bool (*few_expand)(const Problem&, const float* h, float* delta, std::int64_t begin,
+                       std::int64_t end);
+    void (*base_backward)(const Problem&, std::int64_t begin, std::int64_t end);
 };
 
 // y = y_from + the mixture, on all threads. See Problem for what is read and written.
 void forward(const Problem& problem, std::int64_t threads);
+
+// y = x Wᵀ + bias + the mixture for few rows, every weight read once; dense calls without dropout.
+// True where the mixture is zero in every element: y had then better be the frozen layer's own
+// result, to the bit.
+bool forward_few(const Problem& problem, std::int64_t threads);
 
 // da_out[e] [r_e, K], db_out[e] [N, r_e] in the adapters' dtype; entries not wanted are ignored.
 void backward(const Problem& problem, std::int64_t threads, void* const* da_out,

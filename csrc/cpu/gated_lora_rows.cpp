@@ -9,9 +9,9 @@
 #include <type_traits>
 
 #include "cpu/drop_row.h"
+#include "cpu/few_rows.h"
 #include "cpu/gated_lora.h"
 #include "cpu/micro.h"
-#include "cpu/small_base.h"
 
 namespace {
 
@@ -394,7 +394,14 @@ namespace fedms {
 #define FEDMS_TEXT_(x) #x
 #define FEDMS_TEXT(x) FEDMS_TEXT_(x)
 extern const RowKernels FEDMS_ROWS;
-const RowKernels FEDMS_ROWS = {FEDMS_TEXT(FEDMS_ISA), kWidth,        kTile,       kStrip,
-                               forward_rows,          backward_rows, base_columns};
+const RowKernels FEDMS_ROWS = {FEDMS_TEXT(FEDMS_ISA),
+                               kWidth,
+                               kTile,
+                               kStrip,
+                               forward_rows,
+                               backward_rows,
+                               few_shrink_ranks,
+                               few_expand_columns,
+                               base_backward_columns};
 
 }  // namespace fedms

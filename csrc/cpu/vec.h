@@ -9,6 +9,10 @@
 #include <cstring>
 #include <utility>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #define FEDMS_INLINE static inline __attribute__((always_inline))
 
 namespace {
@@ -57,6 +61,16 @@ FEDMS_INLINE void store(bf16* p, Vec v) {
 }
 
 // The first n < kWidth elements; the others are zero.
+#if defined(__AVX512F__)
+FEDMS_INLINE Vec load_part(const float* p, std::int64_t n) {
+    return (Vec)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1u), p);
+}
+
+FEDMS_INLINE Vec load_part(const bf16* p, std::int64_t n) {
+    const __m256i h = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1u), p);
+    return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16);
+}
+#else
 template <class T>
 FEDMS_INLINE Vec load_part(const T* p, std::int64_t n) {
     T buffer[kWidth];
@@ -64,6 +78,7 @@ FEDMS_INLINE Vec load_part(const T* p, std::int64_t n) {
     std::memcpy(buffer, p, static_cast<std::size_t>(n) * sizeof(T));
     return load(buffer);
 }
+#endif
 
 template <class T>
 FEDMS_INLINE void store_part(T* p, Vec v, std::int64_t n) {
@@ -76,18 +91,44 @@ FEDMS_INLINE Vec splat(float x) {
     return x - Vec{};
 }
 
-FEDMS_INLINE Vec splat(bf16 x) {
+FEDMS_INLINE float to_float(float x) {
+    return x;
+}
+
+FEDMS_INLINE float to_float(bf16 x) {
     const std::uint32_t bits = static_cast<std::uint32_t>(x.bits) << 16;
     float wide;
     std::memcpy(&wide, &bits, sizeof wide);
-    return splat(wide);
+    return wide;
 }
 
-// Lane i of the result: where bit `Half` of i is clear a[i] + a[i + Half], else b[i] + b[i - Half].
-template <int Half, int... I>
-FEDMS_INLINE Vec fold(Vec a, Vec b, std::integer_sequence<int, I...>) {
-    return __builtin_shufflevector(a, b, ((I & Half) ? kWidth + I : I)...) +
-           __builtin_shufflevector(a, b, ((I & Half) ? kWidth + I - Half : I + Half)...);
+FEDMS_INLINE Vec splat(bf16 x) {
+    return splat(to_float(x));
+}
+
+// Lanes of a and b whose index has bit `Half` clear (First) or set: a's stay together in the lower
+// places of that bit, b's in the upper ones.
+template <int Half, bool First, int... I>
+FEDMS_INLINE Vec gather(Vec a, Vec b, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(
+        a, b, ((I & Half) ? kWidth + I - (First ? Half : 0) : I + (First ? 0 : Half))...);
+}
+
+template <int Half, bool First>
+FEDMS_INLINE Vec gather(Vec a, Vec b) {
+    return gather<Half, First>(a, b, std::make_integer_sequence<int, kWidth>{});
+}
+
+// v[i][j] to v[j][i].
+template <int Half = kWidth / 2>
+FEDMS_INLINE void transpose(Vec* v) {
+    for (int i = 0; i < kWidth; ++i) {
+        if (i & Half) continue;
+        const Vec a = v[i], b = v[i + Half];
+        v[i] = gather<Half, true>(a, b);
+        v[i + Half] = gather<Half, false>(a, b);
+    }
+    if constexpr (Half > 1) transpose<Half / 2>(v);
 }
 
 // The sums of kWidth vectors as the lanes of one. Summing each by itself would cost as much as 50
@@ -96,7 +137,7 @@ template <int Half = kWidth / 2>
 FEDMS_INLINE Vec sums(const Vec* v) {
     Vec next[Half];
     for (int i = 0; i < Half; ++i) {
-        next[i] = fold<Half>(v[i], v[i + Half], std::make_integer_sequence<int, kWidth>{});
+        next[i] = gather<Half, true>(v[i], v[i + Half]) + gather<Half, false>(v[i], v[i + Half]);
     }
     if constexpr (Half == 1) {
         return next[0];

@@ -3,10 +3,14 @@
 Shape suffixes: M rows, K in, N out, R the sum of the experts' ranks, E experts, k experts a token.
 
 Forward beside the base GEMM: x is read once, y read and written once, h [M, R] kept in fp32.
-Backward beside `dx = dy W`: dy and x are read once, dx read and written once. In dense calls of a
-few rows, or of a tiny layer, the kernels compute the base too. They are in csrc/cpu; they take
-addresses, so the checks are all on this side. x, the base result and dy share one dtype (fp32 or
-bf16), the adapters are fp32 or bf16, products and sums are fp32 with one rounding.
+Backward beside `dx = dy W`: dy and x are read once, dx read and written once. They are in csrc/cpu;
+they take addresses, so the checks are all on this side. x, the base result and dy share one dtype
+(fp32 or bf16), the adapters are fp32 or bf16, products and sums are fp32 with one rounding.
+
+Where the mixture is zero (B = 0, scale 0), y is the base's own result to the bit. Elsewhere too y
+is torch's product plus the mixture, but for two cases in which the kernels' product pays: decoding
+(`_few_rows`) and bf16 on a CPU without bf16 instructions (`_better_in_fp32`). Both look whether the
+mixture is zero, and leave such a call to torch's product.
 
 The extension is optional at import: without it `available()` is False and naming this backend is an
 error.
@@ -37,10 +41,12 @@ _DTYPES = (torch.float32, torch.bfloat16)
 _FAST_BF16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 _MIN_ROWS_IN_FP32 = 64 if torch.cpu._is_avx512_supported() else 4
 _MIN_ELEMENTS_BASE_LAST = 1 << 15
-# A GEMM of up to so many multiply-adds takes less time than torch's way to it. One of so few rows
-# (decoding) is a matter of reading the weight once, for which MKL takes up to four times as long.
-_MAX_SMALL_BASE = 1 << 15
+# A GEMM of so few rows (decoding) is a matter of reading the weight once, for which MKL takes up to
+# four times as long; below so many weights there is nothing to gain.
 _FEW_ROWS = 16
+_MIN_WEIGHTS_OF_FEW_ROWS = 1 << 16
+# A GEMM of up to so many multiply-adds takes less time than torch's way to it.
+_MAX_SMALL_BASE = 1 << 15
 
 
 def _load(name: str) -> tuple[ModuleType | None, str]:
@@ -139,14 +145,26 @@ def _base_last(rows: Tensor, weight: Tensor | None) -> bool:
     return rows.shape[0] * max(weight.shape) >= _MIN_ELEMENTS_BASE_LAST
 
 
-def _small_base(rows: Tensor, weight: Tensor | None, few: int) -> bool:
-    """True when the kernels had better compute the frozen layer too: a small one, or `few` rows.
+def _few_rows(x: Tensor, weight: Tensor | None) -> bool:
+    """True when a dense forward without gradients had better read a wide weight in the kernels."""
+    return (
+        weight is not None
+        and x.shape[0] <= _FEW_ROWS
+        and weight.numel() >= _MIN_WEIGHTS_OF_FEW_ROWS
+        and weight.is_contiguous()
+    )
 
-    Dense calls only: rows that no expert acts on are torch's own result, bit for bit.
-    """
+
+def _small_base(dy: Tensor, weight: Tensor | None) -> bool:
+    """True when the kernels had better compute the whole dx of a dense call: a small one."""
     if weight is None or not weight.is_contiguous():
         return False
-    return rows.shape[0] <= few or rows.shape[0] * weight.numel() <= _MAX_SMALL_BASE
+    return dy.shape[0] * weight.numel() <= _MAX_SMALL_BASE
+
+
+def _is_zero(B: Sequence[Tensor], scale: Sequence[float]) -> bool:
+    """True when the mixture is zero whatever x is: as before training, or with scales of 0."""
+    return not any(scale) or not any(b.any() for b in B)
 
 
 def _better_in_fp32(x: Tensor) -> bool:
@@ -200,24 +218,24 @@ def forward(
     """y, and h where it is to be saved; arguments as in fedms.kernels.ops."""
     ranks, width = _widths(A, expert_idxs)
     writes_all = width > 0 and expert_idxs is None and runs is None
-    small = base is None and writes_all and _small_base(x, weight, _FEW_ROWS)
-    if weight is not None and not small and _better_in_fp32(x):
+    if base is None and writes_all and not save_h and dropout_p == 0.0 and _few_rows(x, weight):
+        y = _forward_few(x, weight, bias, A, B, gates, scale, ranks)  # type: ignore[arg-type]
+        if y is not None:
+            return y, None
+    if weight is not None and _better_in_fp32(x) and not _is_zero(B, scale):
         y, h = forward(
             x.float(), weight.float(), None if bias is None else bias.float(), None, A, B, gates,
             expert_idxs, runs, scale, dropout_p, seed, save_h,
         )  # fmt: skip
         return y.to(x.dtype), h
     m, k = x.shape
-    base_last = base is None and writes_all and not small and _base_last(x, weight)
+    base_last = base is None and writes_all and _base_last(x, weight)
     x = x.contiguous()
-    bias = None if bias is None else bias.contiguous()
     A, B = [a.contiguous() for a in A], [b.contiguous() for b in B]
     gates = None if gates is None else gates.to(torch.float32)
     expert_idxs = None if expert_idxs is None else expert_idxs.contiguous()
-    if small:
-        y_from = y_MN = torch.empty((m, B[0].shape[-2]), dtype=x.dtype)
-    elif base_last:
-        y_from = bias
+    if base_last:
+        y_from = None if bias is None else bias.contiguous()
         y_MN = torch.empty((m, B[0].shape[-2]), dtype=x.dtype)
     elif base is not None and writes_all:
         y_from = base.contiguous()
@@ -236,13 +254,34 @@ def forward(
         y_MN.data_ptr(),
         0 if y_from is None else y_from.data_ptr(),
         0 if base_last else n,  # a bias is one row for all
-        weight.data_ptr() if small else 0,  # type: ignore[union-attr]
-        bias.data_ptr() if small and bias is not None else 0,
         *shared,
     )
     if base_last:
         y_MN.addmm_(x, weight.t())  # type: ignore[union-attr]
     return y_MN, h
+
+
+def _forward_few(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Sequence[Tensor], B: Sequence[Tensor],
+    gates: Tensor | None, scale: Sequence[float], ranks: list[int],
+) -> Tensor | None:  # fmt: skip
+    """y with the frozen layer computed by the kernels; None where the mixture is zero."""
+    (m, k), n = x.shape, weight.shape[0]
+    x = x.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    A, B = [a.contiguous() for a in A], [b.contiguous() for b in B]
+    gates = None if gates is None else gates.to(torch.float32)
+    y = torch.empty((m, n), dtype=x.dtype)
+    shared = _shared(m, k, n, x.dtype, A, B, gates, None, None, scale, 0.0, 0, x, None, ranks,
+                     ranks[-1])  # fmt: skip
+    is_zero = _C.forward_few(  # type: ignore[union-attr]
+        torch.get_num_threads(),
+        y.data_ptr(),
+        weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        *shared,
+    )
+    return None if is_zero else y
 
 
 def backward(
@@ -264,7 +303,7 @@ def backward(
     ranks, width = _widths(A, expert_idxs)
     dense = width > 0 and expert_idxs is None and runs is None
     writes_all = dense and dropout_p == 0.0
-    small = need_dx and dense and _small_base(dy, weight, few=0)
+    small = need_dx and dense and _small_base(dy, weight)
     base_last = need_dx and writes_all and not small and _base_last(dy, weight)
     dx_add = not (base_last or (weight is None and writes_all))
     dx_MK = None

@@ -11,12 +11,6 @@ from torch.nn import functional as F
 
 from fedms.kernels import Segments, gated_lora_linear, native
 
-# small layers, and few rows of layers whose GEMM two threads share
-FEW_ROWS = [(1, 1, 1), (4, 32, 32), (7, 31, 45), (6, 50, 19), (40, 20, 30)]
-# ... also those that would have the base GEMM last, were they not small
-FEW_ROWS += [(16, 40, 2100), (32800, 1, 1)]
-FEW_ROWS += [(m, 515, 600) for m in (1, 2, 3, 4, 5, 8, 13, 16)]
-
 needs_native = pytest.mark.skipif(not native.available(), reason="the extension is not built")
 
 
@@ -103,37 +97,6 @@ def test_the_base_gemm_first_or_last(least, dropout_p, bias, monkeypatch):
     if not bias:
         single = replace(single, bias=None)
     assert max(errors(single.run("native"), truth).values()) < 1e-5
-
-
-@needs_native
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", FEW_ROWS, ids=str)
-@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
-def test_small_frozen_layers(shape, dtype, dropout_p, monkeypatch):
-    """The kernels compute the frozen layer of a small call themselves, the GEMM that of a large."""
-    problem = make_problem(*shape, (3, 2), dropout_p=dropout_p)
-    cast, truth = problem.to(dtype, torch.float32), problem.truth()
-    small = cast.run("native")
-    monkeypatch.setattr(native, "_MAX_SMALL_BASE", -1)
-    monkeypatch.setattr(native, "_FEW_ROWS", -1)
-    monkeypatch.setattr(native, "_FAST_BF16", True)
-    large = cast.run("native")
-    bound = 1e-5 if dtype is torch.float32 else 2e-2
-    assert max(errors(small, truth).values()) < bound
-    assert max(errors(large, truth).values()) < bound
-
-
-@needs_native
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_small_frozen_layer_without_a_bias_or_a_mixture(dtype):
-    problem = replace(make_problem(6, 50, 19, (3,)).to(dtype, torch.float32), bias=None)
-    x, weight = problem.x, problem.weight
-    zero = [torch.zeros_like(problem.B[0])]
-    y = gated_lora_linear(x, weight, problem.A, zero, backend="native")
-    exact = (x.double() @ weight.double().t()).to(dtype)
-    assert torch.allclose(y, exact, rtol=0, atol=1e-5 if dtype is torch.float32 else 0.05)
-    strided = gated_lora_linear(x, weight.t().contiguous().t(), problem.A, zero, backend="native")
-    assert torch.allclose(y, strided, rtol=0, atol=1e-5 if dtype is torch.float32 else 0.05)
 
 
 @needs_native
