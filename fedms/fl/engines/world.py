@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from fedms.fl.config import Config
+from fedms.fl.data.dataset import load_dataset
 from fedms.fl.data.federation import Federation
 from fedms.fl.data.partition import Fractions, make_federation
-from fedms.fl.data.table import load_dataset
 from fedms.fl.model.backbone import load_foundation
 from fedms.fl.model.resident import Resident
 from fedms.fl.runs.checkpoint import Checkpoint

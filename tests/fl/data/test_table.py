@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fedms.fl.data.dataset import load_dataset
 from fedms.fl.data.icd10 import _sample, load_icd10
 from fedms.fl.data.partition import Fractions, split_dataset
-from fedms.fl.data.table import load_dataset, load_table
 from fedms.fl.types import DataError, FedMSError
 
 ROWS = [
@@ -38,7 +38,7 @@ def write(path: Path, rows: list[dict], encoding: str = "utf-8") -> Path:
 
 
 def load(path: Path, **options):
-    return load_table(path, **{"text_column": "text", "label_column": "label", **options})
+    return load_dataset(path, **options)
 
 
 def refuse(path: Path, *parts: str, **options) -> None:
@@ -97,6 +97,36 @@ def test_blanks_around_a_label_and_blank_lines_do_not_count(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('\n{"text": "x", "label": "a"}\n\n{"text": "y", "label": "b"}\n')
     assert load(path).labels.tolist() == [0, 1]
+
+
+def test_a_cell_may_be_of_any_length(tmp_path):
+    long = "word " * 40_000
+    path = write(tmp_path / "a.csv", [{**ROWS[0], "text": long}, ROWS[1]])
+    assert load(path).inputs[0] == long
+
+
+def test_equal_texts_are_one_group(tmp_path):
+    rows = [{"text": text, "label": label} for text, label in zip("xyxzyx", "ababab", strict=True)]
+    path = write(tmp_path / "a.csv", rows)
+    assert load(path).groups.tolist() == [0, 1, 0, 2, 1, 0]
+    sides = split_dataset(load(path), Fractions(0.5, 0, 0, 0.5), seed=0)
+    for one in sides:
+        for other in sides:
+            if one is not other:
+                assert not {rows[i]["text"] for i in one} & {rows[i]["text"] for i in other}
+
+
+def test_groups_of_a_column(tmp_path):
+    path = write(tmp_path / "a.csv", ROWS)
+    assert load(path, group_column="site").groups.tolist() == [0, 1, 0]
+    refuse(path, "no column 'sight'", "did you mean 'site'?", group_column="sight")
+
+
+def test_no_classes_at_all(tmp_path):
+    path = write(tmp_path / "a.csv", [{"text": "x"}, {"text": "y"}])
+    data = load(path, label_column=None)
+    assert data.labels.tolist() == [0, 0]
+    assert len(data.class_names) == 1
 
 
 def test_no_such_file(tmp_path):
