@@ -74,12 +74,6 @@ def load_dataset(
     table = _read(source, columns, image_column)
     if not table.rows:
         raise DataError(f"{table.origin} must hold at least one row, got an empty file")
-    inputs: Sequence[Any] = (
-        images_in(table, image_column)
-        if image_column
-        else tuple(table.cells(text_column, "a text", str))
-    )
-
     def names(column: str | None, what: str) -> tuple[str, ...] | None:
         return None if column is None else tuple(table.names(column, what))
 
@@ -87,6 +81,12 @@ def load_dataset(
     clients = names(client_column, "a client")
     splits = names(split_column, "'train' or 'test'")
     groups = names(group_column, "a group")
+    inputs: Sequence[Any]
+    if image_column:
+        inputs = images_in(table, image_column)
+    else:
+        inputs = texts = tuple(table.cells(text_column, "a text", str))
+        groups = texts if groups is None and splits is None else groups
     if splits is not None and set(splits) != {"train", "test"}:
         raise DataError(
             f"{table.origin}: column {split_column!r} must hold 'train' and 'test' and nothing "
@@ -94,8 +94,6 @@ def load_dataset(
         )
     if class_names is None and label_column is not None:
         class_names = _as_recorded(table, label_column)
-    if groups is None and splits is None and not image_column:
-        groups = inputs
     return _dataset(table.origin, inputs, labels, clients, splits, groups, class_names)
 
 

@@ -24,6 +24,7 @@ class Blocks:
 
     Args:
         model: a model whose blocks are one ``nn.ModuleList``.
+        tower: the part of it that has them, if it has two; the model itself by default.
 
     Attributes:
         name: of that list within the model, e.g. ``encoder.layer``.
@@ -32,8 +33,8 @@ class Blocks:
         FedMSError: the model has no such list, or is an encoder and a decoder.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.name, self._blocks = _find(model)
+    def __init__(self, model: nn.Module, tower: nn.Module | None = None) -> None:
+        self.name, self._blocks = _find(model, model if tower is None else tower)
         self._in_tuple = False
 
     def __len__(self) -> int:
@@ -112,13 +113,14 @@ def _hidden(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 
-def _find(model: nn.Module) -> tuple[str, list[nn.Module]]:
-    kind = type(model).__name__
-    if getattr(model.config, "is_encoder_decoder", False):
+def _find(model: nn.Module, tower: nn.Module) -> tuple[str, list[nn.Module]]:
+    kind = type(tower).__name__
+    if getattr(tower.config, "is_encoder_decoder", False):
         raise FedMSError(f"{kind} is an encoder and a decoder; fedms needs one list of blocks")
-    count = getattr(model.config, "num_hidden_layers", None)
+    count = getattr(tower.config, "num_hidden_layers", None)
+    within = {id(module) for module in tower.modules()}
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
+        if isinstance(module, nn.ModuleList) and len(module) == count and id(module) in within:
             return name, list(module)
     raise FedMSError(
         f"{kind} has no list of {count} blocks; fedms needs a model made of one list of blocks"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedms.fl.tasks.task import Metric
 
@@ -63,6 +63,40 @@ class Linear:
     def logits(self, z: Tensor, head: Tensor | None) -> Tensor:
         """Features [P, D] -> [P, C]; without a head (the base alone) all classes are alike."""
         return z.new_zeros(len(z), self._num_classes) if head is None else z @ head.T
+
+
+class Projected:
+    """Class names for an encoder that has no text tower: every expert trains a projection with it.
+
+    Logits are scaled cosines of the projected example and the class name, [D] @ [E, D]ᵀ -> [E]. So
+    classes that few examples have gain from what their names say.
+
+    Args:
+        scale: what the cosines are multiplied by.
+        width: E, of the names' features.
+
+    Attributes:
+        weight: unit features of the class names [C, E], once they are known.
+    """
+
+    def __init__(self, scale: float, width: int) -> None:
+        self._scale, self._width = scale, width
+        self.weight = torch.empty(0, 0)
+
+    def features(self, pooled: Tensor) -> Tensor:
+        """Pooled states [B, D] as they are."""
+        return pooled
+
+    def fresh(self, width: int) -> Tensor | None:
+        """Orthogonal rows or columns [E, D], the same on every client: it keeps angles."""
+        draw = torch.Generator().manual_seed(0)
+        return nn.init.orthogonal_(torch.empty(self._width, width), generator=draw)
+
+    def logits(self, z: Tensor, head: Tensor | None) -> Tensor:
+        """Features [P, D] -> [P, C]; without a head (the base alone) all classes are alike."""
+        if head is None:
+            return z.new_zeros(len(z), len(self.weight))
+        return F.normalize(z @ head.T, dim=-1) @ self.weight.T * self._scale
 
 
 def hits(log_p: Tensor, targets: Tensor) -> Tensor:

@@ -29,6 +29,8 @@ class Batch:
             from; None where an answer is read from the whole row (P = B).
         answers: how many answers each row has, [B], known to the host, so that nobody has to wait
             for the device; None: one each.
+        outline: what a forward from a later block takes in place of ``inputs``, where those are
+            dear to make: of their shapes, with any values. None: the inputs.
     """
 
     inputs: Mapping[str, Tensor]
@@ -36,10 +38,11 @@ class Batch:
     example: Tensor
     position: Tensor | None = None
     answers: tuple[int, ...] | None = None
+    outline: Mapping[str, Tensor] | None = None
 
     def __len__(self) -> int:
         """B, the number of examples."""
-        return len(next(iter(self.inputs.values())))
+        return len(next(iter((self.outline or self.inputs).values())))
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device; the copy does not wait for it."""
@@ -87,8 +90,11 @@ class Task(Protocol):
 
             def batch(self, indices, device):
                 ids = pad_sequence([self.rows[i] for i in indices], batch_first=True)
-                odd = torch.from_numpy(self.lengths[indices] % 2)
+                odd = torch.from_numpy(self.targets(indices))
                 return Batch({"input_ids": ids}, odd, torch.arange(len(ids))).to(device)
+
+            def targets(self, indices):
+                return self.lengths[indices] % 2
 
             def prepare(self, hidden):  # a trained head: nothing frozen to compute
                 pass
@@ -125,6 +131,10 @@ class Task(Protocol):
 
         Everything is put together on the CPU and copied once: nothing here may wait for a device.
         """
+        ...
+
+    def targets(self, indices: np.ndarray) -> np.ndarray:
+        """The right answers of these examples one after the other, int64 [P], on the host."""
         ...
 
     def prepare(self, hidden: Callable[[Batch], Tensor]) -> None:
