@@ -1,71 +1,81 @@
 """Activation checkpointing recomputes a block with the gates that its forward had.
 
 A recomputation runs inside `backward`, when the `gated` block of the forward may be closed and the
-next batch's gates set. transformers calls a module's `_gradient_checkpointing_func`; a
-`BoundCheckpoint` in its place notes what the block's layers read and puts it back around the
-recomputation. Where a block is checkpointed without transformers, FusedLinear raises when the gates
-have changed.
+next batch's gates set. So a gated call notes its routing with every checkpoint whose forward it is
+part of, and a call in a recomputation reads what was noted there. The note hangs on the object that
+the checkpoint itself keeps from forward to backward, so it lives as long as that piece of the
+graph and no longer. The object is found on the Python stack:
+
+    reentrant      the context of the autograd.Function whose `forward(ctx, ...)` or
+                   `backward(ctx, ...)` runs: torch's CheckpointFunction and the like
+    not reentrant  the `_CheckpointFrame` that torch.utils.checkpoint's `checkpoint` makes and its
+                   `unpack_hook` recomputes
+
+Checkpoints nest, and a recomputation runs the forward of those inside it again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import sys
+from inspect import getgeneratorlocals
+from types import FrameType
 from typing import Any
+from weakref import WeakKeyDictionary
 
-from torch import nn
+import torch
+from torch.utils import checkpoint as _torch
 
-from fedms.peft.layer import FusedLinear
 from fedms.peft.routing import AdapterRouting
 
-_ATTRIBUTE = "_gradient_checkpointing_func"
+_NAMES = frozenset(("checkpoint", "unpack_hook", "forward", "backward"))
+# checkpoint -> id of a layer -> the routing that its calls in the forward had
+_NOTES: WeakKeyDictionary[Any, dict[int, AdapterRouting]] = WeakKeyDictionary()
 
 
-class BoundCheckpoint:
-    """A checkpoint function after whose forward the block's layers keep their gates."""
-
-    def __init__(self, checkpoint: Callable[..., Any], layers: list[FusedLinear]) -> None:
-        self.checkpoint = checkpoint
-        self.layers = layers
-
-    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        routings = [layer._fedms_routing for layer in self.layers]
-
-        def bound(*inputs: Any, **named: Any) -> Any:
-            with _reading(self.layers, routings):
-                return function(*inputs, **named)
-
-        return self.checkpoint(bound, *args, **kwargs)
+def depth() -> int:
+    """How many checkpoints' forwards run the caller, up to the recomputation around it, if any."""
+    return len(_enclosing()[0])
 
 
-def bind_checkpoints(model: nn.Module) -> None:
-    """Wrap the checkpoint function of every block that has one and holds fused layers."""
-    for module in model.modules():
-        checkpoint = module.__dict__.get(_ATTRIBUTE)
-        if checkpoint is None or isinstance(checkpoint, BoundCheckpoint):
-            continue
-        layers = [layer for layer in module.modules() if isinstance(layer, FusedLinear)]
-        if layers:
-            setattr(module, _ATTRIBUTE, BoundCheckpoint(checkpoint, layers))
+def note(layer: object, routing: AdapterRouting, outer: int) -> None:
+    """Note a call's routing with the running checkpoints, apart from the `outer` outermost ones."""
+    forwards, _ = _enclosing()
+    for checkpoint in forwards[outer:]:
+        _NOTES.setdefault(checkpoint, {})[id(layer)] = routing
 
 
-def release_checkpoints(model: nn.Module) -> None:
-    """Undo `bind_checkpoints`."""
-    for module in model.modules():
-        checkpoint = module.__dict__.get(_ATTRIBUTE)
-        if isinstance(checkpoint, BoundCheckpoint):
-            setattr(module, _ATTRIBUTE, checkpoint.checkpoint)
+def noted(layer: object) -> tuple[AdapterRouting | None, bool]:
+    """What the forward had (None: no gates), and whether a recomputation runs the caller at all."""
+    forwards, recomputed = _enclosing()
+    if recomputed is None:
+        return None, False
+    routing = _NOTES.get(recomputed, {}).get(id(layer))
+    if routing is not None:
+        for checkpoint in forwards:
+            _NOTES.setdefault(checkpoint, {})[id(layer)] = routing
+    return routing, True
 
 
-@contextmanager
-def _reading(
-    layers: Sequence[FusedLinear], routings: Sequence[AdapterRouting | None]
-) -> Iterator[None]:
-    before = [(layer._fedms_routing, layer._fedms_seen) for layer in layers]
-    for layer, routing in zip(layers, routings, strict=True):
-        layer._fedms_routing = layer._fedms_seen = routing
-    try:
-        yield
-    finally:
-        for layer, (routing, seen) in zip(layers, before, strict=True):
-            layer._fedms_routing, layer._fedms_seen = routing, seen
+def _enclosing() -> tuple[list[Any], Any]:
+    """The checkpoints whose forwards run the caller, the outermost first, within the innermost
+    recomputation that runs it; and the checkpoint that this recomputes, or None.
+    """
+    forwards: list[Any] = []
+    recomputed = None
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and recomputed is None:
+        name = frame.f_code.co_name
+        if name in _NAMES:
+            own = frame.f_code.co_filename == _torch.__file__
+            if name == "checkpoint" and own and "gen" in frame.f_locals:
+                forwards.append(getgeneratorlocals(frame.f_locals["gen"])["new_frame"])
+            elif name == "unpack_hook" and own:
+                recomputed = frame.f_locals["frame"]
+            elif frame.f_code.co_varnames[:1] == ("ctx",):
+                context = frame.f_locals["ctx"]
+                if name == "forward" and isinstance(context, torch._C._FunctionBase):
+                    forwards.append(context)
+                elif name == "backward" and isinstance(context, torch._C._FunctionBase):
+                    recomputed = context
+        frame = frame.f_back
+    return forwards[::-1], recomputed

@@ -1,7 +1,9 @@
 """Gates for the adapters of an accelerated model, and an adapter per sample, in training too.
 
-Both are set for the whole model and read by every fused layer: `set_gates` and `set_adapter_names`
-until they are cleared, `gated` and `mixed_adapters` for a `with` block. They name the adapters that
+Both are set for a whole model and read by every fused layer: `set_gates` and `set_adapter_names`
+until they are cleared, by every thread; `gated` and `mixed_adapters` for the calls that the thread
+makes in a `with` block. The backward pass may run after it, or after the next `set_gates`:
+activation checkpointing recomputes with the gates that the forward had. They name the adapters that
 take part themselves, whatever peft's active adapters are, and leave `requires_grad` alone: an
 adapter that was frozen takes part frozen.
 
@@ -16,7 +18,7 @@ from contextlib import contextmanager
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from fedms.peft.checkpointing import bind_checkpoints
+from fedms.peft.binding import Binding, Gateable, bound
 from fedms.peft.layer import FusedLinear
 from fedms.peft.routing import BASE, AdapterRouting, Gates
 
@@ -41,26 +43,7 @@ def set_gates(
     Raises TypeError or ValueError when the model is not accelerated, an adapter is on no layer, the
     number of gates is not E, or an adapter also sits on a layer that cannot be gated.
     """
-    layers = _fused_layers(model)
-    if gates is None and adapters is None:
-        _bind(model, dict.fromkeys(layers))
-        return
-    if isinstance(gates, Mapping):
-        chosen = _by_layer(layers, gates)
-    else:
-        _check_all_gateable(model, _active(layers) if adapters is None else adapters)
-        chosen = dict.fromkeys(layers, gates)
-    if adapters is None:
-        adapters = _active({name: layers[name] for name in chosen})
-    names = tuple(adapters)
-    _check_known(layers, names)
-    shared: dict[int, AdapterRouting] = {}
-    routings: dict[str, AdapterRouting | None] = {}
-    for name, value in chosen.items():
-        if id(value) not in shared:
-            shared[id(value)] = _routing(value, names)
-        routings[name] = shared[id(value)]
-    _bind(model, dict.fromkeys(layers) | routings)
+    _set(_gate_bindings(model, gates, adapters))
 
 
 @contextmanager
@@ -70,12 +53,12 @@ def gated(
     *,
     adapters: Sequence[str] | None = None,
 ) -> Iterator[None]:
-    """`set_gates` for the block; what was set before comes back at its end.
+    """`set_gates` for the calls that this thread makes in the block.
 
-    The backward pass may run after the block, with transformers' activation checkpointing too.
+    Blocks nest; None without adapters is a block without gates. Nothing of it stays on the model,
+    and a copy of the model that is made inside has no gates of it.
     """
-    with _as_before(model):
-        set_gates(model, gates, adapters=adapters)
+    with bound(_gate_bindings(model, gates, adapters)):
         yield
 
 
@@ -88,10 +71,58 @@ def set_adapter_names(model: nn.Module, names: Sequence[str | Sequence[str]] | N
 
     Raises ValueError when the model is not accelerated or an adapter is on no layer.
     """
+    _set(_name_bindings(model, names))
+
+
+@contextmanager
+def mixed_adapters(model: nn.Module, names: Sequence[str | Sequence[str]]) -> Iterator[None]:
+    """`set_adapter_names` for the calls that this thread makes in the block, as `gated` does it."""
+    with bound(_name_bindings(model, names)):
+        yield
+
+
+def _set(bindings: Mapping[Gateable, Binding]) -> None:
+    for layer, binding in bindings.items():
+        if binding.routing is None:
+            vars(layer).pop("_fedms_set", None)
+        else:
+            vars(layer)["_fedms_set"] = binding
+
+
+def _gate_bindings(
+    model: nn.Module,
+    gates: LayerGates | Mapping[str, LayerGates] | None,
+    adapters: Sequence[str] | None,
+) -> dict[Gateable, Binding]:
+    """What each fused layer of the model gets; layers that gates by layer leave out get none."""
+    layers = _fused_layers(model)
+    ungated = Binding(None)
+    if gates is None and adapters is None:
+        return dict.fromkeys(layers.values(), ungated)
+    if isinstance(gates, Mapping):
+        chosen = _by_layer(layers, gates)
+    else:
+        _check_all_gateable(model, _active(layers) if adapters is None else adapters)
+        chosen = dict.fromkeys(layers, gates)
+    if adapters is None:
+        adapters = _active({name: layers[name] for name in chosen})
+    names = tuple(adapters)
+    _check_known(layers, names)
+    shared: dict[int, Binding] = {}
+    bindings: dict[Gateable, Binding] = dict.fromkeys(layers.values(), ungated)
+    for name, value in chosen.items():
+        if id(value) not in shared:
+            shared[id(value)] = Binding(_routing(value, names))
+        bindings[layers[name]] = shared[id(value)]
+    return bindings
+
+
+def _name_bindings(
+    model: nn.Module, names: Sequence[str | Sequence[str]] | None
+) -> dict[Gateable, Binding]:
     layers = _fused_layers(model)
     if names is None:
-        _bind(model, dict.fromkeys(layers))
-        return
+        return dict.fromkeys(layers.values(), Binding(None))
     samples = tuple(
         tuple(one for one in ([name] if isinstance(name, str) else name) if one != BASE)
         for name in names
@@ -99,31 +130,7 @@ def set_adapter_names(model: nn.Module, names: Sequence[str | Sequence[str]] | N
     listed = tuple(dict.fromkeys(one for sample in samples for one in sample))
     _check_known(layers, listed)
     _check_all_gateable(model, listed)
-    _bind(model, dict.fromkeys(layers, AdapterRouting(samples=samples)))
-
-
-@contextmanager
-def mixed_adapters(model: nn.Module, names: Sequence[str | Sequence[str]]) -> Iterator[None]:
-    """`set_adapter_names` for the block; what was set before comes back at its end."""
-    with _as_before(model):
-        set_adapter_names(model, names)
-        yield
-
-
-@contextmanager
-def _as_before(model: nn.Module) -> Iterator[None]:
-    layers = _fused_layers(model)
-    before = {name: layer._fedms_routing for name, layer in layers.items()}
-    try:
-        yield
-    finally:
-        _bind(model, before)
-
-
-def _bind(model: nn.Module, routings: Mapping[str, AdapterRouting | None]) -> None:
-    for name, layer in _fused_layers(model).items():
-        layer._fedms_routing = routings[name]
-    bind_checkpoints(model)
+    return dict.fromkeys(layers.values(), Binding(AdapterRouting(samples=samples)))
 
 
 def _routing(gates: LayerGates | None, names: tuple[str, ...]) -> AdapterRouting:

@@ -15,7 +15,6 @@ from peft.tuners.lora.layer import Linear, LoraLayer, MultiheadAttention
 from peft.tuners.lora.model import LoraModel
 from torch import nn
 
-from fedms.peft.checkpointing import release_checkpoints
 from fedms.peft.layer import FusedLinear, why_not_fused
 
 
@@ -74,11 +73,9 @@ def restore(model: nn.Module) -> None:
     """
     for module in model.modules():
         if type(module) is FusedLinear:
-            for attribute in ("_fedms_routing", "_fedms_seen"):
-                if attribute in module.__dict__:
-                    delattr(module, attribute)
+            for attribute in ("_fedms_set", "_fedms_open"):
+                vars(module).pop(attribute, None)
             module.__class__ = Linear  # type: ignore[assignment]
-    release_checkpoints(model)
 
 
 def enable_peft() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from fedms.kernels import gated_lora_linear
+from fedms.peft.binding import Gateable, routing_of
 from fedms.peft.routing import AdapterRouting
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -31,12 +32,8 @@ class Adapters(NamedTuple):
     dropout_p: float
 
 
-class FusedLinear(Linear):
+class FusedLinear(Gateable, Linear):
     """A `peft.tuners.lora.layer.Linear` whose forward is `gated_lora_linear` where it can be."""
-
-    _fedms_routing: AdapterRouting | None = None
-    # What the last forward outside a recomputation read; see `_check_recomputation`.
-    _fedms_seen: AdapterRouting | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., in] -> [..., out] in the base result's dtype, as peft gives it.
@@ -44,10 +41,8 @@ class FusedLinear(Linear):
         Raises RuntimeError when gates are set and the call cannot be fused: peft's own forward
         would leave them out.
         """
-        routing = self._fedms_routing
-        if routing is not None or self._fedms_seen is not None:
-            self._check_recomputation(routing)
-        found = _read(self, x, args, kwargs)
+        routing = routing_of(self)
+        found = _read(self, routing, x, args, kwargs)
         if isinstance(found, Adapters):
             return self._fused(x, routing, found)
         if routing is not None and not self.disable_adapters:
@@ -87,30 +82,8 @@ class FusedLinear(Linear):
             dropout_p=dropout_p,
         )
 
-    def _check_recomputation(self, routing: AdapterRouting | None) -> None:
-        """Raise when a checkpoint recomputes this layer with other gates than it first ran with."""
-        if torch.compiler.is_compiling():
-            return
-        if torch._C._current_graph_task_id() == -1:  # not inside a backward pass
-            self._fedms_seen = routing
-        elif routing is not self._fedms_seen:
-            raise RuntimeError(
-                "activation checkpointing recomputes a layer whose gates have changed since its "
-                "forward: leave set_gates as it was, or the `gated` block open, until backward is "
-                "done"
-            )
-
     def _get_name(self) -> str:
         return "Linear"  # repr and peft's layer status go on saying what they said
-
-
-def adapters_in_use(layer: Linear) -> list[str]:
-    """Names of the layer's adapters that take part in a forward now, in order."""
-    routing = getattr(layer, "_fedms_routing", None)
-    there = cast(nn.Module, layer._modules["lora_A"])._modules
-    if routing is not None:
-        return routing.named(there)
-    return [name for name in layer.active_adapters if name in there]
 
 
 def why_not_fused(
@@ -120,12 +93,17 @@ def why_not_fused(
 
     x None: whether the layer can run fused at all, whatever the input.
     """
-    found = _read(layer, x, args, kwargs)
+    routing = routing_of(layer) if isinstance(layer, FusedLinear) else None
+    found = _read(layer, routing, x, args, kwargs)
     return found if isinstance(found, str) else None
 
 
 def _read(
-    layer: Linear, x: Any, args: Iterable[Any], kwargs: dict[str, Any] | None
+    layer: Linear,
+    routing: AdapterRouting | None,
+    x: Any,
+    args: Iterable[Any],
+    kwargs: dict[str, Any] | None,
 ) -> Adapters | str:
     """The layer's adapters in use, or why this call cannot be fused."""
     if torch.jit.is_tracing():  # type: ignore[attr-defined]
@@ -138,9 +116,13 @@ def _read(
         return f"the call has more arguments than x: {[*map(type, args), *(kwargs or ())]}"
     if not layer.cast_input_dtype_enabled:
         return "casting of the input is switched off"
-    names = adapters_in_use(layer)
-    if not names and getattr(layer, "_fedms_routing", None) is None:
-        return "no active adapter"
+    there = cast(nn.Module, layer._modules["lora_A"])._modules
+    if routing is not None:
+        names = routing.named(there)
+    else:
+        names = [name for name in layer.active_adapters if name in there]
+        if not names:
+            return "no active adapter"
     found = _read_adapters(layer, names)
     if isinstance(found, str) or x is None:
         return found

@@ -1,4 +1,4 @@
-"""Gates and adapters per sample: against the definition in float64, in training, checkpointed."""
+"""Gates and adapters per sample: against the definition in float64, in training."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig
-from peft_models import IN, OUT, assert_same, fused_calls, mlp, small_llama, step, with_adapters
+from peft_models import IN, OUT, assert_same, fused_calls, mlp, step, with_adapters
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 import fedms
 from fedms.peft import FusedLinear
@@ -166,53 +165,6 @@ def test_mixed_batch_agrees_with_pefts_in_eval():
     fedms.accelerate(model)
     with fedms.mixed_adapters(model, names):
         torch.testing.assert_close(model(x), want, rtol=1e-5, atol=1e-5)
-
-
-def _llama():
-    model = with_adapters(small_llama(), "one", "two", target_modules=["q_proj", "down_proj"])
-    model.base_model.set_adapter(["one", "two"])
-    fedms.accelerate(model)
-    return model.train()
-
-
-def _two_losses(model, routers, ids):
-    """Two forwards with different gates, and only then backward, outside the blocks."""
-    losses = []
-    for router in routers:
-        with fedms.gated(model, router.softmax(-1)):
-            losses.append(model(input_ids=ids, labels=ids).loss)
-    sum(losses).backward()
-    trained = [*routers, *(p for p in model.parameters() if p.requires_grad)]
-    return [p.grad.clone() for p in trained]
-
-
-def test_checkpointing_recomputes_with_the_gates_of_the_forward():
-    ids = torch.arange(12).reshape(2, 6)
-    model, gradients = _llama(), []
-    for checkpointed in (False, True):
-        if checkpointed:
-            model.gradient_checkpointing_enable()
-        model.zero_grad()
-        torch.manual_seed(0)
-        routers = [torch.randn(2, 6, 2).requires_grad_() for _ in range(2)]
-        with fused_calls() as calls:
-            gradients.append(_two_losses(model, routers, ids))
-        assert len(calls) == 8 * (1 + checkpointed)
-    for ours, exact in zip(gradients[1], gradients[0], strict=True):
-        torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-7)
-    assert min(g.abs().max() for g in gradients[0]) > 0
-
-
-def test_checkpointing_by_hand_raises_when_the_gates_have_changed(model):
-    x = torch.randn(2, 5, IN, dtype=DOUBLE)
-    for after in (None, torch.zeros(3, dtype=DOUBLE)):
-        fedms.set_gates(model, torch.ones(3, dtype=DOUBLE))
-        y = checkpoint(model, x, use_reentrant=False)
-        fedms.set_gates(model, after)
-        with pytest.raises(RuntimeError, match="gates have changed since its forward"):
-            y.sum().backward()
-    fedms.set_gates(model, torch.ones(3, dtype=DOUBLE))
-    checkpoint(model, x, use_reentrant=False).sum().backward()
 
 
 def test_gates_through_torch_compile(model):
