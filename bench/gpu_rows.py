@@ -80,8 +80,8 @@ class Problem:
 
     def x_h_g_bytes(self) -> int:
         """What the op must keep for backward: x when some A is trained, h, the gates."""
-        runs = None if self.segments is None else self.segments.runs()
-        width = row_width([a.shape[0] for a in self.A], runs)
+        experts = None if self.segments is None else self.segments.tensors[1]
+        width = row_width([a.shape[0] for a in self.A], experts)
         size = torch.promote_types(self.x.dtype, self.A[0].dtype).itemsize if self.A else 0
         kept = len(self.x) * width * size
         if any(a.requires_grad for a in self.A):

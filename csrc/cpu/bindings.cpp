@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "cpu/gated_lora.h"
+#include "cpu/segments.h"
 #include "isa.h"
 #include "parallel.h"
 
@@ -36,20 +37,24 @@ std::vector<const void*> pointers(const Ints& addresses) {
 }
 
 // What both directions share. Owns the arrays that the Problem points into.
+//
+// offsets, experts: addresses of the segments' int64 tensors, segments -1 without. seed: of int64,
+// one, or with own_seeds one a segment; 0 without dropout.
 struct Call {
     std::vector<const void*> a, b;
-    Ints ranks, runs;
+    Ints ranks;
+    std::vector<fedms::Run> runs;
     std::vector<float> scale;
     fedms::Problem problem{};
 
     Call(int64_t m, int64_t k, int64_t n, bool bf16, bool adapters_bf16, const Ints& a_,
          const Ints& b_, Ints ranks_, const std::vector<double>& scale_, int64_t gates,
-         int64_t gate_row, int64_t gate_col, int64_t idxs, int64_t top_k, Ints runs_,
-         int64_t num_runs, double p, int64_t seed, int64_t x, int64_t h, int64_t h_width)
+         int64_t gate_row, int64_t gate_col, int64_t idxs, int64_t top_k, int64_t offsets,
+         int64_t experts, int64_t segments, int64_t segment_width, double p, int64_t seed,
+         bool own_seeds, int64_t x, int64_t h, int64_t h_width)
         : a(pointers(a_)),
           b(pointers(b_)),
           ranks(std::move(ranks_)),
-          runs(std::move(runs_)),
           scale(scale_.begin(), scale_.end()) {
         problem.m = m, problem.k = k, problem.n = n;
         problem.num_experts = static_cast<int64_t>(scale.size());
@@ -63,10 +68,17 @@ struct Call {
         problem.gate_row = gate_row, problem.gate_col = gate_col;
         problem.idxs = pointer<const int64_t>(idxs);
         problem.top_k = top_k;
-        problem.runs = runs.data();
-        problem.num_runs = num_runs;
+        const auto* seeds = pointer<const int64_t>(seed);
+        problem.num_runs = -1;
+        if (segments >= 0) {
+            runs = fedms::runs_of(pointer<const int64_t>(offsets), pointer<const int64_t>(experts),
+                                  segments, segment_width, seeds, own_seeds, m,
+                                  problem.num_experts);
+            problem.runs = runs.data();
+            problem.num_runs = static_cast<int64_t>(runs.size());
+        }
         problem.dropout_p = p;
-        problem.seed = static_cast<std::uint64_t>(seed);
+        problem.seed = seeds == nullptr ? 0 : static_cast<std::uint64_t>(*seeds);
         problem.x = pointer<const void>(x);
         problem.h = pointer<float>(h);
         problem.h_width = h_width;
@@ -121,8 +133,8 @@ void backward(int64_t threads, int64_t dy, int64_t dx, bool dx_add, int64_t weig
 // The shared arguments' types, in Call's order.
 template <template <class...> class Holder>
 using Shared = Holder<int64_t, int64_t, int64_t, bool, bool, Ints, Ints, Ints, std::vector<double>,
-                      int64_t, int64_t, int64_t, int64_t, int64_t, Ints, int64_t, double, int64_t,
-                      int64_t, int64_t, int64_t>;
+                      int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
+                      int64_t, double, int64_t, bool, int64_t, int64_t, int64_t>;
 
 template <class... Args>
 struct Bind {

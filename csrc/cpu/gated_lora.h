@@ -12,6 +12,13 @@
 
 namespace fedms {
 
+// Rows that all use the experts [first, last), and where their dropout masks are: the mask of a
+// pair is that of row - mask_row and expert - first + mask_expert.
+struct Run {
+    std::int64_t row_begin, row_end, first, last, mask_row, mask_expert;
+    std::uint64_t seed;
+};
+
 struct Problem {
     std::int64_t m, k, n, num_experts;
     bool bf16;                  // dtype of x, y, dy, dx
@@ -25,10 +32,10 @@ struct Problem {
     std::int64_t gate_row, gate_col;
     const std::int64_t* idxs;  // null or [M, top_k] expert indices
     std::int64_t top_k;
-    const std::int64_t* runs;  // num_runs x (row_begin, row_end, expert_begin, expert_end)
-    std::int64_t num_runs;     // -1: one run over all rows and experts
+    const Run* runs;
+    std::int64_t num_runs;  // -1: one run over all rows and experts
     double dropout_p;
-    std::uint64_t seed;
+    std::uint64_t seed;  // of calls without runs
     const void* weight;  // [N, K] of the frozen layer; null: it is not computed here
     const void* bias;    // [N] or null; forward_few only
     const void* x;       // [M, K]; null in a backward without dA

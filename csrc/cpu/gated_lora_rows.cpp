@@ -22,6 +22,9 @@ using fedms::Scratch;
 struct Item {
     int64_t n, first, last;
     int64_t begin;         // dense: rows begin, begin + 1, ...
+    std::uint64_t seed;    // of the dropout mask, whose rows and experts count from mask_row and,
+    int64_t mask_row;      // at `first`, mask_expert
+    int64_t mask_expert;   //
     const int64_t* pairs;  // top-k: the rows
     const int64_t* slots;  // top-k: which of the row's k entries
     int64_t row(int64_t i) const { return pairs ? pairs[i] : begin + i; }
@@ -66,12 +69,13 @@ T** row_pointers_mut(const Scratch& s, int slot, void* base, int64_t width, cons
 template <class T>
 const float** drop_rows(const Problem& p, const Scratch& s, const T* const* x, const Item& item,
                         int64_t expert) {
-    const std::uint64_t key = fedms::expert_key(p.seed, expert);
+    const std::uint64_t key =
+        fedms::expert_key(item.seed, expert - item.first + item.mask_expert);
     const auto threshold = static_cast<std::uint32_t>(p.dropout_p * 4294967296.0);
     const float inverse = static_cast<float>(1.0 / (1.0 - p.dropout_p));
     const float** rows = reinterpret_cast<const float**>(s.rows) + 3 * s.block;
     for (int64_t i = 0; i < item.n; ++i) {
-        const std::uint64_t row = fedms::row_key(key, item.row(i));
+        const std::uint64_t row = fedms::row_key(key, item.row(i) - item.mask_row);
         const auto lo = static_cast<std::uint32_t>(row), hi = static_cast<std::uint32_t>(row >> 32);
         float* out = s.dropped + i * p.k;
         rows[i] = out;
@@ -305,6 +309,7 @@ void backward_item(const Problem& p, const Scratch& s, const Item& item, int64_t
             Item one = item;
             one.first = e;
             one.last = e + 1;
+            one.mask_expert += e - item.first;
             if (p.ranks[e] != p.ranks[e + 1]) backward_dropped(p, s, one, x, dx);
         }
         return;
@@ -346,18 +351,21 @@ void for_each_item(const Problem& p, const Scratch& s, int64_t begin, int64_t en
                            s.pair_row[j] != s.pair_row[j - 1]) {
                         ++j;
                     }
-                    f(Item{j - i, e, e + 1, 0, s.pair_row + i, s.pair_slot + i});
+                    f(Item{j - i, e, e + 1, 0, p.seed, 0, e, s.pair_row + i, s.pair_slot + i});
                     i = j;
                 }
             }
         } else if (p.num_runs < 0) {
-            f(Item{stop - row, 0, p.num_experts, row, nullptr, nullptr});
+            f(Item{stop - row, 0, p.num_experts, row, p.seed, 0, 0, nullptr, nullptr});
         } else {
             for (int64_t i = 0; i < p.num_runs; ++i) {
-                const int64_t* run = p.runs + 4 * i;
-                const int64_t from = run[0] > row ? run[0] : row,
-                              to = run[1] < stop ? run[1] : stop;
-                if (from < to) f(Item{to - from, run[2], run[3], from, nullptr, nullptr});
+                const fedms::Run& run = p.runs[i];
+                const int64_t from = run.row_begin > row ? run.row_begin : row,
+                              to = run.row_end < stop ? run.row_end : stop;
+                if (from < to) {
+                    f(Item{to - from, run.first, run.last, from, run.seed, run.mask_row,
+                           run.mask_expert, nullptr, nullptr});
+                }
             }
         }
     }

@@ -100,7 +100,8 @@ struct Call {
     cudaStream_t stream;
 
     // table: address of uploaded expert_words, 0 when they are few. routes: address and the counts
-    // of groups, members, group tiles, member tiles, or address 0.
+    // of groups, members, group tiles, member tiles, or address 0. seed: the seeds' address, 0
+    // without dropout.
     Call(int device_, int64_t stream_, int64_t m, int64_t k_, int64_t n_, int dtype_, int adapter,
          const Ints& a, const Ints& b, const Ints& da, const Ints& db, const Ints& ranks,
          const std::vector<double>& scale, int64_t table, int64_t gates, int gate_dtype,
@@ -140,7 +141,7 @@ struct Call {
         problem.dropout = p > 0.0;
         problem.threshold = static_cast<std::uint32_t>(p * 4294967296.0);
         problem.keep_scale = static_cast<float>(1.0 / (1.0 - p));
-        problem.seed = static_cast<std::uint64_t>(seed);
+        problem.seeds = pointer<const std::uint64_t>(seed);
         set_routes(routes);
     }
 

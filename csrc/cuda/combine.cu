@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(32 * kWarps) combine(const __grid_constant__ C
     const Item item = item_at(p, blockIdx.x);
     const Expert& expert = expert_at(p, item.expert);
     for (int i = warp; i < kRows; i += kWarps) {  // a row is a whole warp's
-        const std::int32_t row = row_in_group(p, item.group, item.tile * kRows + i);
+        const std::int32_t row = place_in_group(p, item.group, item.tile * kRows + i).row;
         const Pair pair = pair_at(p, item.expert, row, item.column);
         if (pair.column < 0) continue;
         float product = 0.0f;

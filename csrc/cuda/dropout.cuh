@@ -1,7 +1,7 @@
 // The dropout mask of fedms/kernels/dropout.py (its docstring is the definition), on a device.
 #pragma once
 
-#include "cuda/problem.cuh"
+#include "cuda/routing.cuh"
 
 namespace fedms {
 
@@ -11,10 +11,12 @@ __device__ inline std::uint64_t mix64(std::uint64_t z) {
     return z ^ (z >> 31);
 }
 
-// The key of a row of an expert's mask.
-__device__ inline std::uint64_t mask_key(const Problem& p, std::int32_t expert, std::int64_t row) {
-    const std::uint64_t key = mix64(p.seed + std::uint64_t(expert + 1) * 0x9E3779B97F4A7C15ull);
-    return mix64(key + std::uint64_t(row + 1) * 0xD1B54A32D192ED03ull);
+// The key of a row of an expert's mask. Any number for a row of -1.
+__device__ inline std::uint64_t mask_key(const Problem& p, const Place& place,
+                                         std::int32_t mask_expert) {
+    const std::uint64_t seed = p.seeds[place.seed], expert = std::uint64_t(mask_expert + 1);
+    const std::uint64_t row = std::uint64_t(place.row - place.mask_row + std::int64_t(1));
+    return mix64(mix64(seed + expert * 0x9E3779B97F4A7C15ull) + row * 0xD1B54A32D192ED03ull);
 }
 
 // What the element of a row is multiplied by: 0 or 1 / (1 - p).

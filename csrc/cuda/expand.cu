@@ -78,8 +78,10 @@ __global__ void __launch_bounds__(32 * kWarps) expand(const __grid_constant__ Ex
         first_member = p.routes.groups[group].first_member;
         last_member = p.routes.groups[group].last_member;
     }
-    if (threadIdx.x < kRows) {  // read by others behind a barrier: no group is without experts
-        s.rows[threadIdx.x] = row_in_group(p, group, tile * kRows + std::int64_t(threadIdx.x));
+    Place place{-1, -1, 0, 0, 0};  // of the thread's own row
+    if (threadIdx.x < kRows) {     // read by others behind a barrier: no group is without experts
+        place = place_in_group(p, group, tile * kRows + std::int64_t(threadIdx.x));
+        s.rows[threadIdx.x] = place.row;
     }
     float sums[kOwn][V] = {};
 
@@ -88,13 +90,15 @@ __global__ void __launch_bounds__(32 * kWarps) expand(const __grid_constant__ Ex
         const Expert& expert = expert_at(p, e);
         bool mine = false;
         if (threadIdx.x < kRows) {
-            const std::int32_t row = s.rows[threadIdx.x];
             const std::int32_t column = grouped ? p.routes.members[m].column : expert.offset;
-            const Pair pair = pair_at(p, e, row, column);
+            const Pair pair = pair_at(p, e, place.row, column);
             mine = pair.column >= 0;
             s.columns[threadIdx.x] = pair.column;
             s.coefficients[threadIdx.x] = pair.coefficient;
-            if (Selective && p.dropout) s.keys[threadIdx.x] = mask_key(p, e, row);
+            if (Selective && p.dropout) {
+                const std::int32_t own = grouped ? p.routes.members[m].mask_expert : e;
+                s.keys[threadIdx.x] = mask_key(p, place, own);
+            }
         }
         if (!__syncthreads_or(mine)) continue;
         float part[kOwn][V] = {};

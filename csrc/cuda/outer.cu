@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(32 * kWarps) outer(const __grid_constant__ Out
     for (std::int64_t tile = split * tiles_per_split; tile < end; ++tile) {
         if (threadIdx.x < kRows) {
             const std::int64_t position = tile * kRows + threadIdx.x;
-            Place place{position < rows ? std::int32_t(position) : -1, expert.offset};
+            Place place{position < rows ? std::int32_t(position) : -1, expert.offset, 0, 0, e};
             if (grouped) {
                 const RowSet& set = p.routes.row_sets[e];
                 place = place_in(p, set.rows, set.first_range, set.last_range, position);
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(32 * kWarps) outer(const __grid_constant__ Out
             s.rows[threadIdx.x] = pair.column >= 0 ? place.row : -1;
             s.columns[threadIdx.x] = pair.column;
             s.coefficients[threadIdx.x] = pair.coefficient;
-            s.keys[threadIdx.x] = dropout ? mask_key(p, e, place.row) : 0;
+            s.keys[threadIdx.x] = dropout ? mask_key(p, place, place.mask_expert) : 0;
         }
         __syncthreads();
         for (int i = threadIdx.x; i < kRows * kRanks; i += 32 * kWarps) {

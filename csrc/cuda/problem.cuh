@@ -35,7 +35,7 @@ struct Group {
 
 // An expert of a group. Its h is at `column` of the group's rows.
 struct Member {
-    std::int32_t tiles_before, group, expert, column;
+    std::int32_t tiles_before, group, expert, column, mask_expert;
 };
 
 // All rows of an expert, from all of its groups.
@@ -44,9 +44,10 @@ struct RowSet {
 };
 
 // Positions from `position` on (in a group or a row set) are the rows from `row` on. `column` is
-// the expert's in that group; of a row set's ranges only.
+// the expert's in that group; of a row set's ranges only, as is mask_expert. The dropout mask of a
+// row and an expert is that of seeds[seed], row - mask_row and the member's mask_expert.
 struct Range {
-    std::int32_t position, row, column;
+    std::int32_t position, row, column, seed, mask_row, mask_expert;
 };
 
 // Segments as tables. num_groups < 0: no segments, every row may use every expert.
@@ -66,7 +67,7 @@ struct Problem {
     std::int64_t gate_col;     //
     const std::int64_t* idxs;  // null, or [M, top_k]: the experts of a row
     Routes routes;
-    std::uint64_t seed;
+    const std::uint64_t* seeds;  // one, or with segments perhaps one each; null without dropout
     std::int64_t m;
     std::int32_t num_experts;
     std::int32_t chunks;      // of the expert with the largest rank

@@ -26,27 +26,31 @@ __device__ inline std::int32_t find(const Entry* entries, std::int32_t first, st
 
 struct Place {
     std::int32_t row, column;  // row -1: behind the end
+    std::int32_t seed, mask_row, mask_expert;
 };
 
 __device__ inline Place place_in(const Problem& p, std::int32_t rows, std::int32_t first,
                                  std::int32_t last, std::int64_t position) {
-    if (position >= rows) return {-1, -1};
+    if (position >= rows) return {-1, -1, 0, 0, 0};
     const Range& range =
         p.routes.ranges[find(p.routes.ranges, first, last, &Range::position, position)];
-    return {std::int32_t(range.row + (position - range.position)), range.column};
+    return {std::int32_t(range.row + (position - range.position)), range.column, range.seed,
+            range.mask_row, range.mask_expert};
 }
 
-// The row at a position of a group (any number without segments); -1 behind the end.
-__device__ inline std::int32_t row_in_group(const Problem& p, std::int32_t group,
-                                            std::int64_t position) {
-    if (p.routes.num_groups < 0) return position < p.m ? std::int32_t(position) : -1;
+// The row at a position of a group (any number without segments), and whose masks it has.
+__device__ inline Place place_in_group(const Problem& p, std::int32_t group,
+                                       std::int64_t position) {
+    if (p.routes.num_groups < 0) {
+        return {position < p.m ? std::int32_t(position) : -1, -1, 0, 0, 0};
+    }
     const Group& g = p.routes.groups[group];
-    return place_in(p, g.rows, g.first_range, g.last_range, position).row;
+    return place_in(p, g.rows, g.first_range, g.last_range, position);
 }
 
 // A tile of rows and one expert of them.
 struct Item {
-    std::int32_t expert, column, group;
+    std::int32_t expert, column, group, mask_expert;
     std::int64_t tile;
 };
 
@@ -54,12 +58,13 @@ struct Item {
 __device__ inline Item item_at(const Problem& p, std::int64_t unit) {
     if (p.routes.num_groups < 0) {
         const std::int32_t expert = std::int32_t(unit % p.num_experts);
-        return {expert, expert_at(p, expert).offset, 0, unit / p.num_experts};
+        return {expert, expert_at(p, expert).offset, 0, expert, unit / p.num_experts};
     }
     const Member& member =
         p.routes
             .members[find(p.routes.members, 0, p.routes.num_members, &Member::tiles_before, unit)];
-    return {member.expert, member.column, member.group, unit - member.tiles_before};
+    return {member.expert, member.column, member.group, member.mask_expert,
+            unit - member.tiles_before};
 }
 
 // gate * scale of a pair, and where its h is in the row. column -1: the pair does not exist.

@@ -47,13 +47,13 @@ __global__ void __launch_bounds__(32 * kWarps) shrink(const __grid_constant__ Sh
 
     bool mine = false;
     if (threadIdx.x < kRows) {
-        const std::int32_t row =
-            row_in_group(p, item.group, item.tile * kRows + std::int64_t(threadIdx.x));
-        const Pair pair = pair_at(p, item.expert, row, item.column);
+        const Place place =
+            place_in_group(p, item.group, item.tile * kRows + std::int64_t(threadIdx.x));
+        const Pair pair = pair_at(p, item.expert, place.row, item.column);
         mine = pair.column >= 0;
-        s.rows[threadIdx.x] = mine ? row : -1;
+        s.rows[threadIdx.x] = mine ? place.row : -1;
         s.columns[threadIdx.x] = pair.column;
-        s.keys[threadIdx.x] = p.dropout ? mask_key(p, item.expert, row) : 0;
+        s.keys[threadIdx.x] = p.dropout ? mask_key(p, place, item.mask_expert) : 0;
     }
     if (!__syncthreads_or(mine)) return;
 

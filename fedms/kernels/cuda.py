@@ -29,9 +29,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedms.kernels.cuda_tables import Routes, TableCache, routes_of
+from fedms.kernels.cuda_tables import TableCache, routes_of
 from fedms.kernels.experts import expert_ranks, takes_stacks
 from fedms.kernels.ops import define_backend
+from fedms.kernels.segments import read_runs, row_width
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/cuda/problem.cuh's DType
 _TILE_ROWS = 32
@@ -102,8 +103,8 @@ class _Call:
 
     def __init__(
         self, like: Tensor, k: int, n: int, A: Sequence[Tensor], B: Sequence[Tensor],
-        gates: Tensor | None, expert_idxs: Tensor | None, runs: Sequence[int] | None,
-        scale: Sequence[float], dropout_p: float, seed: int,
+        gates: Tensor | None, expert_idxs: Tensor | None, offsets: Tensor | None,
+        experts: Tensor | None, scale: Sequence[float], dropout_p: float, seed: Tensor | None,
         dA: Sequence[Tensor] = (), dB: Sequence[Tensor] = (),
     ) -> None:  # fmt: skip
         """like: x or dy, for M, the dtype and the device; empty dA and dB are not wanted."""
@@ -112,7 +113,9 @@ class _Call:
         if max(m, k, n) >= 2**31 - _TILE_ROWS:
             raise ValueError(f"x and y must be below 2^31 in each dimension, got {m}, {k}, {n}")
         ranks = [a.shape[0] for a in A]
-        self.width, self.routes = _layout(ranks, expert_idxs, runs)
+        self.width = _width(ranks, expert_idxs, experts)
+        runs = read_runs(offsets, experts, seed, m, len(ranks))
+        self.routes = None if runs is None else routes_of(runs, tuple(ranks), _TILE_ROWS)
         self.m, self.k, self.n = m, k, n
         self.max_rows = m if self.routes is None else self.routes.max_rows
         self.chunks = -(-max(ranks) // module.CHUNK_RANKS)
@@ -142,7 +145,7 @@ class _Call:
             routes = self._resident(self.routes.words, device, stream)
             counts = (self.routes.num_groups, self.routes.num_members, self.routes.group_tiles,
                       self.routes.member_tiles)  # fmt: skip
-        self._alive = (A, B, gates, expert_idxs, table, routes)
+        self._alive = (A, B, gates, expert_idxs, table, routes, seed)
         self._call = module.Call(
             device.index or 0, stream, m, k, n, _DTYPES[like.dtype], _DTYPES[A[0].dtype],
             *addresses, ranks, scale, 0 if table is None else table.data_ptr(),
@@ -151,7 +154,8 @@ class _Call:
             0 if gates is None else gates.stride(-1),
             0 if expert_idxs is None else expert_idxs.data_ptr(),
             0 if expert_idxs is None else expert_idxs.shape[1], self.width,
-            (0 if routes is None else routes.data_ptr(), *counts), dropout_p, seed,
+            (0 if routes is None else routes.data_ptr(), *counts), dropout_p,
+            0 if seed is None else seed.data_ptr(),
         )  # fmt: skip
 
     def _resident(self, words: bytes, device: torch.device, stream: int) -> Tensor:
@@ -221,29 +225,24 @@ class _Call:
         )  # fmt: skip
 
 
-def _layout(
-    ranks: Sequence[int], expert_idxs: Tensor | None, runs: Sequence[int] | None
-) -> tuple[int, Routes | None]:
-    """Width of a row of h, and the segments' tables."""
-    if runs is not None:
-        routes = routes_of(tuple(runs), tuple(ranks), _TILE_ROWS)
-        return routes.width, routes
+def _width(ranks: Sequence[int], expert_idxs: Tensor | None, experts: Tensor | None) -> int:
+    """Of a row of h."""
     if expert_idxs is not None:
-        return expert_idxs.shape[1] * max(ranks), None
-    return sum(ranks), None
+        return expert_idxs.shape[1] * max(ranks)
+    return row_width(ranks, experts)
 
 
 def _h_like(
-    x: Tensor, A: Sequence[Tensor], expert_idxs: Tensor | None, runs: Sequence[int] | None
+    x: Tensor, A: Sequence[Tensor], expert_idxs: Tensor | None, experts: Tensor | None
 ) -> tuple[int, torch.dtype]:
-    width, _ = _layout(expert_ranks(A), expert_idxs, runs)
-    return width, torch.float32
+    return _width(expert_ranks(A), expert_idxs, experts), torch.float32
 
 
 def _forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, base: Tensor | None,
     A: Sequence[Tensor], B: Sequence[Tensor], gates: Tensor | None, expert_idxs: Tensor | None,
-    runs: Sequence[int] | None, scale: Sequence[float], dropout_p: float, seed: int, save_h: bool,
+    offsets: Tensor | None, experts: Tensor | None, scale: Sequence[float], dropout_p: float,
+    seed: Tensor | None, save_h: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     if base is not None:
         y_MN = base.clone(memory_format=torch.contiguous_format)
@@ -252,8 +251,9 @@ def _forward(
         y_MN = F.linear(x, weight, bias)
     x = x.contiguous()
     call = _Call(
-        x, x.shape[1], y_MN.shape[1], A, B, gates, expert_idxs, runs, scale, dropout_p, seed
-    )
+        x, x.shape[1], y_MN.shape[1], A, B, gates, expert_idxs, offsets, experts, scale, dropout_p,
+        seed,
+    )  # fmt: skip
     h_Mr = x.new_empty((call.m, call.width) if save_h else (0,), dtype=torch.float32)
     if call.m and call.width:
         h_sMr = call.shrink(x, h_Mr if save_h else None, from_b=False)
@@ -264,8 +264,9 @@ def _forward(
 def _backward(
     dy: Tensor, weight: Tensor | None, x: Tensor | None, h: Tensor | None, A: Sequence[Tensor],
     B: Sequence[Tensor], gates: Tensor | None, expert_idxs: Tensor | None,
-    runs: Sequence[int] | None, scale: Sequence[float], dropout_p: float, seed: int, need_dx: bool,
-    need_dg: bool, need_dA: Sequence[bool], need_dB: Sequence[bool],
+    offsets: Tensor | None, experts: Tensor | None, scale: Sequence[float], dropout_p: float,
+    seed: Tensor | None, need_dx: bool, need_dg: bool, need_dA: Sequence[bool],
+    need_dB: Sequence[bool],
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
     (m, n), k = dy.shape, A[0].shape[1]
     dy = dy.contiguous()
@@ -276,7 +277,7 @@ def _backward(
     columns = len(A) if expert_idxs is None else expert_idxs.shape[1]
     dg = dy.new_zeros((m, columns) if need_dg else (0,), dtype=torch.float32)
     call = _Call(
-        dy, k, n, A, B, gates, expert_idxs, runs, scale, dropout_p, seed, dA, dB
+        dy, k, n, A, B, gates, expert_idxs, offsets, experts, scale, dropout_p, seed, dA, dB
     )  # fmt: skip
     u_Mr = dg  # nobody reads it where it stays that
     if call.m and call.width and (need_dx or need_dg or any(need_dA)):

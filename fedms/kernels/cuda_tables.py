@@ -17,19 +17,20 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-Range = tuple[int, int, int]  # position, row, column: csrc/cuda/problem.cuh's
+from fedms.kernels.segments import Run
+
+_RANGE_WORDS = 6
+Range = tuple[int, ...]  # position, row, column, seed, mask_row, mask_expert: csrc/cuda/problem.cuh
 
 
 @dataclass(frozen=True)
 class Routes:
     """Segments as the kernels walk them.
 
-    words: the tables. width: of a row of h, the largest sum of ranks that a row uses. max_rows: of
-    an expert. The counts are those of csrc/cuda/problem.cuh.
+    words: the tables. max_rows: of an expert. The counts are those of csrc/cuda/problem.cuh.
     """
 
     words: bytes
-    width: int
     max_rows: int
     num_groups: int
     num_members: int
@@ -38,49 +39,51 @@ class Routes:
 
 
 @lru_cache(maxsize=64)
-def routes_of(runs: tuple[int, ...], ranks: tuple[int, ...], tile_rows: int) -> Routes:
-    """`Segments.runs()` of experts of these ranks, in tiles of `tile_rows` rows."""
-    experts_of_rows: dict[tuple[int, int], list[int]] = {}
-    for begin, end, first, last in zip(*(iter(runs),) * 4, strict=True):
-        experts_of_rows.setdefault((begin, end), []).extend(range(first, last))
-    groups: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+def routes_of(runs: tuple[Run, ...], ranks: tuple[int, ...], tile_rows: int) -> Routes:
+    """`read_runs` of experts of these ranks, in tiles of `tile_rows` rows."""
+    # An expert with where its masks begin; and rows with whose they are.
+    experts_of_rows: dict[tuple[int, int, int, int], list[tuple[int, int]]] = {}
+    for run in runs:
+        rows = (run.row_begin, run.row_end, run.seed, run.mask_row)
+        members = ((e, run.mask_expert + e - run.expert_begin)
+                   for e in range(run.expert_begin, run.expert_end))  # fmt: skip
+        experts_of_rows.setdefault(rows, []).extend(members)
+    groups: dict[tuple[tuple[int, int], ...], list[tuple[int, int, int, int]]] = {}
     for rows, experts in experts_of_rows.items():
         groups.setdefault(tuple(experts), []).append(rows)
 
     group_words, member_words, ranges = array("i"), array("i"), array("i")
     row_sets: list[list[Range]] = [[] for _ in ranks]
     counts = [0] * len(ranks)
-    width = group_tiles = member_tiles = num_members = 0
+    group_tiles = member_tiles = num_members = 0
     for g, (experts, spans) in enumerate(groups.items()):
-        first_range, rows = len(ranges) // 3, 0
-        for begin, end in spans:
-            ranges.extend((rows, begin, 0))
+        first_range, rows = len(ranges) // _RANGE_WORDS, 0
+        for begin, end, seed, mask_row in spans:
+            ranges.extend((rows, begin, 0, seed, mask_row, 0))
             rows += end - begin
         tiles = -(-rows // tile_rows)
-        last_range = len(ranges) // 3
+        last_range = len(ranges) // _RANGE_WORDS
         group_words.extend(
             (group_tiles, rows, first_range, last_range, num_members, num_members + len(experts))
         )
         column = 0
-        for e in experts:
-            member_words.extend((member_tiles, g, e, column))
-            for begin, end in spans:
-                row_sets[e].append((counts[e], begin, column))
+        for e, mask_expert in experts:
+            member_words.extend((member_tiles, g, e, column, mask_expert))
+            for begin, end, seed, mask_row in spans:
+                row_sets[e].append((counts[e], begin, column, seed, mask_row, mask_expert))
                 counts[e] += end - begin
             member_tiles += tiles
             column += ranks[e]
         num_members += len(experts)
         group_tiles += tiles
-        width = max(width, column)
     set_words = array("i")
     for rows, row_set in zip(counts, row_sets, strict=True):
-        first_range = len(ranges) // 3
+        first_range = len(ranges) // _RANGE_WORDS
         for entry in row_set:
             ranges.extend(entry)
         set_words.extend((rows, first_range, first_range + len(row_set)))
     return Routes(
         words=b"".join(t.tobytes() for t in (group_words, member_words, set_words, ranges)),
-        width=width,
         max_rows=max(counts, default=0),
         num_groups=len(groups),
         num_members=num_members,

@@ -9,41 +9,52 @@ Definition, all products and sums modulo 2^32 or 2^64, `>>` logical:
     keep(e, m, c)    = v >= floor(p * 2^32)
 
 mix64 is splitmix64's finaliser, the 32-bit rounds are lowbias32's with the row's high word mixed in
-between, so that two rows share a mask only when all 64 bits of their keys agree. e is the expert's
-position in the call, m the row of the flattened x. `csrc/cpu/dropout.h` is the same in C++:
-forward, backward, a checkpoint's recompute and every backend see one mask.
+between, so that two rows share a mask only when all 64 bits of their keys agree. With one seed for
+the call, e is the expert's position in the call and m the row of the flattened x. With a seed a
+segment both count from the segment's own: e in the ascending order of its experts, m from its first
+row, so the mask does not depend on what else is in the batch. `csrc/cpu/dropout.h` is the same in
+C++: forward, backward, a checkpoint's recompute and every backend see one mask.
+
+Seeds are int64 tensors on the call's device, which nothing waits for.
 """
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 _MASK32 = 0xFFFFFFFF
-_MASK64 = 0xFFFFFFFFFFFFFFFF
 
 
-def draw_seed() -> int:
-    """A seed from torch's default CPU generator (so `torch.manual_seed` and checkpointing hold)."""
-    return int(torch.randint(0, 2**63 - 1, ()))
+def draw_seed(device: torch.device) -> Tensor:
+    """A seed from the device's default generator, int64 [].
+
+    So `torch.manual_seed` and checkpointing hold, and each run of a compiled graph and each replay
+    of a CUDA graph draws another.
+    """
+    return torch.randint(2**63 - 1, (), device=device)
 
 
-def expert_key(seed: int, expert: int) -> int:
-    """key(seed, e) as an unsigned 64-bit number."""
-    z = (seed + (expert + 1) * 0x9E3779B97F4A7C15) & _MASK64
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
-    return z ^ (z >> 31)
+def as_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    """The seed as a tensor on the device; None draws one."""
+    if seed is None:
+        return draw_seed(device)
+    if isinstance(seed, Tensor):
+        return seed.contiguous()
+    return torch.full((), seed, dtype=torch.int64, device=device)
 
 
 def keep_mask(
-    seed: int, expert: int, row_begin: int, row_end: int, k: int, p: float, device: torch.device
-) -> torch.Tensor:
-    """Mask of the kept elements of rows `row_begin:row_end`, bool [rows, K], for 0 <= p < 1."""
+    seed: int | Tensor, expert: int, row_begin: int, row_end: int, k: int, p: float,
+    device: torch.device,
+) -> Tensor:  # fmt: skip
+    """Mask of the kept elements of rows `row_begin:row_end`, bool [rows, K], for 0 <= p < 1.
+
+    seed: a number, or int64 [] on the device.
+    """
+    key = _mix64(as_seed(seed, device) + _signed((expert + 1) * 0x9E3779B97F4A7C15))
     rows = torch.arange(row_begin + 1, row_end + 1, device=device, dtype=torch.int64)
-    z = rows * _signed(0xD1B54A32D192ED03) + _signed(expert_key(seed, expert))
-    z = (z ^ _shr(z, 30)) * _signed(0xBF58476D1CE4E5B9)
-    z = (z ^ _shr(z, 27)) * _signed(0x94D049BB133111EB)
-    z = (z ^ _shr(z, 31)).unsqueeze(1)
+    z = _mix64(rows * _signed(0xD1B54A32D192ED03) + key).unsqueeze(1)
     lo, hi = z & _MASK32, _shr(z, 32)
 
     columns = torch.arange(k, device=device, dtype=torch.int64)
@@ -53,11 +64,18 @@ def keep_mask(
     return (v ^ (v >> 16)) >= int(p * 2**32)
 
 
+def _mix64(z: Tensor) -> Tensor:
+    z = (z ^ _shr(z, 30)) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ _shr(z, 27)) * _signed(0x94D049BB133111EB)
+    return z ^ _shr(z, 31)
+
+
 def _signed(value: int) -> int:
-    """The int64 with the same 64 bits (torch's integer products wrap, as the definition wants)."""
+    """The int64 with the same low 64 bits (torch's products wrap, as the definition wants)."""
+    value &= 0xFFFFFFFFFFFFFFFF
     return value - (1 << 64) if value >> 63 else value
 
 
-def _shr(z: torch.Tensor, bits: int) -> torch.Tensor:
+def _shr(z: Tensor, bits: int) -> Tensor:
     """Logical right shift of int64 (torch's `>>` is arithmetic)."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)

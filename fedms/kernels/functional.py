@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from fedms.kernels import native, plan, validate
 from fedms.kernels import stacked as _stacked  # noqa: F401  (defines its ops)
-from fedms.kernels.dropout import draw_seed
+from fedms.kernels.dropout import as_seed
 from fedms.kernels.experts import counts, expert_ranks
 from fedms.kernels.segments import Segments
 
@@ -47,12 +47,20 @@ class _Spec(NamedTuple):
     """What a call is, apart from its tensors."""
 
     backend: str
-    part_sizes: list[int]
-    runs: list[int] | None
+    has_rows: list[bool]  # whether any row uses a part, of lora_A and so of lora_B
     scale: list[float]
     dropout_p: float
-    seed: int
     has_base: bool
+
+
+class _Routing(NamedTuple):
+    """Which pairs exist and what acts on them, as the backends take it."""
+
+    gates: Tensor | None
+    expert_idxs: Tensor | None
+    offsets: Tensor | None
+    experts: Tensor | None
+    seed: Tensor | None
 
 
 def gated_lora_linear(
@@ -67,7 +75,7 @@ def gated_lora_linear(
     bias: Tensor | None = None,
     scaling: float | Sequence[float] | Tensor | None = None,
     dropout_p: float = 0.0,
-    seed: int | None = None,
+    seed: int | Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Frozen linear layer plus a gated mixture of LoRA experts.
@@ -89,11 +97,15 @@ def gated_lora_linear(
     expert_idxs: int64 [..., k]: only the listed (token, expert) pairs exist (a pair listed twice
         counts twice).
     segments: only these rows use these experts; an expert without rows gets no gradient (None; in
-        a stack zeros, and None if none of the stack has rows).
+        a stack zeros, and None if none of the stack has rows). Segments of tensors differ from
+        batch to batch without a new compiled graph.
     bias: [N].
     scaling: s_e: None (ones), a float, or one an expert.
     dropout_p, seed: dropout on the experts' input, a mask of its own for each expert, a function
-        of the seed alone (fedms.kernels.dropout); None draws one from torch's default generator.
+        of the seed alone (fedms.kernels.dropout). A number, or an int64 tensor on x's device, which
+        nothing waits for: [], or [S] with one a segment, whose masks then do not depend on the
+        rest of the batch. None draws one from the device's default generator, in the graph: each
+        call of a compiled function and each replay of a CUDA graph has masks of its own.
     backend: None (by fedms.kernels.plan), "stacked", "native", "triton" or "cuda".
 
     Returns [..., N] in the base result's dtype. M, K, N, E and ranks of 0 equal the base. Under
@@ -122,7 +134,7 @@ def gated_lora_linear(
     e = len(ranks)
     scale = validate.check_scaling(scaling, e)
     validate.check_routing(x, e, gates, expert_idxs, segments)
-    validate.check_dropout(dropout_p, seed)
+    validate.check_dropout(x, dropout_p, seed, segments)
     if base is not None and base.shape[:-1] != x.shape[:-1]:
         raise ValueError(
             f"weight(x) must be [..., N] with leading dims {list(x.shape[:-1])}, "
@@ -131,25 +143,21 @@ def gated_lora_linear(
     m, k, r = math.prod(x.shape[:-1]), x.shape[-1], sum(ranks)
     if 0 in (k, n, r):
         return base if base is not None else F.linear(x, weight, bias)  # type: ignore[arg-type]
-    if dropout_p > 0.0 and seed is None:
-        seed = draw_seed()
 
     out_dtype = x.dtype if base is None else base.dtype
     chosen = plan.choose(x.device, x.dtype, lora_A[0].dtype, out_dtype, backend, m, k, n, r)
-    runs = None if segments is None else segments.runs()
-    spec = _Spec(chosen, counts(lora_A), runs, scale, dropout_p, seed or 0, base is not None)
+    offsets, experts = (None, None) if segments is None else segments.tensors
+    seeds = as_seed(seed, x.device) if dropout_p > 0.0 else None
+    routing = _Routing(gates, expert_idxs, offsets, experts, seeds)
+    spec = _Spec(chosen, _parts_with_rows(lora_A, segments), scale, dropout_p, base is not None)
     weight_NK, bias_N = (cast(Tensor, weight), bias) if base is None else (None, None)
     learnt = (x, base, gates, *lora_A, *lora_B)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in learnt):
         return cast(
             Tensor,
-            _GatedLora.apply(
-                spec, x, weight_NK, bias_N, base, gates, expert_idxs, *lora_A, *lora_B
-            ),
+            _GatedLora.apply(spec, x, weight_NK, bias_N, base, *routing, *lora_A, *lora_B),
         )
-    return _forward(
-        spec, x, weight_NK, bias_N, base, lora_A, lora_B, gates, expert_idxs, save_h=False
-    )[0]
+    return _forward(spec, x, weight_NK, bias_N, base, lora_A, lora_B, routing, save_h=False)[0]
 
 
 def _under_autocast(t: Tensor) -> bool:
@@ -167,20 +175,30 @@ def _gate_rows(gates: Tensor | None) -> Tensor | None:
     return gates if gates is None or gates.dim() == 1 else _rows(gates)
 
 
+def _op_routing(spec: _Spec, routing: _Routing) -> tuple:
+    """What both of a backend's ops take of routing, scale and dropout, in their order."""
+    gates, expert_idxs, offsets, experts, seed = routing
+    return (
+        _gate_rows(gates), _rows(expert_idxs), offsets, experts, spec.scale, spec.dropout_p, seed,
+    )  # fmt: skip
+
+
 def _forward(
     spec: _Spec, x: Tensor, weight: Tensor | None, bias: Tensor | None, base: Tensor | None,
-    A: Sequence[Tensor], B: Sequence[Tensor], gates: Tensor | None, expert_idxs: Tensor | None,
-    save_h: bool,
+    A: Sequence[Tensor], B: Sequence[Tensor], routing: _Routing, save_h: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y [..., N], and h [M, R] for the backward."""
     y, h = _op(spec.backend, "forward", x)(
-        _rows(x), weight, bias, _rows(base), A, B, _gate_rows(gates),
-        _rows(expert_idxs), spec.runs, spec.scale, spec.dropout_p, spec.seed, save_h,
-    )  # fmt: skip
+        _rows(x), weight, bias, _rows(base), A, B, *_op_routing(spec, routing), save_h
+    )
     if x.dim() != 2:
         # no view of y: a custom function's result that is one may not be changed in place
         y = torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[-1]])
     return y, h
+
+
+_PARTS = 10
+"""Where lora_A begins among the arguments of `_GatedLora.forward`."""
 
 
 class _GatedLora(torch.autograd.Function):
@@ -189,22 +207,27 @@ class _GatedLora(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, spec: _Spec, x: Tensor, weight: Tensor | None, bias: Tensor | None,
-        base: Tensor | None, gates: Tensor | None, expert_idxs: Tensor | None, *experts: Tensor,
+        base: Tensor | None, gates: Tensor | None, expert_idxs: Tensor | None,
+        offsets: Tensor | None, experts: Tensor | None, seed: Tensor | None, *parts: Tensor,
     ) -> Tensor:  # fmt: skip
-        parts = len(spec.part_sizes)
-        A, B = experts[:parts], experts[parts:]
+        half = len(parts) // 2
+        A, B = parts[:half], parts[half:]
         needs = ctx.needs_input_grad
-        need_A, need_B = _trainable(needs, spec)
+        need_A, need_B = (
+            [need and used for need, used in zip(some, spec.has_rows, strict=True)]
+            for some in (needs[_PARTS : _PARTS + half], needs[_PARTS + half :])
+        )
         need_dg = gates is not None and needs[5]
         save_h = need_dg or True in need_B
-        y, h = _forward(spec, x, weight, bias, base, A, B, gates, expert_idxs, save_h)
+        routing = _Routing(gates, expert_idxs, offsets, experts, seed)
+        y, h = _forward(spec, x, weight, bias, base, A, B, routing, save_h)
         ctx.spec = spec
         ctx.x_dtype, ctx.x_shape = x.dtype, x.shape
         ctx.wanted = (needs[1], need_dg, need_A, need_B)
         # x is for dA alone, h for dB and dg: what nobody needs is not kept.
         ctx.save_for_backward(
             x if True in need_A else None, weight if needs[1] else None,
-            h if save_h else None, gates, expert_idxs, *experts,
+            h if save_h else None, *routing, *parts,
         )  # fmt: skip
         return y
 
@@ -220,16 +243,16 @@ class _GatedLora(torch.autograd.Function):
     @staticmethod
     def _backward(ctx: Any, dy: Tensor) -> tuple:
         spec: _Spec = ctx.spec
-        x, weight, h, gates, expert_idxs, *experts = ctx.saved_tensors
-        parts = len(spec.part_sizes)
+        x, weight, h, gates, expert_idxs, offsets, experts, seed, *parts = ctx.saved_tensors
+        half = len(parts) // 2
         need_dx, need_dg, need_A, need_B = ctx.wanted
         dbase = dy if spec.has_base and ctx.needs_input_grad[4] else None
         if not (need_dx or need_dg or True in need_A or True in need_B):
-            return (None, None, None, None, dbase, None, None, *(None,) * (2 * parts))
+            return (None, None, None, None, dbase, *(None,) * (len(_Routing._fields) + len(parts)))
+        routing = _Routing(gates, expert_idxs, offsets, experts, seed)
         dx, dg, dA, dB = _op(spec.backend, "backward", dy)(
-            _rows(dy), weight, _rows(x), h, experts[:parts], experts[parts:], _gate_rows(gates),
-            _rows(expert_idxs), spec.runs, spec.scale, spec.dropout_p, spec.seed, need_dx,
-            need_dg, need_A, need_B,
+            _rows(dy), weight, _rows(x), h, parts[:half], parts[half:],
+            *_op_routing(spec, routing), need_dx, need_dg, need_A, need_B,
         )  # fmt: skip
         return (
             None,
@@ -239,25 +262,23 @@ class _GatedLora(torch.autograd.Function):
             dbase,
             dg.view(gates.shape) if need_dg else None,
             None,
+            None,
+            None,
+            None,
             *[g if need else None for g, need in zip(dA, need_A, strict=True)],
             *[g if need else None for g, need in zip(dB, need_B, strict=True)],
         )
 
 
-def _trainable(needs: Sequence[bool], spec: _Spec) -> tuple[list[bool], list[bool]]:
-    """Which A and B get a gradient: those that require one and, with segments, have any row."""
-    parts = len(spec.part_sizes)
-    need_A, need_B = list(needs[7 : 7 + parts]), list(needs[7 + parts : 7 + 2 * parts])
-    if spec.runs is not None:
-        used: set[int] = set()
-        for i in range(0, len(spec.runs), 4):
-            used.update(range(spec.runs[i + 2], spec.runs[i + 3]))
-        begin = 0
-        for i, size in enumerate(spec.part_sizes):
-            has_rows = not used.isdisjoint(range(begin, begin + size))
-            need_A[i], need_B[i] = need_A[i] and has_rows, need_B[i] and has_rows
-            begin += size
-    return need_A, need_B
+def _parts_with_rows(parts: Sequence[Tensor], segments: Segments | None) -> list[bool]:
+    """For each part whether any row may use one of its experts."""
+    if segments is None or segments.used is None:
+        return [True] * len(parts)
+    found, begin = [], 0
+    for size in counts(parts):
+        found.append(not segments.used.isdisjoint(range(begin, begin + size)))
+        begin += size
+    return found
 
 
 def _cast(

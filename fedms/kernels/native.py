@@ -128,7 +128,7 @@ def _widths(A: Sequence[Tensor], expert_idxs: Tensor | None) -> tuple[list[int],
 
 
 def _h_like(
-    x: Tensor, A: Sequence[Tensor], expert_idxs: Tensor | None, runs: Sequence[int] | None
+    x: Tensor, A: Sequence[Tensor], expert_idxs: Tensor | None, experts: Tensor | None
 ) -> tuple[int, torch.dtype]:
     return _widths(A, expert_idxs)[1], torch.float32
 
@@ -184,10 +184,11 @@ def _shared(
     B: Sequence[Tensor],
     gates: Tensor | None,
     expert_idxs: Tensor | None,
-    runs: Sequence[int] | None,
+    offsets: Tensor | None,
+    experts: Tensor | None,
     scale: Sequence[float],
     dropout_p: float,
-    seed: int,
+    seed: Tensor | None,
     x: Tensor | None,
     h: Tensor | None,
     ranks: list[int],
@@ -204,8 +205,9 @@ def _shared(
         0 if gates is None else gates.data_ptr(), row, column,
         0 if expert_idxs is None else expert_idxs.data_ptr(),
         0 if expert_idxs is None else expert_idxs.shape[1],
-        [] if runs is None else runs, -1 if runs is None else len(runs) // 4,
-        dropout_p, seed,
+        *((0, 0, -1, 0) if offsets is None or experts is None else
+          (offsets.data_ptr(), experts.data_ptr(), *experts.shape)),
+        dropout_p, 0 if seed is None else seed.data_ptr(), seed is not None and seed.dim() == 1,
         0 if x is None else x.data_ptr(), 0 if h is None else h.data_ptr(), h_width,
     )  # fmt: skip
 
@@ -213,11 +215,12 @@ def _shared(
 def forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, base: Tensor | None,
     A: Sequence[Tensor], B: Sequence[Tensor], gates: Tensor | None, expert_idxs: Tensor | None,
-    runs: Sequence[int] | None, scale: Sequence[float], dropout_p: float, seed: int, save_h: bool,
+    offsets: Tensor | None, experts: Tensor | None, scale: Sequence[float], dropout_p: float,
+    seed: Tensor | None, save_h: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """y, and h where it is to be saved; arguments as in fedms.kernels.ops."""
     ranks, width = _widths(A, expert_idxs)
-    writes_all = width > 0 and expert_idxs is None and runs is None
+    writes_all = width > 0 and expert_idxs is None and experts is None
     if base is None and writes_all and not save_h and dropout_p == 0.0 and _few_rows(x, weight):
         y = _forward_few(x, weight, bias, A, B, gates, scale, ranks)  # type: ignore[arg-type]
         if y is not None:
@@ -225,7 +228,7 @@ def forward(
     if weight is not None and _better_in_fp32(x) and not _is_zero(B, scale):
         y, h = forward(
             x.float(), weight.float(), None if bias is None else bias.float(), None, A, B, gates,
-            expert_idxs, runs, scale, dropout_p, seed, save_h,
+            expert_idxs, offsets, experts, scale, dropout_p, seed, save_h,
         )  # fmt: skip
         return y.to(x.dtype), h
     m, k = x.shape
@@ -247,8 +250,8 @@ def forward(
         y_from = y_MN = F.linear(x, weight, bias)
     n = y_MN.shape[1]
     h = torch.empty((m, width), dtype=torch.float32) if save_h else None
-    shared = _shared(m, k, n, x.dtype, A, B, gates, expert_idxs, runs, scale, dropout_p, seed, x,
-                     h, ranks, width)  # fmt: skip
+    shared = _shared(m, k, n, x.dtype, A, B, gates, expert_idxs, offsets, experts, scale,
+                     dropout_p, seed, x, h, ranks, width)  # fmt: skip
     _C.forward(  # type: ignore[union-attr]
         torch.get_num_threads(),
         y_MN.data_ptr(),
@@ -272,8 +275,8 @@ def _forward_few(
     A, B = [a.contiguous() for a in A], [b.contiguous() for b in B]
     gates = None if gates is None else gates.to(torch.float32)
     y = torch.empty((m, n), dtype=x.dtype)
-    shared = _shared(m, k, n, x.dtype, A, B, gates, None, None, scale, 0.0, 0, x, None, ranks,
-                     ranks[-1])  # fmt: skip
+    shared = _shared(m, k, n, x.dtype, A, B, gates, None, None, None, scale, 0.0, None, x, None,
+                     ranks, ranks[-1])  # fmt: skip
     is_zero = _C.forward_few(  # type: ignore[union-attr]
         torch.get_num_threads(),
         y.data_ptr(),
@@ -287,21 +290,23 @@ def _forward_few(
 def backward(
     dy: Tensor, weight: Tensor | None, x: Tensor | None, h: Tensor | None, A: Sequence[Tensor],
     B: Sequence[Tensor], gates: Tensor | None, expert_idxs: Tensor | None,
-    runs: Sequence[int] | None, scale: Sequence[float], dropout_p: float, seed: int, need_dx: bool,
-    need_dg: bool, need_dA: Sequence[bool], need_dB: Sequence[bool],
+    offsets: Tensor | None, experts: Tensor | None, scale: Sequence[float], dropout_p: float,
+    seed: Tensor | None, need_dx: bool, need_dg: bool, need_dA: Sequence[bool],
+    need_dB: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]]:  # fmt: skip
     """dx, dg, dA and dB, None where not needed; arguments as in fedms.kernels.ops."""
     if weight is not None and need_dx and _better_in_fp32(dy):
         dx, dg, dA, dB = backward(
             dy.float(), weight.float(), None if x is None else x.float(), h, A, B, gates,
-            expert_idxs, runs, scale, dropout_p, seed, need_dx, need_dg, need_dA, need_dB,
+            expert_idxs, offsets, experts, scale, dropout_p, seed, need_dx, need_dg, need_dA,
+            need_dB,
         )  # fmt: skip
         assert dx is not None
         return dx.to(dy.dtype), dg, dA, dB
     (m, n), k = dy.shape, A[0].shape[-1]
     dy = dy.contiguous()
     ranks, width = _widths(A, expert_idxs)
-    dense = width > 0 and expert_idxs is None and runs is None
+    dense = width > 0 and expert_idxs is None and experts is None
     writes_all = dense and dropout_p == 0.0
     small = need_dx and dense and _small_base(dy, weight)
     base_last = need_dx and writes_all and not small and _base_last(dy, weight)
@@ -318,8 +323,8 @@ def backward(
     expert_idxs = None if expert_idxs is None else expert_idxs.contiguous()
     columns = len(ranks) - 1 if expert_idxs is None else expert_idxs.shape[1]
     dg = torch.zeros((m, columns), dtype=torch.float32) if need_dg else None
-    shared = _shared(m, k, n, dy.dtype, A, B, gates32, expert_idxs, runs, scale, dropout_p, seed, x,
-                     h, ranks, width)  # fmt: skip
+    shared = _shared(m, k, n, dy.dtype, A, B, gates32, expert_idxs, offsets, experts, scale,
+                     dropout_p, seed, x, h, ranks, width)  # fmt: skip
     _C.backward(  # type: ignore[union-attr]
         torch.get_num_threads(),
         dy.data_ptr(),

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedms.kernels.dropout import draw_seed, keep_mask
+from fedms.kernels.dropout import as_seed, keep_mask
 from fedms.kernels.experts import unstack
-from fedms.kernels.segments import Segments
+from fedms.kernels.segments import Run, Segments, read_runs
 
 
 def gated_lora_linear_reference(
@@ -33,7 +33,7 @@ def gated_lora_linear_reference(
     bias: Tensor | None = None,
     scaling: float | Sequence[float] | None = None,
     dropout_p: float = 0.0,
-    seed: int | None = None,
+    seed: int | Tensor | None = None,
 ) -> Tensor:
     """Frozen linear plus gated LoRA experts; arguments as in `fedms.kernels.gated_lora_linear`.
 
@@ -44,16 +44,21 @@ def gated_lora_linear_reference(
     y = weight(x) if callable(weight) else F.linear(x, weight, bias)
     x_MK = x.reshape(-1, x.shape[-1])
     scales = _scales(scaling, len(A))
-    if dropout_p > 0.0 and seed is None:
-        seed = draw_seed()
+    seeds = as_seed(seed, x.device) if dropout_p > 0.0 else None
 
     y_MN = y.reshape(-1, y.shape[-1])
     for e, (A_rK, B_Nr) in enumerate(zip(A, B, strict=True)):
         dtype = torch.promote_types(x.dtype, A_rK.dtype)
-        for begin, end in _row_ranges(segments, e, x_MK.shape[0]):
+        for run in _runs(segments, seeds, x_MK.shape[0], len(A)):
+            if not run.expert_begin <= e < run.expert_end:
+                continue
+            begin, end = run.row_begin, run.row_end
             xs_MK = x_MK[begin:end].to(dtype)
-            if dropout_p > 0.0:
-                keep = keep_mask(seed or 0, e, begin, end, xs_MK.shape[1], dropout_p, x.device)
+            if seeds is not None:
+                key = seeds if seeds.dim() == 0 else seeds[run.seed]
+                own, before = e - run.expert_begin + run.mask_expert, run.mask_row
+                keep = keep_mask(key, own, begin - before, end - before, xs_MK.shape[1], dropout_p,
+                                 x.device)  # fmt: skip
                 xs_MK = xs_MK * keep / (1.0 - dropout_p)
             h_Mr = xs_MK @ A_rK.to(dtype).t()
             delta_MN = (h_Mr * scales[e]) @ B_Nr.to(dtype).t()
@@ -75,13 +80,12 @@ def _scales(scaling: float | Sequence[float] | None, num_experts: int) -> list[f
     return [float(s) for s in scaling]
 
 
-def _row_ranges(segments: Segments | None, expert: int, m: int) -> list[tuple[int, int]]:
-    """Row ranges in which the expert takes part."""
-    if segments is None:
-        return [(0, m)]
-    runs = segments.runs()
-    quads = zip(runs[0::4], runs[1::4], runs[2::4], runs[3::4], strict=True)
-    return [(begin, end) for begin, end, first, last in quads if first <= expert < last]
+def _runs(
+    segments: Segments | None, seed: Tensor | None, m: int, num_experts: int
+) -> Sequence[Run]:
+    offsets, experts = (None, None) if segments is None else segments.tensors
+    runs = read_runs(offsets, experts, seed, m, num_experts)
+    return [Run(0, m, 0, num_experts, 0, 0, 0)] if runs is None else runs
 
 
 def _gate(

@@ -25,10 +25,11 @@ from fedms.kernels.dropout import keep_mask
 from fedms.kernels.experts import expert_ranks, takes_stacks
 from fedms.kernels.ops import define_backend
 from fedms.kernels.packing import constant, stack_columns, stack_rows
+from fedms.kernels.segments import Run, read_runs
 
 
 def _h_like(
-    x: Tensor, A: Sequence[Tensor], expert_idxs: Tensor | None, runs: Sequence[int] | None
+    x: Tensor, A: Sequence[Tensor], expert_idxs: Tensor | None, experts: Tensor | None
 ) -> tuple[int, torch.dtype]:
     return sum(expert_ranks(A)), torch.promote_types(x.dtype, A[0].dtype)
 
@@ -42,13 +43,15 @@ def _forward(
     B: Sequence[Tensor],
     gates: Tensor | None,
     expert_idxs: Tensor | None,
-    runs: Sequence[int] | None,
+    offsets: Tensor | None,
+    experts: Tensor | None,
     scale: Sequence[float],
     dropout_p: float,
-    seed: int,
+    seed: Tensor | None,
     save_h: bool,
 ) -> tuple[Tensor, Tensor]:
-    width, dtype = _h_like(x, A, expert_idxs, runs)
+    width, dtype = _h_like(x, A, expert_idxs, experts)
+    runs = read_runs(offsets, experts, seed, x.shape[0], len(A))
     whole = runs is None  # one run of all rows, so y is written and not added to
     base_last = whole and weight is not None and dtype == x.dtype
     y_MN = None
@@ -59,12 +62,13 @@ def _forward(
     h_MR = x.new_empty((x.shape[0], width), dtype=dtype)
     coef = _coefficients(gates, expert_idxs, scale, x)
     ranks = _rank_offsets(A)
-    for rows, first, last in _walk(runs, x.shape[0], len(A)):
+    for run in _walk(runs, x.shape[0], len(A)):
+        rows, first, last = slice(run.row_begin, run.row_end), run.expert_begin, run.expert_end
         columns = slice(ranks[first], ranks[last])
         xs_MK = x[rows].to(dtype)
         if dropout_p > 0.0:
             for e in range(first, last):
-                dropped = _drop(xs_MK, seed, e, rows.start, dropout_p)
+                dropped = _drop(xs_MK, seed, e, run, dropout_p)
                 h_MR[rows, ranks[e] : ranks[e + 1]] = dropped @ A[e].to(dtype).t()
         else:
             A_RK = stack_rows(A[first:last]).to(dtype)
@@ -92,10 +96,11 @@ def _backward(
     B: Sequence[Tensor],
     gates: Tensor | None,
     expert_idxs: Tensor | None,
-    runs: Sequence[int] | None,
+    offsets: Tensor | None,
+    experts: Tensor | None,
     scale: Sequence[float],
     dropout_p: float,
-    seed: int,
+    seed: Tensor | None,
     need_dx: bool,
     need_dg: bool,
     need_dA: Sequence[bool],
@@ -105,6 +110,7 @@ def _backward(
     dtype = torch.promote_types(dy.dtype, A[0].dtype)
     ranks = _rank_offsets(A)
     coef = _coefficients(gates, expert_idxs, scale, dy)
+    runs = read_runs(offsets, experts, seed, m, len(A))
     # Written whole where one product is all of the experts' part.
     base_last = need_dx and runs is None and dropout_p == 0.0 and dtype == dy.dtype
     dx_MK = dy.new_empty(0)
@@ -112,12 +118,12 @@ def _backward(
         dx_MK = dy.new_zeros((m, k)) if weight is None else dy @ weight
     dg_ME = dy.new_zeros((m, len(A)), dtype=dtype) if need_dg else None
     need_u = need_dx or need_dg or any(need_dA)
-    runs_list = list(_walk(runs, m, len(A)))
     # Several runs add into one expert's gradient; a single one writes it.
     dA: list[Tensor | None] = [None] * len(A)
     dB: list[Tensor | None] = [None] * len(A)
 
-    for rows, first, last in runs_list:
+    for run in _walk(runs, m, len(A)):
+        rows, first, last = slice(run.row_begin, run.row_end), run.expert_begin, run.expert_end
         dys_MN = dy[rows].to(dtype)
         local = [r - ranks[first] for r in ranks[first : last + 1]]
         columns = slice(ranks[first], ranks[last])
@@ -142,7 +148,7 @@ def _backward(
             if dropout_p > 0.0:
                 for e in filter(need_dA.__getitem__, range(first, last)):
                     part = ug_MR[:, local[e - first] : local[e - first + 1]]
-                    dropped = _drop(xs_MK, seed, e, rows.start, dropout_p)
+                    dropped = _drop(xs_MK, seed, e, run, dropout_p)
                     dA[e] = _plus(dA[e], part.t() @ dropped)
             else:
                 for e, part in _products(need_dA, ug_MR, xs_MK, local, first, last):
@@ -151,7 +157,7 @@ def _backward(
             for e in range(first, last):
                 span = slice(local[e - first], local[e - first + 1])
                 part_MK = ug_MR[:, span] @ A[e].to(dtype)
-                dx_MK[rows] += _drop(part_MK, seed, e, rows.start, dropout_p)
+                dx_MK[rows] += _drop(part_MK, seed, e, run, dropout_p)
         elif base_last:
             dx_MK = ug_MR @ stack_rows(A[first:last])
             if weight is not None:
@@ -174,12 +180,8 @@ def _backward(
     )
 
 
-def _walk(runs: Sequence[int] | None, m: int, e: int) -> Iterator[tuple[slice, int, int]]:
-    if runs is None:
-        yield slice(0, m), 0, e
-        return
-    for i in range(0, len(runs), 4):
-        yield slice(runs[i], runs[i + 1]), runs[i + 2], runs[i + 3]
+def _walk(runs: Sequence[Run] | None, m: int, e: int) -> Sequence[Run]:
+    return (Run(0, m, 0, e, 0, 0, 0),) if runs is None else runs
 
 
 def _rank_offsets(A: Sequence[Tensor]) -> list[int]:
@@ -236,11 +238,13 @@ def _sum(base_MN: Tensor, left_MR: Tensor, right_RN: Tensor) -> Tensor:
     return torch.add(base_MN, left_MR @ right_RN, out=torch.empty_like(base_MN))
 
 
-def _drop(x_MK: Tensor, seed: int, expert: int, row_begin: int, p: float) -> Tensor:
-    if p <= 0.0:
-        return x_MK
-    m, k = x_MK.shape
-    keep = keep_mask(seed, expert, row_begin, row_begin + m, k, p, x_MK.device)
+def _drop(x_MK: Tensor, seed: Tensor | None, expert: int, run: Run, p: float) -> Tensor:
+    """x of the run's rows with the mask of one of its experts."""
+    assert seed is not None
+    begin, end = run.row_begin - run.mask_row, run.row_end - run.mask_row
+    own = expert - run.expert_begin + run.mask_expert
+    key = seed if seed.dim() == 0 else seed[run.seed]
+    keep = keep_mask(key, own, begin, end, x_MK.shape[1], p, x_MK.device)
     return x_MK * keep * (1.0 / (1.0 - p))
 
 

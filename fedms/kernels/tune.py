@@ -207,7 +207,7 @@ def _steps(
         run_backward = getattr(torch.ops.fedms, f"{backend}_backward").default
         extra = {}
     x, weight, A, B = args["x"], args["weight"], args["A"], args["B"]
-    routing = (A, B, args["gates"], None, None, [1.0] * len(A), 0.0, 0)
+    routing = (A, B, args["gates"], None, None, None, [1.0] * len(A), 0.0, None)
 
     def forward() -> Any:
         return run_forward(x, weight, None, None, *routing, True, **extra)

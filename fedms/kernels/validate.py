@@ -143,20 +143,37 @@ def check_routing(
             raise ValueError(f"gates must be on x's device {x.device}, got {gates.device}")
     if segments is not None:
         rows = math.prod(lead)
+        if segments.used is None:
+            for name, t in zip(("offsets", "experts"), segments.tensors, strict=True):
+                if t.device.type != "cpu" and t.device != x.device:
+                    raise ValueError(
+                        f"segments.{name} must be on the CPU or on x's device {x.device}, got "
+                        f"{t.device}"
+                    )
+            return  # what only the values say is checked where they are read
         if segments.offsets[-1] != rows:
             raise ValueError(
                 f"segments.offsets must cover the {rows} rows of x, the last one is "
                 f"{segments.offsets[-1]}"
             )
-        for i, ids in enumerate(segments.experts):
-            if isinstance(ids, tuple) and ids and max(ids) >= e:
-                raise ValueError(f"segments.experts[{i}] must be in [0, {e}), got {ids}")
+        if max(segments.used, default=-1) >= e:
+            for i, ids in enumerate(segments.experts):
+                if isinstance(ids, tuple) and ids and max(ids) >= e:
+                    raise ValueError(f"segments.experts[{i}] must be in [0, {e}), got {ids}")
 
 
-def check_dropout(p: float, seed: int | None) -> None:
+def check_dropout(
+    x: Tensor, p: float, seed: int | Tensor | None, segments: Segments | None
+) -> None:
+    """p in [0, 1); seed a number, or int64 [], or with segments one each, on x's device."""
     if not 0.0 <= p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {p}")
-    if seed is not None and not 0 <= seed < 2**63:
+    if isinstance(seed, Tensor):
+        own = None if segments is None else segments.tensors[1].shape[:1]
+        if seed.dtype != torch.int64 or seed.device != x.device or seed.shape not in ((), own):
+            expected = "[]" if own is None else f"[] or one a segment {list(own)}"
+            raise ValueError(f"seed must be int64 {expected} on {x.device}, got {_seen(seed)}")
+    elif seed is not None and not 0 <= seed < 2**63:
         raise ValueError(f"seed must be in [0, 2^63), got {seed}")
 
 

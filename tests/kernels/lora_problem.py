@@ -39,7 +39,7 @@ class Problem:
     segments: Segments | None = None
     scaling: Any = None
     dropout_p: float = 0.0
-    seed: int = 11
+    seed: int | Tensor = 11
 
     def to(self, base: torch.dtype, adapter: torch.dtype | None = None) -> Problem:
         adapter = adapter or base

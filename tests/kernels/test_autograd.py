@@ -46,8 +46,8 @@ def test_opcheck(backend, listed):
     A, B = [a.detach() for a in p.A], [b.detach() for b in p.B]
     x, gates = p.x.detach(), p.gates.detach()
     idxs = torch.randint(0, 2, (9, 2)) if listed else None
-    runs = None if listed else [0, 5, 0, 2, 5, 9, 0, 2]
-    routing = (A, B, gates, idxs, runs, [1.0, 2.0], 0.0, 0)
+    segments = (None, None) if listed else Segments([0, 5, 9], [(0, 1), (1, 0)]).tensors
+    routing = (A, B, gates, idxs, *segments, [1.0, 2.0], 0.4, torch.tensor(7))
     forward = getattr(torch.ops.fedms, f"{backend}_forward").default
     backward = getattr(torch.ops.fedms, f"{backend}_backward").default
     torch.library.opcheck(forward, (x, p.weight, p.bias, None, *routing, True))
@@ -155,12 +155,12 @@ def _saved_bytes(problem: Problem, backend: str) -> int:
 def test_nothing_n_wide_is_saved(backend):
     m, k, n, r, e = 64, 40, 5000, 16, 2
     problem = make_problem(m, k, n, (8, 8), dropout_p=0.1).to(torch.float32)
-    x, h, gates = 4 * m * k, 4 * m * r, 4 * m * e
-    assert _saved_bytes(problem, backend) == x + h + gates
+    x, h, gates, seed = 4 * m * k, 4 * m * r, 4 * m * e, 8
+    assert _saved_bytes(problem, backend) == x + h + gates + seed
     frozen_a = replace(problem, A=[a.detach() for a in problem.A])
-    assert _saved_bytes(frozen_a, backend) == h + gates
+    assert _saved_bytes(frozen_a, backend) == h + gates + seed
     only_dx = replace(frozen_a, B=[b.detach() for b in problem.B], gates=problem.gates.detach())
-    assert _saved_bytes(only_dx, backend) == gates
+    assert _saved_bytes(only_dx, backend) == gates + seed
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

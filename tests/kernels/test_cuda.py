@@ -23,7 +23,7 @@ from lora_problem import (
     without_tf32,
 )
 
-from fedms.kernels import cuda, gated_lora_linear, native
+from fedms.kernels import Segments, cuda, gated_lora_linear, native
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 needs_module = pytest.mark.skipif(not cuda.available(), reason="fedms.kernels._C_cuda is not built")
@@ -172,10 +172,10 @@ def test_opcheck(routing):
     p = _on_gpu(make_problem(9, 8, 12, (4, 4)).to(F32))
     A, B = [a.detach() for a in p.A], [b.detach() for b in p.B]
     idxs = torch.stack([torch.randperm(2) for _ in range(9)]).cuda()
-    runs = [0, 5, 0, 2, 5, 9, 0, 2]
+    segments = Segments([0, 5, 9], [(0, 1), (1, 0)]).tensors
     call = (
         A, B, p.gates.detach(), idxs if routing == "listed" else None,
-        runs if routing == "segments" else None, [1.0, 2.0], 0.0, 0,
+        *(segments if routing == "segments" else (None, None)), [1.0, 2.0], 0.0, None,
     )  # fmt: skip
     forward = torch.ops.fedms.cuda_forward.default
     backward = torch.ops.fedms.cuda_backward.default

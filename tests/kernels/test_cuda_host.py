@@ -175,12 +175,12 @@ def test_non_contiguous_x_and_parameters(module):
 def test_what_is_traced_has_the_shapes_of_what_runs(module, name):
     """The fakes that torch.compile sees, forward and backward, against the backend's outputs."""
     p = PROBLEMS[name]().to(BF16, F32)
-    runs = None if p.segments is None else p.segments.runs()
+    segments = (None, None) if p.segments is None else p.segments.tensors
     tensors = [t.detach() for t in (p.x, p.weight, p.gates, *p.A, *p.B)]
     e = len(p.A)
 
     def both(forward: Any, backward: Any, idxs: Any, x: Any, weight: Any, gates: Any, *ab: Any):
-        call = (ab[:e], ab[e:], gates, idxs, runs, p.scaling, 0.0, 0)
+        call = (ab[:e], ab[e:], gates, idxs, *segments, p.scaling, 0.0, None)
         y, h = forward(x, weight, None, None, *call, True)
         need = [True] * (e - 1) + [False]
         dx, dg, dA, dB = backward(y, weight, x, h, *call, True, True, need, need)

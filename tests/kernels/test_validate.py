@@ -85,6 +85,13 @@ IDXS = torch.zeros(2, 5, 1, dtype=torch.int64)
         ),
         ({"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\), got 1.0"),
         ({"seed": -1}, ValueError, r"seed must be in \[0, 2\^63\), got -1"),
+        ({"seed": torch.tensor(1.0)}, ValueError, r"seed must be int64 \[\] on cpu, got .*float32"),
+        ({"seed": torch.tensor([1])}, ValueError, r"seed must be int64 \[\] on cpu, got \[1\]"),
+        (
+            {"seed": torch.tensor([1, 2]), "segments": Segments([0, 10], [0])},
+            ValueError,
+            r"seed must be int64 \[\] or one a segment \[1\] on cpu, got \[2\]",
+        ),
         ({"backend": "magic"}, ValueError, r"backend must be None or one of .*'magic'"),
     ],
 )
@@ -109,7 +116,7 @@ def test_native_refuses_what_it_cannot_run(monkeypatch):
 @pytest.mark.skipif(not native.available(), reason="the extension is not built")
 def test_the_op_itself_refuses_indices_out_of_range():
     """A compiled graph skips the Python check."""
-    call = (X[0], W, None, None, A, B, None, IDXS[0] + 2, None, [1.0, 1.0], 0.0, 0, False)
+    call = (X[0], W, None, None, A, B, None, IDXS[0] + 2, None, None, [1.0, 1.0], 0.0, None, False)
     with pytest.raises(IndexError, match=r"expert_idxs must be in \[0, 2\), got 2"):
         torch.ops.fedms.native_forward(*call)
 

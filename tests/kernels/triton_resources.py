@@ -29,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import __file__ as nvidia
 from triton.runtime import driver
 
-from fedms.kernels import tiles, tune
+from fedms.kernels import Segments, tiles, tune
 from fedms.kernels.tiles import Choice, Shape
 from fedms.kernels.triton import backend
 
@@ -153,12 +153,9 @@ def _launch_all(chosen: Choice, pair: tuple[str, str]) -> None:
     weight, gates = torch.empty(n, k, dtype=x), torch.empty(m, 2)
     idxs = torch.zeros(m, 2, dtype=torch.int64)
     x_MK, dy, need = torch.empty(m, k, dtype=x), torch.empty(m, n, dtype=x), [False, True]
-    for idx, runs, p in [
-        (None, None, 0.0),
-        (idxs, None, 0.0),
-        (None, (0, 96, 0, 1, 96, m, 1, 2), 0.1),
-    ]:
-        routing = (A, B, gates, idx, runs, [1.0, 2.0], p, 0)
+    none, segments = (None, None), Segments([0, 96, m], [0, 1]).tensors
+    for idx, ranges, p in [(None, none, 0.0), (idxs, none, 0.0), (None, segments, 0.1)]:
+        routing = (A, B, gates, idx, *ranges, [1.0, 2.0], p, torch.tensor(7))
         _, h = backend.forward(x_MK, weight, None, None, *routing, True, choice=chosen)
         backend.backward(dy, weight, x_MK, h, *routing, True, True, need, need, choice=chosen)
 

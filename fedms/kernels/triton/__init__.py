@@ -63,11 +63,11 @@ def _backward(*args: Any) -> Any:
 
 
 def _h_like(
-    x: torch.Tensor, A: Any, expert_idxs: torch.Tensor | None, runs: Any
+    x: torch.Tensor, A: Any, expert_idxs: torch.Tensor | None, experts: torch.Tensor | None
 ) -> tuple[int, torch.dtype]:
     from fedms.kernels.segments import row_width
 
-    return row_width(expert_ranks(A), runs), torch.promote_types(x.dtype, A[0].dtype)
+    return row_width(expert_ranks(A), experts), torch.promote_types(x.dtype, A[0].dtype)
 
 
 define_backend(

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fedms.kernels.packing import stack_columns, stack_rows
+from fedms.kernels.segments import read_runs, row_width
 from fedms.kernels.tiles import Choice, Tiles, choose
 from fedms.kernels.triton.combine import combine_kernel
 from fedms.kernels.triton.expand import expand_kernel
@@ -49,7 +50,7 @@ class _Call:
     gates: Tensor | None
     expert_idxs: Tensor | None
     dropout_p: float
-    seed: int
+    seed: Tensor | None
     like: Tensor  # stands in for tensors that a kernel does not read
 
     @property
@@ -77,7 +78,7 @@ class _Call:
     def dropout(self, applies: bool) -> dict[str, Any]:
         p = self.dropout_p if applies else 0.0
         return {
-            "seed": self.seed,
+            "seed_ptr": self.like if self.seed is None else self.seed,
             "threshold": int(p * 2**32),
             "keep_scale": 1.0 / (1.0 - p),
             "DROPOUT": p > 0.0,
@@ -96,17 +97,20 @@ def forward(
     B: Sequence[Tensor],
     gates: Tensor | None,
     expert_idxs: Tensor | None,
-    runs: Sequence[int] | None,
+    offsets: Tensor | None,
+    experts: Tensor | None,
     scale: Sequence[float],
     dropout_p: float,
-    seed: int,
+    seed: Tensor | None,
     save_h: bool,
     choice: Choice | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y [M, N] and h [M, W] (empty unless save_h). `choice` None: by the table."""
     m, k = x.shape
     n = base.shape[1] if base is not None else weight.shape[0]  # type: ignore[union-attr]
-    call = _call(x, A, m, k, n, gates, expert_idxs, runs, scale, dropout_p, seed, choice)
+    call = _call(
+        x, A, m, k, n, gates, expert_idxs, offsets, experts, scale, dropout_p, seed, choice
+    )
     h_MW = call.empty(m, call.layout.width) if save_h else call.empty(0)
     if m == 0 or n == 0:
         return x.new_empty((m, n)), h_MW
@@ -141,10 +145,11 @@ def backward(
     B: Sequence[Tensor],
     gates: Tensor | None,
     expert_idxs: Tensor | None,
-    runs: Sequence[int] | None,
+    offsets: Tensor | None,
+    experts: Tensor | None,
     scale: Sequence[float],
     dropout_p: float,
-    seed: int,
+    seed: Tensor | None,
     need_dx: bool,
     need_dg: bool,
     need_dA: Sequence[bool],
@@ -153,7 +158,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
     """dx [M, K], dg as gates, dA_e, dB_e; what was not asked for is empty."""
     (m, n), k = dy.shape, A[0].shape[1]
-    call = _call(dy, A, m, k, n, gates, expert_idxs, runs, scale, dropout_p, seed, choice)
+    call = _call(
+        dy, A, m, k, n, gates, expert_idxs, offsets, experts, scale, dropout_p, seed, choice
+    )
     dx_MK = dy.new_empty((m, k) if need_dx else (0,))
     dA = [a.new_empty(a.shape if need else (0,)) for a, need in zip(A, need_dA, strict=True)]
     dB = [b.new_empty(b.shape if need else (0,)) for b, need in zip(B, need_dB, strict=True)]
@@ -218,16 +225,16 @@ def _run_backward(
 
 def _call(
     x: Tensor, A: Sequence[Tensor], m: int, k: int, n: int, gates: Tensor | None,
-    expert_idxs: Tensor | None, runs: Sequence[int] | None, scale: Sequence[float],
-    dropout_p: float, seed: int, choice: Choice | None,
+    expert_idxs: Tensor | None, offsets: Tensor | None, experts: Tensor | None,
+    scale: Sequence[float], dropout_p: float, seed: Tensor | None, choice: Choice | None,
 ) -> _Call:  # fmt: skip
     ranks = tuple(a.shape[0] for a in A)
     if choice is None:
         choice = choose(x.device, x.dtype, A[0].dtype, m, k, n, sum(ranks))
+    width = row_width(ranks, experts)
+    runs = read_runs(offsets, experts, seed, m, len(ranks))
     return _Call(
-        layout=layout(
-            m, ranks, tuple(scale), None if runs is None else tuple(runs), dropout_p > 0.0, x.device
-        ),
+        layout=layout(m, ranks, tuple(scale), width, runs, dropout_p > 0.0, x.device),
         choice=choice,
         dtype=torch.promote_types(x.dtype, A[0].dtype),
         gates=gates,

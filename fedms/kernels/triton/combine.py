@@ -32,7 +32,7 @@ def combine_kernel(
         rank_end = tl.load(rank_offset_ptr + expert + 1)
         column = rank_begin
     else:
-        row_begin, row_end, rank_begin, rank_end, column, expert = load_piece(items_ptr, item, 6)
+        row_begin, row_end, rank_begin, rank_end, column, expert = load_piece(items_ptr, item, 9)
     row_m = row_begin + tl.arange(0, BLOCK_M)
     row_ok = row_m < row_end
 

@@ -33,18 +33,19 @@ from fedms.kernels.triton.tile import (
     gated,
     keep_mask,
     load_by_rank,
+    load_mask,
     load_piece,
     narrow,
 )
 
 
-@triton.jit(do_not_specialize=["M", "seed", "threshold"])
+@triton.jit(do_not_specialize=["M", "threshold"])
 def expand_kernel(
     x_ptr, w_ptr, bias_ptr, y_ptr, a_ptr, b_ptr, raw_ptr, p_ptr,
     gates_ptr, idxs_ptr, expert_ptr, scale_ptr, piece_ptr, piece_offset_ptr,
     M, C, N, R, width,
     stride_xm, stride_wc, stride_wo, stride_ar, stride_ac, stride_br, stride_bo,
-    stride_gm, stride_ge, seed, threshold, keep_scale,
+    stride_gm, stride_ge, seed_ptr, threshold, keep_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr, BASE: tl.constexpr, SHRINK: tl.constexpr, DENSE: tl.constexpr,
     BIAS: tl.constexpr, TMA: tl.constexpr, W_BY_ROW: tl.constexpr,
@@ -138,8 +139,8 @@ def expand_kernel(
         else:
             first = tl.load(piece_offset_ptr + tile_m)
             for piece in range(first, tl.load(piece_offset_ptr + tile_m + 1)):
-                row_begin, row_end, rank_begin, rank_end, column, expert = load_piece(
-                    piece_ptr, piece, 6
+                row_begin, row_end, rank_begin, rank_end, column, _expert = load_piece(
+                    piece_ptr, piece, 9
                 )
                 piece_ok = rank_begin + rank_r < rank_end
                 inside_m = (row_m >= row_begin) & (row_m < row_end)
@@ -154,7 +155,8 @@ def expand_kernel(
                 if DROPOUT:
                     zero_mo = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
                     part_mo = dot(p_mr, b_ro, zero_mo, P_PRECISION)
-                    keep_mo = keep_mask(seed, expert, row_m, col_o, threshold)
+                    seed, mask_row, mask_expert = load_mask(piece_ptr, piece, seed_ptr, 9)
+                    keep_mo = keep_mask(seed, mask_expert, row_m - mask_row, col_o, threshold)
                     acc_mo += tl.where(keep_mo, part_mo * keep_scale, 0.0)
                 else:
                     acc_mo = dot(p_mr, b_ro, acc_mo, P_PRECISION)

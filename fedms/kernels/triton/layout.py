@@ -1,13 +1,14 @@
 """Where each expert's ranks lie, as small integer tables for the kernels, built once and kept.
 
-Routing by segments is known on the host (`Segments`), so no table needs a device value. Tables are
+Segments are read on the host (`read_runs`), so no table needs a device value. Tables are
 cached by the values that they hold, never by an address, and are copied to the device the first
 time: a steady training loop copies nothing and can be captured in a CUDA graph.
 
-A piece is a range of rows that meets a range of ranks: (row_begin, row_end, rank_begin, rank_end,
-column, expert). `column` is where the piece begins in the rows of h, which hold only the ranks that
-exist for them, side by side; `expert` is that of its first rank. An item is a piece cut to the rows
-of one program.
+A piece is a range of rows that meets a range of ranks. `column` is where the piece begins in the
+rows of h, which hold only the ranks that exist for them, side by side; `expert` is that of its
+first rank. With dropout a piece is one expert's, and the mask of its rows is that of seed number
+`seed`, row `row - mask_row` and expert `mask_expert`. An item is a piece cut to the rows of one
+program.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fedms.kernels.packing import constant
-from fedms.kernels.segments import row_width
+from fedms.kernels.segments import Run
 
 MAX_RANKS = 128
 """Ranks that one program takes at most."""
@@ -34,12 +35,16 @@ class Piece(NamedTuple):
     rank_end: int
     column: int
     expert: int
+    seed: int
+    mask_row: int
+    mask_expert: int
 
 
 class Layout:
     """The tables of one (ranks, scale, routing, device); all of them are made when first asked for.
 
-    ranks: r_e of every expert. runs: `Segments.runs()`, or None when every row uses every expert.
+    ranks: r_e of every expert. width: of a row of h. runs: `read_runs`, or None when every row uses
+    every expert.
     """
 
     def __init__(
@@ -47,15 +52,15 @@ class Layout:
         m: int,
         ranks: tuple[int, ...],
         scale: tuple[float, ...],
-        runs: tuple[int, ...] | None,
+        width: int,
+        runs: tuple[Run, ...] | None,
         dropout: bool,
         device: torch.device,
     ) -> None:
         self.m, self.ranks, self.runs, self.device = m, ranks, runs, device
         self.offsets = [0, *accumulate(ranks)]
         self.total = self.offsets[-1]
-        # h of a row holds the ranks of its own segment only
-        self.width = row_width(ranks, runs)
+        self.width = width
         self.dense = runs is None and not dropout and self.total <= MAX_RANKS
         # A dropout mask belongs to one expert, so a program then serves one.
         self.pieces = self._cut(by_expert=dropout)
@@ -66,11 +71,11 @@ class Layout:
         self._tiles: dict[int, tuple[Tensor, Tensor]] = {}
 
     def items(self, rows: int) -> Tensor:
-        """[items, 6]: every piece, cut to `rows` rows."""
+        """[items, 9]: every piece, cut to `rows` rows."""
         return self._cached("pieces", rows, self.pieces)
 
     def expert_items(self, rows: int) -> Tensor:
-        """[items, 6]: the same with one expert an item, also those of rank 0."""
+        """[items, 9]: the same with one expert an item, also those of rank 0."""
         return self._cached("experts", rows, self._by_expert)
 
     @cached_property
@@ -85,7 +90,7 @@ class Layout:
         return self._gradients[key]
 
     def tiles(self, block_m: int) -> tuple[Tensor, Tensor]:
-        """Pieces [P, 6] that meet each row tile of a GEMM, and offsets [tiles + 1] into them."""
+        """Pieces [P, 9] that meet each row tile of a GEMM, and offsets [tiles + 1] into them."""
         if block_m not in self._tiles:
             per_tile: list[list[Piece]] = [[] for _ in range(-(-self.m // block_m))]
             for piece in self.pieces:
@@ -93,7 +98,7 @@ class Layout:
                     per_tile[tile].append(piece)
             offsets = [0, *accumulate(map(len, per_tile))]
             self._tiles[block_m] = (
-                self._table([piece for tile in per_tile for piece in tile], 6),
+                self._table([piece for tile in per_tile for piece in tile], len(Piece._fields)),
                 torch.tensor(offsets, dtype=torch.int32).to(self.device),
             )
         return self._tiles[block_m]
@@ -101,16 +106,16 @@ class Layout:
     def _cached(self, kind: str, rows: int, pieces: list[Piece]) -> Tensor:
         if (kind, rows) not in self._items:
             self._items[kind, rows] = self._table(
-                [item for piece in pieces for item in _rows(piece, rows)], 6
+                [item for piece in pieces for item in _rows(piece, rows)], len(Piece._fields)
             )
         return self._items[kind, rows]
 
     def _cut(self, *, by_expert: bool, whole: bool = False) -> list[Piece]:
         """The runs as pieces of up to MAX_RANKS ranks (`whole`: of any), in row and rank order."""
-        runs = (0, self.m, 0, len(self.ranks)) if self.runs is None else self.runs
+        whole_call = (Run(0, self.m, 0, len(self.ranks), 0, 0, 0),)
         pieces, column, before = [], 0, (-1, -1)
-        for i in range(0, len(runs), 4):
-            begin, end, first, last = runs[i : i + 4]
+        for run in whole_call if self.runs is None else self.runs:
+            begin, end, first, last = run[:4]
             column = column if before == (begin, end) else 0  # another run of the same segment
             before = (begin, end)
             steps = range(first, last) if by_expert else (first,)
@@ -120,7 +125,8 @@ class Layout:
                 for rank in range(low, max(high, low + whole), size):
                     top = min(rank + size, high)
                     owner = e if by_expert else self._owner(rank)
-                    pieces.append(Piece(begin, end, rank, top, column + rank - low, owner))
+                    mask = (run.seed, run.mask_row, run.mask_expert + e - first)
+                    pieces.append(Piece(begin, end, rank, top, column + rank - low, owner, *mask))
                 column += high - low
         return pieces
 
@@ -135,7 +141,7 @@ class Layout:
 class GradientItems:
     """Items with the span of ranks whose gradient is asked for, and where each expert's parts are.
 
-    items [I, 8]: a piece's six numbers, span_begin, span_end. entries [P, 4]: item, row in the
+    items [I, 11]: a piece's nine numbers, span_begin, span_end. entries [P, 4]: item, row in the
     item's span, first and last of the expert's ranks there. entry_offsets [E' + 1] and ranks [E']
     for the E' experts asked for, in order.
     """
@@ -162,7 +168,7 @@ class GradientItems:
                 items.append((*item, begin, end))
         self.count = len(items)
         self.block_s = rank_block(spans)
-        self.items = layout._table(items, 8)
+        self.items = layout._table(items, len(Piece._fields) + 2)
         self.entries = layout._table([part for e in wanted for part in parts[e]], 4)
         offsets = [0, *accumulate(len(parts[e]) for e in wanted)]
         self.entry_offsets = torch.tensor(offsets, dtype=torch.int32).to(layout.device)

@@ -23,25 +23,26 @@ from fedms.kernels.triton.tile import (
     gated,
     keep_mask,
     load_by_rank,
+    load_mask,
     load_piece,
     narrow,
 )
 
 
-@triton.jit(do_not_specialize=["M", "seed", "threshold"])
+@triton.jit(do_not_specialize=["M", "threshold"])
 def outer_kernel(
     d_ptr, p_ptr, b_ptr, partial_w_ptr, partial_u_ptr,
     gates_ptr, idxs_ptr, expert_ptr, scale_ptr, items_ptr,
     M, C, width, stride_dm, stride_br, stride_bc, stride_gm, stride_ge,
-    seed, threshold, keep_scale,
+    seed_ptr, threshold, keep_scale,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
     GATE: tl.constexpr, SHRINK: tl.constexpr, GATES: tl.constexpr, TOP_K: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     item, tile_c = tl.program_id(0), tl.program_id(1)
     P_DTYPE: tl.constexpr = p_ptr.dtype.element_ty
-    row_begin, row_end, rank_begin, rank_end, column, expert = load_piece(items_ptr, item, 8)
-    span_begin, span_end = tl.load(items_ptr + item * 8 + 6), tl.load(items_ptr + item * 8 + 7)
+    row_begin, row_end, rank_begin, rank_end, column, _expert = load_piece(items_ptr, item, 11)
+    span_begin, span_end = tl.load(items_ptr + item * 11 + 9), tl.load(items_ptr + item * 11 + 10)
 
     col_c = tile_c * BLOCK_C + tl.arange(0, BLOCK_C)
     col_ok = col_c < C
@@ -55,6 +56,8 @@ def outer_kernel(
         b_rc = load_by_rank(b_ptr, rank_r, rank_ok, col_c, col_ok, stride_br, stride_bc, P_DTYPE)
         b_cr = tl.trans(b_rc)
 
+    if DROPOUT:
+        seed, mask_row, mask_expert = load_mask(items_ptr, item, seed_ptr, 11)
     acc_sc = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
     for start in range(row_begin, row_end, BLOCK_M):
         row_m = start + tl.arange(0, BLOCK_M).to(tl.int64)
@@ -82,7 +85,7 @@ def outer_kernel(
             )  # fmt: skip
             p_ms = narrow(gated(p_ms.to(tl.float32), coef_ms, exists_ms, TOP_K), P_DTYPE)
         if DROPOUT:
-            keep_mc = keep_mask(seed, expert, row_m, col_c, threshold)
+            keep_mc = keep_mask(seed, mask_expert, row_m - mask_row, col_c, threshold)
             d_mc = tl.where(keep_mc, d_mc, 0.0)
         acc_sc = dot(tl.trans(p_ms), d_mc, acc_sc, PRECISION)
     if DROPOUT:

@@ -22,18 +22,19 @@ from fedms.kernels.triton.tile import (
     gated,
     keep_mask,
     load_by_rank,
+    load_mask,
     load_piece,
     narrow,
 )
 
 
-@triton.jit(do_not_specialize=["M", "seed", "threshold"])
+@triton.jit(do_not_specialize=["M", "threshold"])
 def shrink_kernel(
     x_ptr, a_ptr, raw_ptr, gated_ptr, partial_ptr,
     gates_ptr, idxs_ptr, expert_ptr, scale_ptr, items_ptr,
     M, C, R, width,
     stride_xm, stride_ar, stride_ac, stride_gm, stride_ge,
-    seed, threshold, keep_scale,
+    seed_ptr, threshold, keep_scale,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT: tl.constexpr,
     DENSE: tl.constexpr, RAW: tl.constexpr,
     GATES: tl.constexpr, TOP_K: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
@@ -41,9 +42,9 @@ def shrink_kernel(
     item, split = tl.program_id(0), tl.program_id(1)
     if DENSE:
         row_begin, row_end = item.to(tl.int64) * BLOCK_M, M
-        rank_begin, rank_end, column, expert = 0, R, 0, 0
+        rank_begin, rank_end, column, _expert = 0, R, 0, 0
     else:
-        row_begin, row_end, rank_begin, rank_end, column, expert = load_piece(items_ptr, item, 6)
+        row_begin, row_end, rank_begin, rank_end, column, _expert = load_piece(items_ptr, item, 9)
     row_m = row_begin + tl.arange(0, BLOCK_M)
     row_ok = row_m < row_end
     rank_r = rank_begin + tl.arange(0, BLOCK_R)
@@ -59,6 +60,8 @@ def shrink_kernel(
         wanted = exists_mr & row_ok[:, None] & rank_ok[None, :]
         end = tl.where(tl.max(tl.max(wanted.to(tl.int32), 1), 0) > 0, C, 0)
     acc_mr = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    if DROPOUT:
+        seed, mask_row, mask_expert = load_mask(items_ptr, item, seed_ptr, 9)
     for start in range(split * BLOCK_C, end, BLOCK_C * SPLIT):
         col_c = start + tl.arange(0, BLOCK_C)
         col_ok = col_c < C
@@ -67,7 +70,7 @@ def shrink_kernel(
             mask=row_ok[:, None] & col_ok[None, :], other=0,
         ).to(gated_ptr.dtype.element_ty)  # fmt: skip
         if DROPOUT:
-            keep_mc = keep_mask(seed, expert, row_m, col_c, threshold)
+            keep_mc = keep_mask(seed, mask_expert, row_m - mask_row, col_c, threshold)
             x_mc = tl.where(keep_mc, x_mc, 0.0)
         a_rc = load_by_rank(
             a_ptr, rank_r, rank_ok, col_c, col_ok, stride_ar, stride_ac, gated_ptr.dtype.element_ty

@@ -36,11 +36,18 @@ def narrow(value, DTYPE: tl.constexpr):
 
 @triton.jit
 def load_piece(table_ptr, index, WIDTH: tl.constexpr):
-    """One row of a layout.py table: rows begin, end; ranks begin, end; column; expert."""
+    """The first numbers of a table's row, layout.Piece: rows, ranks, column, expert."""
     at = table_ptr + index * WIDTH
     row_begin, row_end = tl.load(at).to(tl.int64), tl.load(at + 1)
     rank_begin, rank_end = tl.load(at + 2), tl.load(at + 3)
     return row_begin, row_end, rank_begin, rank_end, tl.load(at + 4), tl.load(at + 5)
+
+
+@triton.jit
+def load_mask(table_ptr, index, seed_ptr, WIDTH: tl.constexpr):
+    """What a piece's dropout mask is a function of: seed; the row that counts as 0; expert."""
+    at = table_ptr + index * WIDTH
+    return tl.load(seed_ptr + tl.load(at + 6)), tl.load(at + 7), tl.load(at + 8)
 
 
 @triton.jit
