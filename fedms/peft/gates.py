@@ -19,7 +19,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from fedms.peft.binding import Binding, Gateable, bound
-from fedms.peft.layer import FusedLinear
+from fedms.peft.layer import FusedLayer
 from fedms.peft.routing import BASE, AdapterRouting, Gates
 
 LayerGates = Gates | Callable[[Tensor], Gates]
@@ -149,8 +149,8 @@ def _routing(gates: LayerGates | None, names: tuple[str, ...]) -> AdapterRouting
     return AdapterRouting(names, values, idxs)
 
 
-def _fused_layers(model: nn.Module) -> dict[str, FusedLinear]:
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, FusedLinear)}
+def _fused_layers(model: nn.Module) -> dict[str, FusedLayer]:
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, FusedLayer)}
     if not layers:
         raise ValueError(
             f"model must have fused layers (fedms.accelerate(model) makes them), got a "
@@ -159,7 +159,7 @@ def _fused_layers(model: nn.Module) -> dict[str, FusedLinear]:
     return layers
 
 
-def _active(layers: Mapping[str, FusedLinear]) -> list[str]:
+def _active(layers: Mapping[str, FusedLayer]) -> list[str]:
     """The active adapters, which all layers must agree on."""
     found = {tuple(layer.active_adapters) for layer in layers.values()}
     if len(found) != 1:
@@ -167,7 +167,7 @@ def _active(layers: Mapping[str, FusedLinear]) -> list[str]:
     return list(found.pop())
 
 
-def _check_known(layers: Mapping[str, FusedLinear], names: Sequence[str]) -> None:
+def _check_known(layers: Mapping[str, FusedLayer], names: Sequence[str]) -> None:
     there = {name for layer in layers.values() for name in layer.lora_A}
     unknown = [name for name in names if name not in there]
     if unknown:
@@ -181,7 +181,7 @@ def _check_all_gateable(model: nn.Module, names: Sequence[str]) -> None:
     for where, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
-        fused = isinstance(module, FusedLinear) and "forward" not in module.__dict__
+        fused = isinstance(module, FusedLayer) and "forward" not in module.__dict__
         held = [n for n in names if n in module.lora_A or n in module.lora_embedding_A]
         if held and not fused:
             raise ValueError(
@@ -191,7 +191,7 @@ def _check_all_gateable(model: nn.Module, names: Sequence[str]) -> None:
 
 
 def _by_layer(
-    layers: Mapping[str, FusedLinear], gates: Mapping[str, LayerGates]
+    layers: Mapping[str, FusedLayer], gates: Mapping[str, LayerGates]
 ) -> dict[str, LayerGates]:
     chosen: dict[str, LayerGates] = {}
     for key, value in gates.items():

@@ -15,7 +15,7 @@ from peft.tuners.lora.layer import Linear, LoraLayer, MultiheadAttention
 from peft.tuners.lora.model import LoraModel
 from torch import nn
 
-from fedms.peft.layer import FusedLinear, why_not_fused
+from fedms.peft.layer import FusedLayer, FusedLinear, why_not_fused
 
 
 @dataclass(frozen=True)
@@ -72,18 +72,18 @@ def restore(model: nn.Module) -> None:
     Gates and adapter names that were set on the model are gone.
     """
     for module in model.modules():
-        if type(module) is FusedLinear:
+        if isinstance(module, FusedLayer):
             for attribute in ("_fedms_set", "_fedms_open"):
                 vars(module).pop(attribute, None)
-            module.__class__ = Linear  # type: ignore[assignment]
+            module.__class__ = module.stock()  # type: ignore[assignment]
 
 
 def enable_peft() -> None:
     """Let every LoRA layer that peft makes from now on run fused.
 
     That covers get_peft_model, loading, and transformers' add_adapter and load_adapter. Which layer
-    a module gets stays peft's decision: only its plain `lora.Linear` is taken over. `disable_peft`
-    undoes it.
+    a module gets stays peft's decision: only those that `accelerate` takes are taken over.
+    `disable_peft` undoes it.
     """
     stock = LoraModel._create_new_module
     if hasattr(stock, "_fedms_stock"):
@@ -92,8 +92,9 @@ def enable_peft() -> None:
     @functools.wraps(stock)
     def create_new_module(*args: Any, **kwargs: Any) -> nn.Module:
         module = stock(*args, **kwargs)
-        if type(module) is Linear:
-            module.__class__ = FusedLinear
+        fused = _fused_class(type(module))
+        if fused is not None:
+            module.__class__ = fused
         return module
 
     create_new_module._fedms_stock = stock  # type: ignore[attr-defined]
@@ -119,12 +120,24 @@ def _lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
             yield name, module
 
 
+def _fused_class(stock: type) -> type[FusedLayer] | None:
+    """The fused form of peft's class, where there is one."""
+    if stock is Linear:
+        return FusedLinear
+    if stock.__module__ in ("peft.tuners.lora.bnb", "peft.tuners.lora.torchao"):
+        from fedms.peft import quantized  # brings bitsandbytes in, which is loaded then
+
+        return quantized.FUSED.get(stock)
+    return None
+
+
 def _fuse(layer: LoraLayer) -> str | None:
     """Change the layer's class where that is possible. Why its calls do not run fused, or None."""
-    if type(layer) is Linear:
-        layer.__class__ = FusedLinear
-    if not isinstance(layer, FusedLinear):
-        return f"{type(layer).__module__}.{type(layer).__qualname__} is not peft's lora.Linear"
+    fused = _fused_class(type(layer))
+    if fused is not None:
+        layer.__class__ = fused  # type: ignore[assignment]
+    if not isinstance(layer, FusedLayer):
+        return f"{type(layer).__module__}.{type(layer).__qualname__} has no fused form"
     if "forward" in layer.__dict__:
         return "its forward was replaced on the instance (X-LoRA, hooks of accelerate)"
     return why_not_fused(layer)

@@ -1,6 +1,6 @@
-"""peft's LoRA linear with one fused op in place of its chain of products.
+"""peft's LoRA linears with one fused op in place of their chain of products.
 
-`FusedLinear` overrides `forward` and nothing that holds state: parameters, merging, saving,
+`FusedLayer` overrides `forward` and nothing that holds state: parameters, merging, saving,
 hot-swapping and variants stay peft's own code. `why_not_fused` decides on every call, because all
 of that changes under a live model, and can say why a call goes to peft's own forward.
 """
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple, cast
 
 import torch
-from peft.tuners.lora.layer import Linear
+from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -32,8 +32,11 @@ class Adapters(NamedTuple):
     dropout_p: float
 
 
-class FusedLinear(Gateable, Linear):
-    """A `peft.tuners.lora.layer.Linear` whose forward is `gated_lora_linear` where it can be."""
+class FusedLayer(Gateable, nn.Module, LoraLayer):
+    """A layer of peft whose forward is `gated_lora_linear` where it can be.
+
+    Subclasses name peft's class as their second base: `class FusedLinear(FusedLayer, Linear)`.
+    """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., in] -> [..., out] in the base result's dtype, as peft gives it.
@@ -82,24 +85,36 @@ class FusedLinear(Gateable, Linear):
             dropout_p=dropout_p,
         )
 
+    @classmethod
+    def stock(cls) -> type[LoraLayer]:
+        """peft's own class, of which this one is the fused form."""
+        return cls.__bases__[1]
+
     def _get_name(self) -> str:
-        return "Linear"  # repr and peft's layer status go on saying what they said
+        return self.stock().__name__  # repr and peft's layer status go on saying what they said
+
+
+class FusedLinear(FusedLayer, Linear):
+    """A `peft.tuners.lora.layer.Linear` with a fused forward."""
 
 
 def why_not_fused(
-    layer: Linear, x: Any = None, args: Iterable[Any] = (), kwargs: dict[str, Any] | None = None
+    layer: Linear | FusedLayer,
+    x: Any = None,
+    args: Iterable[Any] = (),
+    kwargs: dict[str, Any] | None = None,
 ) -> str | None:
     """Why this call goes to peft's own forward; None when it is fused.
 
     x None: whether the layer can run fused at all, whatever the input.
     """
-    routing = routing_of(layer) if isinstance(layer, FusedLinear) else None
+    routing = routing_of(layer) if isinstance(layer, FusedLayer) else None
     found = _read(layer, routing, x, args, kwargs)
     return found if isinstance(found, str) else None
 
 
 def _read(
-    layer: Linear,
+    layer: Linear | FusedLayer,
     routing: AdapterRouting | None,
     x: Any,
     args: Iterable[Any],
@@ -132,7 +147,7 @@ def _read(
     return found if reason is None else reason
 
 
-def _read_adapters(layer: Linear, names: list[str]) -> Adapters | str:
+def _read_adapters(layer: Linear | FusedLayer, names: list[str]) -> Adapters | str:
     if _has_any_global_hook():
         return "global module hooks are registered"
     # `layer.lora_A[name].weight` is three searches by nn.Module.__getattr__: too slow for what

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fedms.peft.gates import gated
-from fedms.peft.layer import FusedLinear
+from fedms.peft.layer import FusedLayer
 
 
 class Router(nn.Module):
@@ -88,7 +88,7 @@ class LayerRouters(nn.Module):
         self.names: dict[str, str] = {}
         self.routers = nn.ModuleDict()
         for name, layer in model.named_modules():
-            if not isinstance(layer, FusedLinear):
+            if not isinstance(layer, FusedLayer):
                 continue
             key = name.replace(".", "/")  # a ModuleDict's keys have no dots
             self.names[name] = key

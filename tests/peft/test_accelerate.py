@@ -154,6 +154,6 @@ def test_the_report_gives_reasons():
     model.base_model.set_adapter(["default", "dora"])
     report = fedms.accelerate(model)
     assert report.fused == ("base_model.model.1",)
-    assert "Conv1d is not peft's lora.Linear" in report.fallback["base_model.model.0"]
+    assert "Conv1d has no fused form" in report.fallback["base_model.model.0"]
     assert "DoraLinearVariant" in report.fallback["base_model.model.2"]
     assert str(report).startswith("1 LoRA layers run fused, 2 do not\n")

@@ -74,6 +74,7 @@ def load_dataset(
     table = _read(source, columns, image_column)
     if not table.rows:
         raise DataError(f"{table.origin} must hold at least one row, got an empty file")
+
     def names(column: str | None, what: str) -> tuple[str, ...] | None:
         return None if column is None else tuple(table.names(column, what))
 
