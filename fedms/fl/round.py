@@ -8,7 +8,6 @@ write the checkpoint.
 from __future__ import annotations
 
 import json
-import resource
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -26,7 +25,7 @@ from fedms.fl.evaluate import Scores, evaluate, global_score, pooled_sample, spr
 from fedms.fl.runs.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fedms.fl.runs.files import replace_file
 from fedms.fl.runs.progress import Progress
-from fedms.fl.runs.records import RoundRecord
+from fedms.fl.runs.records import RoundRecord, peak_memory_mb
 from fedms.fl.sal import Activation, block_importance, wake_order
 from fedms.fl.server import aggregate, check_update, require_quorum
 from fedms.fl.types import Failure, State, Update
@@ -98,7 +97,7 @@ class Run:
         failed: list[Failure] = []
         returned: list[Update] = []
         state = aggregate(self.server, self._visits(stage, cohort, round, returned, failed))
-        require_quorum(len(returned), len(cohort), config.server.quorum)
+        require_quorum(len(cohort), failed, config.server.quorum)
         bytes_down = self._bytes_down(stage, cohort)
         self.server = state
         self.kept.update({update.client_id: update.kept for update in returned if update.kept})
@@ -130,7 +129,7 @@ class Run:
             pooled_accuracy=spread([client.pooled_accuracy for client in seen]),
             unseen_accuracy=spread([client.accuracy for client in unseen]),
             gate_local_mean=sum(gates) / len(gates) if gates else None,
-            peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            peak_memory_mb=peak_memory_mb(),
         )
         self._write(record, scores)
         self.done = round

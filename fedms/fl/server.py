@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 import torch
 
-from fedms.fl.types import ClientFailure, QuorumError, State, Update
+from fedms.fl.types import ClientFailure, Failure, QuorumError, State, Update
 
 
 def check_update(update: Update, expected: State) -> None:
@@ -47,11 +48,20 @@ def aggregate(state: State, updates: Iterable[Update]) -> State:
     return {**state, **means}
 
 
-def require_quorum(returned: int, cohort: int, quorum: float) -> None:
-    """Raise QuorumError unless at least ``quorum`` of the cohort came back."""
+def require_quorum(cohort: int, failed: Sequence[Failure], quorum: float) -> None:
+    """Raise QuorumError unless at least ``quorum`` of a cohort's clients came back.
+
+    The message says why the others did not, the most frequent reason first.
+    """
+    returned = cohort - len(failed)
     if returned < quorum * cohort - 1e-9:  # 0.55 * 20 is 11.000000000000002
+        first_lines = (failure.reason.partition("\n")[0][:200] for failure in failed)
+        reasons = Counter(first_lines).most_common(3)
+        why = "; ".join(f"{reason} ({count} clients)" for reason, count in reasons)
         raise QuorumError(
             f"{returned} of {cohort} clients came back, fewer than server.quorum = {quorum} "
-            "of them; the round does not count. "
-            "The last checkpoint holds the round before; `fedms resume` tries this round again"
+            f"of them; the round does not count. What stopped the others: {why}. A resume draws "
+            "the same clients and batches and ends here again unless the cause is gone (memory, a "
+            "disk); otherwise begin a new run with other settings, or lower server.quorum in the "
+            "folder's config.toml"
         )

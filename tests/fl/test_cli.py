@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import re
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -200,6 +204,49 @@ def test_report(finished, capsys):
     assert "FedMS" in out
     assert (finished / "report.html").is_file()
     assert str(finished / "report.html") in out
+
+
+@pytest.mark.parametrize(
+    ("encoding", "errors"),
+    [("cp1252", "strict"), ("ascii", "strict"), ("ascii", "surrogateescape"), ("cp437", "strict")],
+)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["report", "{run}"],
+        ["resume", "{run}"],
+        ["predict", "{run}", "--client", "client-01", "Fieber über 39° 🤒 ±"],
+        ["run", "--settings", "data.source=Köln 発熱.csv"],
+        ["run", "data.source=発熱.csv", "--out", "{run}/発熱"],
+        ["doctor"],
+    ],
+    ids=lambda arguments: " ".join(arguments[:2]),
+)
+def test_any_console_takes_what_is_said(finished, monkeypatch, arguments, encoding, errors):
+    """What its encoding lacks is replaced. A run must not die of ± after its last round."""
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors=errors) for _ in range(2)]
+    monkeypatch.setattr(sys, "stdout", streams[0])
+    monkeypatch.setattr(sys, "stderr", streams[1])
+    status = main([argument.format(run=finished) for argument in arguments])
+    said = []
+    for stream in streams:
+        stream.flush()
+        said.append(stream.buffer.getvalue().decode(encoding))  # type: ignore[attr-defined]
+    if "--out" in arguments:
+        assert status == 2
+        assert said[1].startswith("fedms: ")
+    else:
+        assert (status, said[1]) == (0, "")
+        assert len(said[0]) > 40
+
+
+def test_a_folder_whose_name_is_no_text(finished, tmp_path, capsys):
+    """A name of bytes that are no UTF-8 comes out as far as it can."""
+    folder = tmp_path / os.fsdecode(b"run \xff")
+    shutil.copytree(finished, folder)
+    assert main(["report", str(folder)]) == 0
+    assert "run ?" in capsys.readouterr().out
+    assert "run ?" in (folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_doctor(capsys):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedms.fl.server import aggregate, check_update, require_quorum
-from fedms.fl.types import ClientFailure, QuorumError, State, Update
+from fedms.fl.types import ClientFailure, Failure, QuorumError, State, Update
 
 
 def update(num_examples: int, shared: State, kept: State | None = None) -> Update:
@@ -109,17 +109,31 @@ def test_an_update_without_examples_is_refused():
     ],
 )
 def test_quorum(returned, cohort, quorum, enough):
+    failed = [Failure(f"c{k}", "away") for k in range(cohort - returned)]
     if enough:
-        require_quorum(returned, cohort, quorum)
+        require_quorum(cohort, failed, quorum)
         return
     with pytest.raises(
         QuorumError, match=f"{returned} of {cohort} clients came back, .*server.quorum = {quorum}"
     ):
-        require_quorum(returned, cohort, quorum)
+        require_quorum(cohort, failed, quorum)
 
 
 def test_a_quorum_that_is_a_hair_above_whole_counts_as_whole():
     """0.55 * 20 is 11.000000000000002 in floating point."""
-    require_quorum(11, 20, 0.55)
+    failed = [Failure(f"c{k}", "away") for k in range(10)]
+    require_quorum(20, failed[:9], 0.55)
     with pytest.raises(QuorumError):
-        require_quorum(10, 20, 0.55)
+        require_quorum(20, failed, 0.55)
+
+
+def test_below_quorum_the_reasons_are_said_and_what_helps():
+    """A resume alone repeats the same draws, so it is not what helps."""
+    reasons = ["loss nan", "no disk", "loss nan", "loss nan"]
+    failed = [Failure(f"c{k}", reason) for k, reason in enumerate(reasons)]
+    with pytest.raises(QuorumError) as caught:
+        require_quorum(5, failed, 0.5)
+    text = str(caught.value)
+    assert "What stopped the others: loss nan (3 clients); no disk (1 clients)" in text
+    assert "A resume draws the same clients and batches and ends here again unless" in text
+    assert "lower server.quorum in the folder's config.toml" in text

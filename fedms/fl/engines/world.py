@@ -8,6 +8,7 @@ import torch
 
 from fedms.fl.config import Config
 from fedms.fl.data.dataset import load_dataset
+from fedms.fl.data.duplicates import repeated_texts
 from fedms.fl.data.federation import Federation
 from fedms.fl.data.partition import Fractions, make_federation
 from fedms.fl.model.backbone import load_foundation
@@ -37,6 +38,8 @@ class World:
             torch.set_num_threads(config.engine.threads)
         with progress.phase("data"):
             self.federation = load_federation(config)
+            if note := repeated_texts(self.federation.dataset):
+                progress.say(note)
         with progress.phase("model"):
             self.resident = Resident(
                 load_foundation(config.model, config.lora), self.federation.dataset, config

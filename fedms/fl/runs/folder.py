@@ -1,6 +1,7 @@
 """A run and its folder: the method, then its rivals on the same clients, each in its own folder.
 
 DIR/config.toml           the resolved configuration
+DIR/origin.json           digests of what it was started with
 DIR/label_counts.json     classes, clients and each client's number of training examples per class
 DIR/metrics.jsonl         one RoundRecord a round
 DIR/clients.jsonl         one line per client per evaluation
@@ -23,7 +24,8 @@ from fedms.fl.data.federation import Federation
 from fedms.fl.engines.world import World
 from fedms.fl.model.layers import save_adapter
 from fedms.fl.round import Run
-from fedms.fl.runs.files import replace_file
+from fedms.fl.runs.files import locked, replace_file
+from fedms.fl.runs.origin import Origin, frozen_weights
 from fedms.fl.runs.progress import Progress
 from fedms.fl.types import FedMSError
 
@@ -34,25 +36,43 @@ def start(config: Config, folder: Path, progress: Progress) -> None:
     Raises:
         FedMSError: the folder holds something already, or cannot be written.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FedMSError(
-            f"{folder} exists; go on with it by `fedms resume {folder}`, "
-            "or name another folder with --out"
-        )
+    _refuse_what_is_there(folder)
     with _disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    _carry_on(config, folder, progress)
+    with locked(folder, progress.warn):
+        _refuse_what_is_there(folder)  # another process may have begun in it
+        _carry_on(_from_anywhere(config), folder, progress)
 
 
 def resume(folder: Path, progress: Progress) -> None:
     """Carry a run on from its newest whole checkpoints to its end; a finished run stays as it is.
 
     Raises:
-        FedMSError: the folder holds no run.
+        FedMSError: the folder holds no run, another process works on it, or the data, the model or
+            the settings are not those that it was started with.
     """
     if not (folder / "config.toml").is_file():
         raise FedMSError(f"{folder} holds no run: it has no config.toml")
-    _carry_on(load_config(folder / "config.toml"), folder, progress)
+    with locked(folder, progress.warn):
+        _carry_on(load_config(folder / "config.toml"), folder, progress)
+
+
+def _refuse_what_is_there(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FedMSError(
+            f"{folder} exists; go on with it by `fedms resume {folder}`, "
+            "or name another folder with --out"
+        )
+
+
+def _from_anywhere(config: Config) -> Config:
+    """The configuration with its files named so that a resume finds them from any folder."""
+    data, model = config.data, config.model
+    if data.source != "icd10" and Path(data.source).exists():
+        data = data.replace(source=str(Path(data.source).absolute()))
+    if model.path != "minilm" and Path(model.path).exists():
+        model = model.replace(path=str(Path(model.path).absolute()))
+    return config.replace(data=data, model=model)
 
 
 def _carry_on(config: Config, folder: Path, progress: Progress) -> None:
@@ -72,8 +92,10 @@ def _carry_on(config: Config, folder: Path, progress: Progress) -> None:
         return
     with _disk_errors(folder):
         world = World(config, progress)
+        began = Origin.of(world.federation, frozen_weights(world.resident.foundation.model))
         for place, settings in left.items():
             _prepare(settings, place)
+            began.check(settings, place)
             _write_label_counts(world.federation, place / "label_counts.json")
             run = Run(settings, world, place, progress)
             run.execute()

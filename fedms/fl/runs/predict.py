@@ -18,6 +18,7 @@ from fedms.fl.model.backbone import load_foundation
 from fedms.fl.model.gate import log_prior_of_counts
 from fedms.fl.model.resident import Resident
 from fedms.fl.runs.checkpoint import load_checkpoint
+from fedms.fl.runs.origin import check_model, frozen_weights
 from fedms.fl.runs.progress import Progress
 from fedms.fl.sal import Activation
 from fedms.fl.types import FedMSError
@@ -61,7 +62,9 @@ def predict(
     dataset = Dataset(
         tuple(texts), np.zeros(len(texts), dtype=np.int64), tuple(record["class_names"])
     )
-    resident = Resident(load_foundation(config.model, config.lora), dataset, config)
+    foundation = load_foundation(config.model, config.lora)
+    check_model(folder, frozen_weights(foundation.model), config.model.path)
+    resident = Resident(foundation, dataset, config)
     activation = Activation(config.sal, checkpoint.sal["order"])
     activation.restore(checkpoint.sal)
     resident.foundation.set_awake(activation.awake)

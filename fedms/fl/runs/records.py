@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from dataclasses import dataclass
 
 from fedms.fl.types import Failure
@@ -56,3 +58,13 @@ class RoundRecord:
     unseen_accuracy: Spread | None
     gate_local_mean: float | None
     peak_memory_mb: float
+
+
+def peak_memory_mb() -> float:
+    """The most memory that this process has held so far, in units of 2**20 bytes."""
+    return mebibytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, sys.platform)
+
+
+def mebibytes(max_rss: int, platform: str) -> float:
+    """``ru_maxrss`` in units of 2**20 bytes: macOS counts bytes in it, Linux 1024 of them."""
+    return max_rss / (2**20 if platform == "darwin" else 2**10)

@@ -111,7 +111,8 @@ def write_report(folder: Path) -> list[Path]:
     pictures = draw(runs, labels, folder)
     page = folder / "report.html"
     config = (folder / "config.toml").read_text(encoding="utf-8")
-    page.write_text(_page(folder.resolve().name, runs, labels, pictures, config), encoding="utf-8")
+    name = folder.resolve().name.encode(errors="replace").decode()  # a path may be no text
+    page.write_text(_page(name, runs, labels, pictures, config), encoding="utf-8")
     return [*pictures, page]
 
 
