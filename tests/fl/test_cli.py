@@ -24,6 +24,7 @@ ARGUMENTS = {
     "resume": ["DIR", "--quiet"],
     "report": ["DIR"],
     "predict": ["DIR", "--client ID", "TEXT"],
+    "fetch": ["NAME", "fedms fetch dinov2-small emoji"],
     "doctor": ["--shape M K N R"],
     "tune": ["M", "K", "N", "--ranks", "--dtype", "--adapter-dtype"],
 }
@@ -54,6 +55,15 @@ def test_help_of_a_command_names_its_arguments(capsys, command):
     assert stopped.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert all(argument in text for argument in ARGUMENTS[command])
+
+
+def test_fetch_shows_what_there_is_and_says_what_there_is_not(capsys):
+    assert main(["fetch"]) == 0
+    shown = capsys.readouterr().out
+    for name in ("dinov2-small", "smollm2-135m", "emoji", "sotu", "wordnet", "debian"):
+        assert re.search(rf"^{name} +\S", shown, re.MULTILINE)
+    assert main(["fetch", "emojis"]) == 2
+    assert "there is no 'emojis' to fetch" in capsys.readouterr().err
 
 
 def test_version(capsys):

@@ -1,6 +1,6 @@
 """From a source, whatever it is, to labelled examples.
 
-A source is ``"icd10"``; a .csv, .jsonl or .parquet file; a
+A source is ``"icd10"`` or a name that ``fedms fetch`` brought; a .csv, .jsonl or .parquet file; a
 folder of .parquet files, or of a folder of images for each class; a ``datasets.Dataset`` object.
 """
 
@@ -19,6 +19,7 @@ from fedms.fl.data.icd10 import load_icd10
 from fedms.fl.data.images import images_in, read_class_folders
 from fedms.fl.data.parquet import read_datasets, read_parquet
 from fedms.fl.data.table import Table, read_csv, read_jsonl
+from fedms.fl.fetch import fetched
 from fedms.fl.types import DataError
 
 ClassNames = Sequence[str] | Mapping[str, str]
@@ -63,7 +64,7 @@ def load_dataset(
     if isinstance(source, str) and source == "icd10":
         return load_icd10(max_per_category=max_per_category, seed=seed)
     if isinstance(source, str):
-        source = Path(source)
+        source = fetched(source, "data") or Path(source)
     path = source if isinstance(source, Path) else None
     if path is not None and image_column and path.is_dir() and not any(path.glob("*.parquet")):
         images, folders, splits = read_class_folders(path)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -121,3 +121,23 @@ class Progress:
         if self._task is not None:
             self._bars.remove_task(self._task)
         self._task = self._bars.add_task(description, total=total, note=note)
+
+
+@contextmanager
+def steps(name: str) -> Iterator[Callable[[str, int, int], None]]:
+    """What a piece of work of several steps tells: (the step, how many of its units are done, of
+    how many). A bar on a terminal, a line a step elsewhere."""
+    console = Console(file=sys.stderr, highlight=False)
+    bar = Bars(*Bars.get_default_columns(), console=console, transient=True)
+    task, last = bar.add_task(name), ""
+
+    def tell(step: str, done: int, total: int) -> None:
+        nonlocal last
+        if step != last and not console.is_terminal:
+            console.print(f"{name}: {step}", soft_wrap=True, markup=False)
+        last = step
+        bar.update(task, description=f"{name}: {step}", completed=done, total=total)
+
+    bar.disable = not console.is_terminal
+    with bar:
+        yield tell
