@@ -1,274 +1,169 @@
-"""What the GPU suite says at its end: targets, kernels that never passed, a table, a picture."""
+"""What a visit to a GPU says: `python bench/gpu_report.py FOLDER [FOLDER ...]` (first and second).
+
+Prints the rows, the verdict for each backend and dtype, and the targets; draws FOLDER/results.png.
+A later folder's items replace an earlier one's of the same name.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpu_cases import FEW, MODELS, Case
+from cases import gpu_case
 
-Measured = dict[str, dict[str, Any]]
-"""What `gpu_timing.measure` gave, by case; those that were refused as a whole are not in it."""
-
-Pick = Callable[[dict[str, Any]], str]
-"""The fedms row of a case that counts."""
+Items = dict[str, dict[str, Any]]
+OURS = ("stacked", "triton", "cuda")
 
 
 @dataclass(frozen=True)
 class Target:
-    """value(measured, pick) -> the number, None when something it needs was not measured."""
+    """Forward + backward of the plan's own choice over the frozen layer, as CUDA graphs."""
 
     name: str
+    case: str
     bound: float
-    value: Callable[[Measured, Pick], float | None]
-    at_least: bool = False
 
-    def verdict(self, value: float | None) -> str:
-        if value is None:
-            return "not measured"
-        return (
-            "met" if (value >= self.bound if self.at_least else value <= self.bound) else "missed"
-        )
+    def value(self, items: Items) -> float | None:
+        found = items.get(f"time {self.case}", {})
+        return ratio(found, f"{found.get('default')} (graph)")
 
 
-def cases_of(model: str, **mixture: Any) -> list[Case]:
-    tokens, layers = MODELS[model]
-    return [Case(model, tokens, k, n, **mixture) for k, n in layers]
+TARGETS = [
+    Target("Llama q/o", str(gpu_case("Llama-3-8B")), 1.12),
+    Target("Llama gate/up", str(gpu_case("Llama-3-8B", 1)), 1.07),
+    Target("ViT-B qkvo", str(gpu_case("ViT-B/16")), 1.5),
+    Target("16 tokens", str(gpu_case("Llama-3-8B, 16 tokens")), 1.5),
+]
+STEP = 1.5
+"""peft's training step over fedms's, at least."""
 
 
-def targets() -> list[Target]:
-    """bf16, rank 16, two experts unless said, forward + backward, of the plan's own choice."""
-    qo, _, gate_up, down = cases_of("Llama-3-8B")
-    vit_b, vit_l = cases_of("ViT-B/16")[0], cases_of("ViT-L/14")[0]
-    qo_8 = cases_of("Llama-3-8B", experts=8)[0]
-    ranges = cases_of("Llama-3-8B", experts=32, segments=32)[0]
-    few = cases_of("Llama-3-8B, 16 tokens")
-
-    def over_frozen(case: Case, graph: str = "") -> Callable[[Measured, Pick], float | None]:
-        return lambda found, pick: _both(found, case, pick, graph, "over_frozen")
-
-    def quotient(over: Case, other: str, under: Case, name: str, unit: str) -> Any:
-        """A row of one case over a row of another; the names are added to the picked one's."""
-
-        def value(found: Measured, pick: Pick) -> float | None:
-            top = _both(found, over, lambda r: other or pick(r), "", unit)
-            low = _both(found, under, pick, name, unit)
-            return top / low if top and low else None
-
-        return value
-
-    def extra(found: Measured, pick: Pick) -> float | None:
-        spans = [
-            (_both(found, c, pick, " (graph)"), _both(found, c, lambda _: "frozen", " (graph)"))
-            for c in few
-        ]
-        known = [ours - floor for ours, floor in spans if ours is not None and floor is not None]
-        return max(known) if len(known) == len(few) else None
-
-    def saved(found: Measured, pick: Pick) -> float | None:
-        bases = [c for model in MODELS for c in cases_of(model)]
-        shares = [
-            row["saved_bytes"] / row["x_h_g_bytes"]
-            for case in bases
-            if (row := _row(found, case, pick)) is not None
-        ]
-        return max(shares) if len(shares) == len(bases) else None
-
-    return [
-        Target("Llama q/o, over frozen", 1.10, over_frozen(qo)),
-        Target("Llama gate/up, over frozen", 1.06, over_frozen(gate_up)),
-        Target("Llama down, over frozen", 1.06, over_frozen(down)),
-        Target("ViT-L qkvo, over frozen", 1.35, over_frozen(vit_l)),
-        Target("ViT-B qkvo, over frozen, CUDA graphs", 1.5, over_frozen(vit_b, " (graph)")),
-        Target("Llama q/o, E 8 over E 2", 1.1, quotient(qo_8, "", qo, "", "over_frozen")),
-        Target(
-            "Llama q/o, 32 segments over one adapter", 1.15,
-            quotient(ranges, "", ranges, " one adapter", "us"),
-        ),
-        Target(
-            "Llama q/o, peft bf16 gated over fedms", 1.8,
-            quotient(qo, "peft bf16", qo, "", "us"), at_least=True,
-        ),
-        Target(
-            "ViT-B qkvo, peft bf16 gated over fedms", 3.0,
-            quotient(vit_b, "peft bf16", vit_b, "", "us"), at_least=True,
-        ),
-        Target(f"{FEW} tokens, LoRA's extra device time, us", 15.0, extra),
-        Target("saved bytes over x + h + g", 1.03, saved),
-    ]  # fmt: skip
+def ratio(found: dict[str, Any], row: str) -> float | None:
+    cell = found.get("rows", {}).get(row, {})
+    return cell["both"]["over_frozen"]["median"] if "both" in cell else None
 
 
-def judge(data: dict[str, Any]) -> dict[str, Any]:
-    """The report section: every target's verdict and every backend's standing on this device.
+def standing(items: Items) -> dict[str, dict[str, Any]]:
+    """By "backend dtype": tests that passed and failed, rows that were right and refused.
 
-    best: the value with each case's fastest fedms row in place of the plan's choice.
+    A failure counts against its own backend and dtype alone. "passed" needs something that passed
+    and nothing that failed; tests that name no dtype ("any") stand for themselves.
     """
-    measured = _measured(data)
-    listed = []
-    for target in targets():
-        value = target.value(measured, lambda result: result["default"])
-        listed.append(
-            {
-                "target": target.name,
-                "bound": target.bound,
-                "is": "at least" if target.at_least else "at most",
-                "value": value,
-                "best": target.value(measured, _fastest),
-                "verdict": target.verdict(value),
-            }
-        )
-    return {"targets": listed, "backends": standing(data)}
-
-
-def standing(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """For each backend whether it passed on the device, and on what that rests.
-
-    Passed: tests of it ran here and none failed, the sanitizer found nothing where it ran, and the
-    rows of it that were tried are right. A rehearsal passes nothing, nor do tests that were cut.
-    """
-    section = data["sections"].get("test", {})
-    tests = section.get("backends", {}) if section.get("state") == "done" else {}
-    tools = data["sections"].get("sanitize", {}).get("runs", [])
     found: dict[str, dict[str, Any]] = {}
-    for backend, runs in data.get("backends", {}).items():
-        counts = tests.get(backend, {"passed": 0, "failed": 0})
-        mine = [run for run in tools if run["backend"] == backend]
-        rows = [r["rows"][backend] for r in _measured(data).values() if backend in r["rows"]]
-        refused = sum("refused" in row for row in rows)
-        passed = (
-            not data["rehearsal"]
-            and (counts["passed"] > 0 or backend == "stacked")  # torch's own kernels
-            and counts["failed"] == 0
-            and not any(run["state"] == "errors found" for run in mine)
-            and refused == 0
-            and len(rows) > 0
-        )
-        found[backend] = {
-            "runs_here": runs,
-            "passed_on_device": passed,
-            "tests": counts,
-            "sanitizer": {f"{run['tool']}": run["state"] for run in mine},
-            "rows": {"right": len(rows) - refused, "refused": refused},
-        }
+
+    def of(key: str) -> dict[str, Any]:
+        return found.setdefault(key, {"tests": [0, 0], "rows": [0, 0], "failed": []})
+
+    for key, verdict in items.get("tests", {}).get("verdicts", {}).items():
+        of(key)["tests"] = [len(verdict["passed"]), len(verdict["failed"])]
+        of(key)["failed"] += verdict["failed"]
+    for name, item in items.items():
+        if name.startswith("sweep"):
+            entry = of(f"{item.get('backend')} {item.get('dtype')}")
+            right, wrong = len(item.get("right", [])), item.get("wrong", {})
+            entry["rows"] = [entry["rows"][0] + right, entry["rows"][1] + len(wrong)]
+            entry["failed"] += list(wrong)
+        for backend in OURS if "rows" in item else ():
+            row = item["rows"].get(backend)
+            if row is not None:
+                entry = of(f"{backend} {item['dtype']}")
+                entry["rows"][1 if "refused" in row else 0] += 1
+                entry["failed"] += [f"{name}: {row['refused']}"] if "refused" in row else []
+    for name, item in items.items():
+        if name.startswith("memcheck") and item.get("line") not in ("clean", "CUT"):
+            of(f"{name.split()[1]} any")["failed"].append(f"{name}: {item.get('line')}")
+    for entry in found.values():
+        good = entry["tests"][0] + entry["rows"][0]
+        entry["passed"] = good > 0 and not entry["failed"]
     return found
 
 
-def table(data: dict[str, Any], most_cases: int = 48) -> Iterator[str]:
-    """The short table, line by line: cases, ceilings, sections, targets, left out."""
+def losses(items: Items) -> Iterator[str]:
+    """Rows in which the plan's choice is slower than the better of peft and stacked."""
+    for name, item in items.items():
+        for graph in ("", " (graph)"):
+            chosen = ratio(item, f"{item.get('default')}{graph}")
+            others = [ratio(item, other + graph) for other in ("peft", "stacked")]
+            best = min((r for r in others if r is not None), default=None)
+            if chosen is not None and best is not None and chosen > 1.01 * best:
+                yield f"{name}{graph}: {item['default']} {chosen:.3f}, the others {best:.3f}"
+
+
+def lines(data: dict[str, Any]) -> Iterator[str]:
+    items: Items = data["items"]
     if data["rehearsal"]:
         yield "REHEARSAL: no number below is a measurement"
-    measured = _measured(data)
-    yield "forward + backward over the frozen layer (frozen in us); * is what the plan chooses"
-    for result in list(measured.values())[:most_cases]:
-        for graph in ("", " (graph)"):
-            cells = list(_cells(result, graph))
-            if cells:
-                yield f"{result['case']}{graph}: {', '.join(cells)}"
-    if len(measured) > most_cases:
-        yield f"... {len(measured) - most_cases} more in the file"
-    attempts = [
-        attempt
-        for item in data["sections"].get("tune", {}).get("items", {}).values()
-        for attempt in item.get("attempts", [])
-    ]
-    if attempts:
-        wrong = sum("is off by" in attempt["problem"] for attempt in attempts)
-        failed = sum(attempt["microseconds"] is None for attempt in attempts) - wrong
-        yield f"tuning: {len(attempts)} candidates, {wrong} wrong, {failed} did not run"
-    ceiling = data["sections"].get("time", {}).get("items", {}).get("ceilings", {})
-    if ceiling:
-        yield "ceilings: " + ", ".join(f"{name} {value:.4g}" for name, value in ceiling.items())
-    report = data["sections"].get("report", {})
-    for name, found in report.get("backends", {}).items():
-        state = "passed" if found["passed_on_device"] else "HAS NOT PASSED"
-        state = state if found["runs_here"] else "cannot run"
-        yield f"{name} {state} on {data['device']}: tests {found['tests']}, rows {found['rows']}"
-    for t in report.get("targets", []):
-        number = "-" if t["value"] is None else f"{t['value']:.3g}"
-        number += "" if t["best"] in (None, t["value"]) else f", best {t['best']:.3g}"
-        yield f"{t['verdict']:>12}  {t['target']}: {number} ({t['is']} {t['bound']:g})"
-    for name, section in data["sections"].items():
-        note = section.get("note", "")
-        stale = " (on other sources)" if section.get("sources") != data["sources"] else ""
-        seconds = section.get("seconds", 0.0)
-        yield f"{name}: {section.get('state', 'not run')}{stale}, {seconds:.0f} s {note}".rstrip()
-    for name, items in data["left_out"].items():
-        yield f"left out of {name}: {len(items)}, first {'; '.join(items[:3])}"
+    for name, item in items.items():
+        yield (
+            f"{name}: REFUSED {item['refused']}"
+            if "refused" in item
+            else (
+                f"{name}: {item.get('line') or {k: v for k, v in item.items() if k != 'seconds'}}"
+            )
+        )
+    yield ""
+    for key, entry in sorted(standing(items).items()):
+        verdict = "passed" if entry["passed"] else f"HAS NOT PASSED, {entry['failed'][:3]}"
+        yield f"{key}: tests {entry['tests']}, rows {entry['rows']} (right, wrong): {verdict}"
+    yield ""
+    for target in TARGETS:
+        value = target.value(items)
+        said = "not measured" if value is None else "met" if value <= target.bound else "missed"
+        yield f"{said:>12}  {target.name}: {value and round(value, 3)} (at most {target.bound})"
+    step = items.get("training step", {}).get("graph", {}).get("peft over fedms", {}).get("median")
+    step = None if data["rehearsal"] else step
+    said = "not measured" if step is None else "met" if step >= STEP else "missed"
+    yield f"{said:>12}  training step, peft over fedms: {step and round(step, 3)} (at least {STEP})"
+    yield from (f"slower than it need be: {line}" for line in losses(items))
+    for name in data["left_out"]:
+        yield f"left out: {name}"
+    if "running" in data:
+        yield f"the process ended in: {data['running']}"
 
 
-def picture(data: dict[str, Any], path: Path) -> str:
-    """Bars of every row's ratio to the frozen layer; says why when there is none."""
-    try:
-        import matplotlib
-    except ImportError:
-        return "no picture: matplotlib is not installed"
+def picture(data: dict[str, Any], path: Path) -> None:
+    """Bars of every graph row's ratio to the frozen layer."""
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    measured = list(_measured(data).values())[:20]
-    names = dict.fromkeys(n for r in measured for n in r["rows"] if n != "frozen" and "(" not in n)
-    figure, axes = plt.subplots(figsize=(9, 1 + 0.16 * len(measured) * (1 + len(names))))
+    cases = {n.removeprefix("time "): i for n, i in data["items"].items() if "rows" in i}
+    names = dict.fromkeys(n for i in cases.values() for n in i["rows"] if n.endswith("(graph)"))
+    names.pop("frozen (graph)", None)
+    figure, axes = plt.subplots(figsize=(9, 1 + 0.16 * len(cases) * (1 + len(names))))
     for i, name in enumerate(names):
-        known = [(j, v) for j, r in enumerate(measured) if (v := _ratio(r, name)) is not None]
+        known = [(j, r) for j, c in enumerate(cases.values()) if (r := ratio(c, name)) is not None]
         height = 0.8 / len(names)
-        places = [j + i * height for j, _ in known]
-        axes.barh(places, [v for _, v in known], height=height, label=name)
+        axes.barh([j + i * height for j, _ in known], [r for _, r in known], height, label=name)
     axes.axvline(1.0, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(measured)), [r["case"] for r in measured], fontsize=7)
+    axes.set_yticks(range(len(cases)), list(cases), fontsize=7)
     axes.invert_yaxis()
     axes.set_xlabel("forward + backward over the frozen layer")
-    axes.set_title(("REHEARSAL " if data["rehearsal"] else "") + data["device"])
+    device = data["items"].get("about", {}).get("device", "")
+    axes.set_title(("REHEARSAL " if data["rehearsal"] else "") + device)
     if names:
         axes.legend(fontsize=7)
     figure.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(figure)
-    return path.name
 
 
-def _measured(data: dict[str, Any]) -> Measured:
-    items = data["sections"].get("time", {}).get("items", {})
-    return {name: result for name, result in items.items() if "rows" in result}
+def main() -> None:
+    folders = [Path(word) for word in sys.argv[1:]]
+    if not folders:
+        raise SystemExit(__doc__)
+    data: dict[str, Any] = {"rehearsal": False, "items": {}, "left_out": []}
+    for folder in folders:
+        read = json.loads((folder / "results.json").read_text("utf-8"))
+        data |= read | {"items": data["items"] | read["items"]}
+    for line in lines(data):
+        print(line)
+    picture(data, folders[-1] / "results.png")
 
 
-def _row(found: Measured, case: Case, pick: Pick, suffix: str = "") -> dict[str, Any] | None:
-    result = found.get(str(case))
-    row = None if result is None else result["rows"].get(pick(result) + suffix)
-    return row if row is not None and "both" in row else None
-
-
-def _both(
-    found: Measured, case: Case, pick: Pick, suffix: str = "", unit: str = "us"
-) -> float | None:
-    row = _row(found, case, pick, suffix)
-    return None if row is None else row["both"][unit]["median"]
-
-
-def _ratio(result: dict[str, Any], name: str) -> float | None:
-    row = result["rows"].get(name, {})
-    return row["both"]["over_frozen"]["median"] if "both" in row else None
-
-
-def _fastest(result: dict[str, Any]) -> str:
-    """The backend of the least time. Its rows alone have names of one word, but two baselines."""
-    ours = {
-        name: row["both"]["us"]["median"]
-        for name, row in result["rows"].items()
-        if "both" in row and " " not in name and name not in ("frozen", "grouped_mm")
-    }
-    return min(ours, key=ours.__getitem__, default=result["default"])
-
-
-def _cells(result: dict[str, Any], graph: str) -> Iterator[str]:
-    for name, row in result["rows"].items():
-        if name.endswith(" (graph)") != bool(graph):
-            continue
-        short = name.removesuffix(" (graph)")
-        mark = "*" if short == result["default"] else ""
-        if "refused" in row:
-            yield f"{short}{mark} refused"
-        elif short == "frozen":
-            yield f"frozen {row['both']['us']['median']:.1f}"
-        elif "both" in row:
-            yield f"{short}{mark} {row['both']['over_frozen']['median']:.2f}"
+if __name__ == "__main__":
+    main()

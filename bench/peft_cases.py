@@ -1,10 +1,11 @@
 """Training steps of peft models on peft's layers and on fused ones, checked against each other.
 
-Three comparisons, each on one layer and on whole models with LoRA of rank 8 on every linear:
+Comparisons, each on one layer and on whole models with LoRA of rank 8 on every linear:
 
     fp32        one adapter, everything fp32
     bf16        one adapter, peft's default: fp32 adapters on a bf16 base
     gated       four adapters with a gate per token; peft's side is its own X-LoRA layer
+    two gated   the same with two and everything bf16, for a GPU
 
 A step is forward, backward and, for models, AdamW on the adapters. Only the layers' class differs.
 """
@@ -27,7 +28,23 @@ from torch import Tensor, nn
 
 import fedms
 
-SETTINGS = ["fp32", "bf16", "gated"]
+
+@dataclass(frozen=True)
+class Setting:
+    """adapters: how many, with a gate per token where they are several. base, adapter: dtypes."""
+
+    adapters: int = 1
+    base: torch.dtype = torch.float32
+    adapter: torch.dtype = torch.float32
+
+
+SETTINGS = {
+    "fp32": Setting(),
+    "bf16": Setting(base=torch.bfloat16),
+    "gated": Setting(adapters=4),
+    "two gated": Setting(2, torch.bfloat16, torch.bfloat16),
+}
+ON_CPU = ("fp32", "bf16", "gated")
 NAMES = ["one", "two", "three", "four"]
 # layer: (batch, tokens, in, out)
 LAYERS = {"layer 768-768": (4, 197, 768, 768), "layer 768-3072": (4, 197, 768, 3072)}
@@ -36,6 +53,7 @@ SMOKE_LAYER = (2, 33, 64, 96)
 MODELS = {
     "CLIP ViT-B/16, 2 images": lambda: _clip(2),
     "CLIP ViT-B/16, 8 images": lambda: _clip(8),
+    "CLIP ViT-B/16, 32 images": lambda: _clip(32),
     "Llama 512x4, 512 tokens": lambda: _llama(2),
     "Llama 512x4, 2048 tokens": lambda: _llama(8),
     "MiniLM, 512 tokens": lambda: _minilm(),
@@ -54,77 +72,97 @@ class Training:
     shape: tuple[int, int]
 
 
-def make(name: str, setting: str) -> Training:
+def make(name: str, setting: str, device: torch.device | str = "cpu") -> Training:
     """One of LAYERS, MODELS or "smoke", with adapters, on peft's own layers."""
+    wanted = SETTINGS[setting]
     torch.manual_seed(0)
-    if name == "smoke":
-        base, loss, shape, targets = _layer(*SMOKE_LAYER)
-    elif name in LAYERS:
-        base, loss, shape, targets = _layer(*LAYERS[name])
-    else:
-        base, loss, shape, targets = MODELS[name]()
-    if setting == "bf16":
-        base = base.to(torch.bfloat16)
+    with torch.device(device):
+        if name == "smoke":
+            base, loss, shape, targets = _layer(*SMOKE_LAYER)
+        elif name in LAYERS:
+            base, loss, shape, targets = _layer(*LAYERS[name])
+        else:
+            base, loss, shape, targets = MODELS[name]()
     config = {"r": 8, "lora_alpha": 16, "target_modules": targets, "init_lora_weights": False}
-    names = NAMES if setting == "gated" else NAMES[:1]
-    model = get_peft_model(base, LoraConfig(**config), adapter_name=names[0])
+    names = NAMES[: wanted.adapters]
+    model = get_peft_model(base.to(wanted.base), LoraConfig(**config), adapter_name=names[0])
     for other in names[1:]:
         model.add_adapter(other, LoraConfig(**config))
     model.base_model.set_adapter(names)
-    with torch.no_grad():  # of the size that training gives, so that losses stay finite
+    with torch.no_grad():
         for key, p in model.named_parameters():
-            if "lora_B" in key:
+            if "lora_" in key:
+                p.data = p.to(wanted.adapter)
+            if "lora_B" in key:  # of the size that training gives, so that losses stay finite
                 p.mul_(0.1)
     return Training(model.train(), loss, shape)
 
 
-def pair(name: str, setting: str) -> dict[str, Training]:
-    """The same model on peft's layers and on fused ones, gated alike where the setting says so."""
+def pair(name: str, setting: str, device: torch.device | str = "cpu") -> dict[str, Training]:
+    """The same model on peft's layers and on fused ones, gated alike where there are several."""
     gc.collect()  # X-LoRA's forwards keep the last pair in a cycle: gigabytes
-    stock = make(name, setting)
+    stock = make(name, setting, device)
     fused = Training(copy.deepcopy(stock.model), stock.loss, stock.shape)
     report = fedms.accelerate(fused.model)
     if report.fallback:
         raise AssertionError(f"{name}: not everything runs fused\n{report}")
-    if setting == "gated":
+    names = NAMES[: SETTINGS[setting].adapters]
+    if len(names) > 1:
         torch.manual_seed(1)
-        gates = torch.rand(*stock.shape, len(NAMES)).softmax(-1).requires_grad_()
-        _gate_by_xlora(stock.model, gates)
-        fedms.set_gates(fused.model, gates, adapters=NAMES)
+        gates = torch.rand(*stock.shape, len(names), device=device).softmax(-1)
+        gates = gates.to(SETTINGS[setting].adapter).requires_grad_()
+        _gate_by_xlora(stock.model, gates, names)
+        fedms.set_gates(fused.model, gates, adapters=names)
     return {"peft": stock, "fedms": fused}
 
 
-def step(training: Training) -> Callable[[], float]:
-    """A function that runs one training step and gives its loss."""
-    trained = [p for p in training.model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+def step(training: Training, *, graph: bool = False) -> Callable[[], object]:
+    """A function that runs one training step and gives its loss, a scalar tensor.
 
-    def run() -> float:
+    graph: it replays the step as a CUDA graph and gives nothing.
+    """
+    trained = [p for p in training.model.parameters() if p.requires_grad]
+    on_gpu = trained[0].is_cuda
+    optimiser = torch.optim.AdamW(trained, lr=1e-4, fused=True, capturable=graph and on_gpu)
+
+    def run() -> Tensor:
         optimiser.zero_grad()
         loss = training.loss(training.model)
         loss.backward()
         optimiser.step()
-        return loss.item()
+        return loss.detach()
 
-    return run
+    if not graph:
+        return run
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        run()
+    return captured.replay
 
 
-def check(name: str, setting: str, steps: int = 5) -> float:
+def check(name: str, setting: str, steps: int = 5, device: torch.device | str = "cpu") -> float:
     """The largest relative difference of the loss curves.
 
     Raises AssertionError when the curves differ, or the first gradient of any adapter does.
     """
     curves, gradients = [], []
-    for training in pair(name, setting).values():
+    for training in pair(name, setting, device).values():
         run = step(training)
-        curves.append([run()])
+        curves.append([float(run())])
         gradients.append(
             {n: p.grad.clone() for n, p in training.model.named_parameters() if p.requires_grad}
         )
-        curves[-1] += [run() for _ in range(steps - 1)]
+        curves[-1] += [float(run()) for _ in range(steps - 1)]
     where = f"{name}, {setting}"
     # bf16: both round the sum of base and adapters once a layer, but not to the same side
-    loss_bound, gradient_bound = (2e-2, 0.1) if setting == "bf16" else (1e-4, 1e-3)
+    rounded = SETTINGS[setting].base == torch.bfloat16
+    loss_bound, gradient_bound = (2e-2, 0.1) if rounded else (1e-4, 1e-3)
     for parameter, theirs in gradients[0].items():
         error = ((gradients[1][parameter] - theirs).norm() / theirs.norm()).item()
         if not error < gradient_bound:
@@ -167,10 +205,10 @@ def _saved(training: Training) -> int:
     return total
 
 
-def _gate_by_xlora(model: nn.Module, gates: Tensor) -> None:
+def _gate_by_xlora(model: nn.Module, gates: Tensor, names: list[str]) -> None:
     """Put peft's X-LoRA forward on every LoRA layer, as its XLoraModel does."""
     layers = [module for module in model.modules() if isinstance(module, Linear)]
-    config = XLoraConfig(hidden_size=1, adapters=dict.fromkeys(NAMES, ""))
+    config = XLoraConfig(hidden_size=1, adapters=dict.fromkeys(names, ""))
     scalings = gates.unsqueeze(2).expand(-1, -1, len(layers), -1)
     for i, layer in enumerate(layers):
         gated = XLoraLinearLayer(SimpleNamespace(disabled=False), layer, layer.forward, i, config)

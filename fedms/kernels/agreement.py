@@ -18,6 +18,7 @@ ROW = 5
 """How many times the bound one row may be off, relative to the root mean square row."""
 
 
+@torch.no_grad()
 def difference(found: Iterable[Tensor], truth: Iterable[Tensor], bound: float) -> str:
     """The first output that is off and by how much; empty when all agree.
 

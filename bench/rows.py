@@ -1,11 +1,13 @@
-"""The GPU suite's rows, and the check that every row passes before it is timed.
+"""Ways to compute a case, side by side, and the check that each passes before it is timed.
 
-    frozen            the base linear alone, forward and dx: the floor
-    peft fp32         peft's arithmetic with its default fp32 adapters, gated as X-LoRA gates
-    peft bf16         the same with adapters in the base's dtype
-    peft compiled     the same through torch.compile, for one shape of each model
-    stacked, triton.. every backend of fedms.kernels.plan that runs here (stacked: cuBLAS + addmm_)
+    frozen            the base linear alone, forward and dx: the floor, every ratio is over it
+    peft              what peft computes, adapter by adapter in plain torch; gated as X-LoRA gates
+    peft fp32         the same with peft's default fp32 adapters, where the case's are not
+    peft compiled     the same through torch.compile
+    cast              CPU, bf16: the frozen layer cast to fp32 and back, which is what native's base
+                      is where the CPU has no bf16 instructions and torch's bf16 GEMM is slow
     grouped_mm        segments: torch._grouped_mm, one group a segment
+    stacked, native.. every backend of fedms.kernels.plan that runs here
     ... one adapter   segments: the backend with one adapter over all rows, what segments cost over
 
 Shape suffixes: M rows, K in, N out, E experts, k experts a token, r one rank.
@@ -18,8 +20,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
-from gated_lora_cases import SCALE, peft_style
-from gpu_cases import Case
+from cases import DTYPES, Case
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -27,7 +28,7 @@ from fedms.kernels import Segments, gated_lora_linear, gated_lora_linear_referen
 from fedms.kernels.agreement import BOUND, difference
 from fedms.kernels.segments import row_width
 
-SEED = 7
+SCALE, SEED = 2.0, 7
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,18 +66,14 @@ class Problem:
             gates=None if self.gates is None else cast(self.gates, adapter),
         )
 
-    def fedms(self, backend: str) -> Callable[[], Tensor]:
-        return lambda: gated_lora_linear(
+    def call(self, op: Callable[..., Tensor], **extra: str) -> Tensor:
+        return op(
             self.x, self.weight, self.A, self.B, gates=self.gates, expert_idxs=self.expert_idxs,
-            segments=self.segments, scaling=SCALE, dropout_p=self.dropout_p, seed=SEED,
-            backend=backend,
+            segments=self.segments, scaling=SCALE, dropout_p=self.dropout_p, seed=SEED, **extra,
         )  # fmt: skip
 
-    def reference(self) -> Tensor:
-        return gated_lora_linear_reference(
-            self.x, self.weight, self.A, self.B, gates=self.gates, expert_idxs=self.expert_idxs,
-            segments=self.segments, scaling=SCALE, dropout_p=self.dropout_p, seed=SEED,
-        )  # fmt: skip
+    def fedms(self, backend: str) -> Callable[[], Tensor]:
+        return lambda: self.call(gated_lora_linear, backend=backend)
 
     def x_h_g_bytes(self) -> int:
         """What the op must keep for backward: x when some A is trained, h, the gates."""
@@ -88,13 +85,8 @@ class Problem:
             kept += self.x.numel() * self.x.element_size()
         return kept + (0 if self.gates is None else self.gates.numel() * self.gates.element_size())
 
-    def results(self, forward: Callable[[], Tensor]) -> list[Tensor]:
-        """[y, *gradients of the leaves]."""
-        y = forward()
-        return [y.detach(), *torch.autograd.grad(y, self.leaves(), self.dy)]
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Row:
     """One way to compute a case.
 
@@ -106,36 +98,51 @@ class Row:
     forward: Callable[[], Tensor]
     checked: Row | None = None
 
+    def results(self) -> list[Tensor]:
+        """Forward and backward once: [y, *gradients of the leaves]."""
+        y = self.forward()
+        return [y.detach(), *torch.autograd.grad(y, self.problem.leaves(), self.problem.dy)]
+
+    def parts(self) -> dict[str, Callable[[], object]]:
+        """forward and backward as two calls, for a clock that reads the time between them."""
+        kept: list[Tensor] = []
+        leaves, dy = self.problem.leaves(), self.problem.dy
+        return {
+            "forward": lambda: kept.append(self.forward()),
+            "backward": lambda: torch.autograd.grad(kept.pop(), leaves, dy),
+        }
+
 
 def problem(case: Case, device: torch.device) -> Problem:
-    """Random inputs of order one whose values bf16 holds exactly, gates too.
-
-    The first of several experts is frozen, as in FedMS's second stage, but not with segments,
-    where every expert is some client's own.
-    """
+    """Random inputs of order one whose values bf16 holds exactly, gates too."""
     source = torch.Generator(device).manual_seed(SEED)
+    base, adapter = DTYPES[case.base], DTYPES[case.adapter]
 
-    def draw(*shape: int, scale: float = 1.0, grad: bool = False) -> Tensor:
+    def draw(*shape: int, scale: float = 1.0, dtype: torch.dtype = base) -> Tensor:
         values = torch.randn(shape, generator=source, device=device) * scale
-        return values.bfloat16().requires_grad_(grad)
+        return values.bfloat16().to(dtype)
 
-    e, frozen = case.experts, case.experts > 1 and not case.segments
+    e = case.experts
+    trained = [i >= case.frozen for i in range(e)]
     idxs = gates = segments = None
     if case.top_k:
         scores = torch.rand((case.m, e), generator=source, device=device)
         idxs = scores.topk(case.top_k, dim=1).indices
     if case.segments:
         step = case.m // case.segments
-        segments = Segments(range(0, case.m + 1, step), range(case.segments))
-    else:
+        ends = [*range(0, step * case.segments, step), case.m]
+        segments = Segments(ends, range(case.segments))
+    if case.gated:
         shape = (case.m, case.top_k or e)
         gates = torch.rand(shape, generator=source, device=device).bfloat16().float()
         gates.requires_grad_()
+    A = [draw(case.r, case.k, scale=case.k**-0.5, dtype=adapter) for _ in range(e)]
+    B = [draw(case.n, case.r, dtype=adapter) for _ in range(e)]
     return Problem(
-        x=draw(case.m, case.k, grad=True),
+        x=draw(case.m, case.k).requires_grad_(),
         weight=draw(case.n, case.k, scale=case.k**-0.5),
-        A=[draw(case.r, case.k, scale=case.k**-0.5, grad=i > 0 or not frozen) for i in range(e)],
-        B=[draw(case.n, case.r, grad=i > 0 or not frozen) for i in range(e)],
+        A=[a.requires_grad_(t) for a, t in zip(A, trained, strict=True)],
+        B=[b.requires_grad_(t) for b, t in zip(B, trained, strict=True)],
         dy=draw(case.m, case.n),
         gates=gates,
         expert_idxs=idxs,
@@ -144,25 +151,30 @@ def problem(case: Case, device: torch.device) -> Problem:
     )
 
 
-def rows(case: Case, whole: Problem) -> dict[str, Row]:
-    """The case's rows by name, `frozen` first."""
-    x, bf16 = whole.x, torch.bfloat16
+def rows(case: Case, whole: Problem, *, compiled: bool = False) -> dict[str, Row]:
+    """The case's rows by name, `frozen` first. compiled: torch.compile's too, in some seconds."""
+    x, adapter = whole.x, whole.A[0].dtype
     bare = replace(whole, A=[], B=[], gates=None, expert_idxs=None, segments=None)
     found = {"frozen": Row(bare, lambda: F.linear(x, bare.weight))}
+    if not x.is_cuda and x.dtype == torch.bfloat16:
+        found["cast"] = Row(bare, lambda: F.linear(x.float(), bare.weight.float()).to(x.dtype))
     if case.segments:
-        found["peft bf16"] = Row(whole, lambda: _peft_by_segment(whole))
-        found["grouped_mm"] = _grouped(whole)
+        found["peft"] = Row(whole, lambda: _peft_by_segment(whole))
+        if adapter == x.dtype == torch.bfloat16:
+            found["grouped_mm"] = _grouped(whole)
     else:
-        found["peft fp32"] = _peft(whole.to(bf16, torch.float32))
-        found["peft bf16"] = _peft(whole.to(bf16, bf16))
-    if case.compiled:
+        found["peft"] = _peft(whole.to(x.dtype, adapter))
+        if adapter != torch.float32:
+            found["peft fp32"] = _peft(whole.to(x.dtype, torch.float32))
+    if compiled:
         torch.compiler.reset()  # or a second shape would be compiled for any size
         how = "inductor" if x.is_cuda else "aot_eager"  # a rehearsal need not wait for a compiler
-        compiled = torch.compile(peft_style, dynamic=False, backend=how)
-        found["peft compiled"] = _peft(whole.to(bf16, bf16), compiled)
+        found["peft compiled"] = _peft(
+            whole.to(x.dtype, adapter), torch.compile(peft_style, dynamic=False, backend=how)
+        )
     alone = replace(whole, A=whole.A[:1], B=whole.B[:1], segments=None)
     for backend in plan.BACKENDS:
-        if plan.runs(backend, x.device, x.dtype, whole.A[0].dtype):
+        if plan.runs(backend, x.device, x.dtype, adapter):
             found[backend] = Row(whole, whole.fedms(backend))
             if case.segments:
                 found[f"{backend} one adapter"] = Row(alone, alone.fedms(backend))
@@ -171,15 +183,14 @@ def rows(case: Case, whole: Problem) -> dict[str, Row]:
 
 def default_backend(case: Case, device: torch.device) -> str:
     """What the plan runs when the caller names no backend."""
-    bf16, ranks = torch.bfloat16, case.r * case.experts
-    return plan.choose(device, bf16, bf16, bf16, None, case.m, case.k, case.n, ranks)
+    base, adapter = DTYPES[case.base], DTYPES[case.adapter]
+    return plan.choose(device, base, adapter, base, None, case.m, case.k, case.n, case.ranks)
 
 
 def tuned_shape(case: Case, device: torch.device) -> tiles.Shape:
     """The row of the plan's table that the case reads."""
-    bf16, ranks = torch.bfloat16, case.r * case.experts
-    name = tiles.device_name(device)
-    return tiles.Shape.of(name, bf16, bf16, case.m, case.k, case.n, ranks)
+    name, base, adapter = tiles.device_name(device), DTYPES[case.base], DTYPES[case.adapter]
+    return tiles.Shape.of(name, base, adapter, case.m, case.k, case.n, case.ranks)
 
 
 class Truth:
@@ -196,19 +207,51 @@ class Truth:
         key = (len(of.A), of.segments, of.dropout_p)  # what a case's problems differ in, but dtypes
         if key not in self._known:
             self._known[key] = self._results(of)
-        return difference(of.results(row.forward), self._known[key], BOUND[torch.bfloat16])
+        return difference(row.results(), self._known[key], BOUND[of.x.dtype])
 
     def _results(self, of: Problem) -> list[Tensor]:
         try:
             exact = of.to(self.dtype, self.dtype)
-            return exact.results(exact.reference)
+            return Row(exact, lambda: exact.call(gated_lora_linear_reference)).results()
         except torch.OutOfMemoryError:
             if self.dtype == torch.float32:
                 raise
         torch.cuda.empty_cache()
-        torch.backends.cuda.matmul.allow_tf32 = False
         self.dtype = torch.float32
-        return self._results(of)
+        matmul = torch.backends.cuda.matmul
+        before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
+        try:
+            return self._results(of)
+        finally:
+            matmul.fp32_precision = before
+
+
+def checked(found: dict[str, Row], truth: Truth | None = None) -> dict[str, str]:
+    """What is wrong with each row, empty where it is right: a wrong result, or what it raised."""
+    truth, said = truth or Truth(), {}
+    for name, row in found.items():
+        try:
+            said[name] = truth.problem_with(row)
+        except Exception as error:  # a compiler's, a launch's or the memory's own; the row says it
+            said[name] = first_line(error)
+    return said
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def peft_style(
+    x: Tensor, weight: Tensor, A: list[Tensor], B: list[Tensor], gates: Tensor | None, p: float
+) -> Tensor:
+    """peft's arithmetic: x cast once to the adapters' dtype, then one adapter after another."""
+    y = F.linear(x, weight)
+    dtype = y.dtype
+    x = x.to(A[0].dtype)
+    for e, (a, b) in enumerate(zip(A, B, strict=True)):
+        delta = F.linear(F.linear(F.dropout(x, p), a), b) * SCALE
+        y = y + (delta if gates is None else delta * gates[:, e : e + 1])
+    return y.to(dtype)
 
 
 def _peft(of: Problem, function: Callable[..., Tensor] = peft_style) -> Row:
@@ -221,18 +264,18 @@ def _peft(of: Problem, function: Callable[..., Tensor] = peft_style) -> Row:
             gates = dense.scatter(1, of.expert_idxs, gates)
         return function(of.x, of.weight, of.A, of.B, gates, p)
 
-    checked = Row(replace(of, dropout_p=0.0), lambda: call(0.0)) if of.dropout_p else None
-    return Row(of, lambda: call(of.dropout_p), checked)
+    without = Row(replace(of, dropout_p=0.0), lambda: call(0.0)) if of.dropout_p else None
+    return Row(of, lambda: call(of.dropout_p), without)
 
 
 def _peft_by_segment(of: Problem) -> Tensor:
     """peft's batch of several adapters: the base at once, then each range of rows with its own."""
     assert of.segments is not None
     parts = [
-        F.linear(F.linear(of.x[begin:end], a), b) * SCALE
+        F.linear(F.linear(of.x[begin:end].to(a.dtype), a), b) * SCALE
         for (begin, end), a, b in zip(pairwise(of.segments.offsets), of.A, of.B, strict=True)
     ]
-    return F.linear(of.x, of.weight) + torch.cat(parts)
+    return F.linear(of.x, of.weight) + torch.cat(parts).to(of.x.dtype)
 
 
 def _grouped(of: Problem) -> Row:
