@@ -20,7 +20,8 @@ TRITON_KERNELS = ("shrink", "combine", "expand", "outer")
 KERNELS = {
     "kernels": {"kernels.functional", "kernels.reference", "kernels.segments"},
     "kernels.functional": {
-        "kernels.dropout", "kernels.experts", "kernels.native", "kernels.plan", "kernels.segments",
+        "kernels.dropout", "kernels.experts", "kernels.higher_order", "kernels.native",
+        "kernels.plan", "kernels.segments",
         "kernels.stacked", "kernels.validate",
     },
     "kernels.plan": {"kernels.cuda", "kernels.native", "kernels.tiles", "kernels.triton"},
@@ -40,6 +41,7 @@ KERNELS = {
     },
     "kernels.cuda_tables": {"kernels.segments"},
     "kernels.experts": set(),
+    "kernels.higher_order": {"kernels.dropout", "kernels.experts", "kernels.segments"},
     "kernels.packing": set(),
     "kernels.tiles": set(),
     "kernels.triton": {

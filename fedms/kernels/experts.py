@@ -38,10 +38,7 @@ def unstack(parts: Sequence[Tensor] | Tensor) -> list[Tensor]:
 def takes_stacks(
     forward: Callable[..., Any], backward: Callable[..., Any]
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The two functions of a backend that knows single experts only, made to take stacks.
-
-    A stack's gradient is then copied together from those of its experts.
-    """
+    """The two functions of a backend that knows single experts only, made to take stacks."""
 
     def forward_of_parts(
         x: Any, weight: Any, bias: Any, base: Any, A: Sequence[Tensor], B: Sequence[Tensor],
@@ -49,7 +46,16 @@ def takes_stacks(
     ) -> Any:  # fmt: skip
         return forward(x, weight, bias, base, unstack(A), unstack(B), *rest)
 
-    def backward_of_parts(
+    return forward_of_parts, backward_of_parts(backward)
+
+
+def backward_of_parts(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backend's backward made to take stacks.
+
+    A stack's gradient is copied together from those of its experts.
+    """
+
+    def of_parts(
         dy: Any, weight: Any, x: Any, h: Any, A: Sequence[Tensor], B: Sequence[Tensor], *rest: Any
     ) -> Any:
         *middle, need_dA, need_dB = rest
@@ -60,7 +66,7 @@ def takes_stacks(
         )  # fmt: skip
         return dx, dg, _restack(dA, A, need_dA), _restack(dB, B, need_dB)
 
-    return forward_of_parts, backward_of_parts
+    return of_parts
 
 
 def _repeat(values: Sequence[bool], sizes: Sequence[int]) -> list[bool]:

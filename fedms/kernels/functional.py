@@ -11,10 +11,10 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 from torch.nn import functional as F
 
-from fedms.kernels import native, plan, validate
+from fedms.kernels import higher_order, native, plan, validate
 from fedms.kernels import stacked as _stacked  # noqa: F401  (defines its ops)
 from fedms.kernels.dropout import as_seed
 from fedms.kernels.experts import counts, expert_ranks
@@ -153,16 +153,19 @@ def gated_lora_linear(
     weight_NK, bias_N = (cast(Tensor, weight), bias) if base is None else (None, None)
     learnt = (x, base, gates, *lora_A, *lora_B)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in learnt):
-        return cast(
-            Tensor,
-            _GatedLora.apply(spec, x, weight_NK, bias_N, base, *routing, *lora_A, *lora_B),
-        )
+        y = _GatedLora.apply(spec, x, weight_NK, bias_N, base, *routing, *lora_A, *lora_B)
+        return y if isinstance(y, Tensor) else y[0]  # type: ignore[return-value, index]
     return _forward(spec, x, weight_NK, bias_N, base, lora_A, lora_B, routing, save_h=False)[0]
 
 
 def _under_autocast(t: Tensor) -> bool:
     # the first question costs a tenth of the second and is nearly always the last
     return torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(t.device.type)
+
+
+def _is_batched(t: Tensor) -> bool:
+    """True inside vmap, of torch.func or of torch.autograd.grad(is_grads_batched=True)."""
+    return is_legacy_batchedtensor(t) or is_batchedtensor(t)
 
 
 def _rows(t: Tensor | None) -> Tensor | None:
@@ -202,14 +205,19 @@ _PARTS = 10
 
 
 class _GatedLora(torch.autograd.Function):
-    """forward and backward each call one op of the chosen backend."""
+    """forward and backward each call one op of the chosen backend.
+
+    Where all of A is frozen x is not kept, yet dB and dg depend on it through h. A second output,
+    zeros of x's shape in one element's memory, then stands in x's place when they are
+    differentiated: its gradient arrives here and is x's.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, spec: _Spec, x: Tensor, weight: Tensor | None, bias: Tensor | None,
         base: Tensor | None, gates: Tensor | None, expert_idxs: Tensor | None,
         offsets: Tensor | None, experts: Tensor | None, seed: Tensor | None, *parts: Tensor,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         half = len(parts) // 2
         A, B = parts[:half], parts[half:]
         needs = ctx.needs_input_grad
@@ -225,23 +233,29 @@ class _GatedLora(torch.autograd.Function):
         ctx.x_dtype, ctx.x_shape = x.dtype, x.shape
         ctx.wanted = (needs[1], need_dg, need_A, need_B)
         # x is for dA alone, h for dB and dg: what nobody needs is not kept.
+        keep_x = True in need_A
+        place = None
+        if save_h and needs[1] and not keep_x and not torch.compiler.is_compiling():
+            place = x.new_zeros(()).expand(x.shape)
+            ctx.set_materialize_grads(False)
         ctx.save_for_backward(
-            x if True in need_A else None, weight if needs[1] else None,
+            x if keep_x else place, weight if needs[1] else None,
             h if save_h else None, *routing, *parts,
         )  # fmt: skip
-        return y
+        ctx.keeps_x = keep_x
+        return y if place is None else (y, place)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple:  # type: ignore[override]
-        if torch.is_grad_enabled():  # create_graph: a second derivative must raise, not be wrong
-            return once_differentiable(_GatedLora._backward)(ctx, dy)
+    def backward(ctx: Any, dy: Tensor | None, dplace: Tensor | None = None) -> tuple:  # type: ignore[override]
+        if dy is None:
+            return (None, dplace, *(None,) * (len(ctx.needs_input_grad) - 2))
         if _under_autocast(dy):  # backward called inside the context
             with torch.autocast(dy.device.type, enabled=False):
-                return _GatedLora._backward(ctx, dy)
-        return _GatedLora._backward(ctx, dy)
+                return _GatedLora._backward(ctx, dy, dplace)
+        return _GatedLora._backward(ctx, dy, dplace)
 
     @staticmethod
-    def _backward(ctx: Any, dy: Tensor) -> tuple:
+    def _backward(ctx: Any, dy: Tensor, dplace: Tensor | None) -> tuple:
         spec: _Spec = ctx.spec
         x, weight, h, gates, expert_idxs, offsets, experts, seed, *parts = ctx.saved_tensors
         half = len(parts) // 2
@@ -250,17 +264,27 @@ class _GatedLora(torch.autograd.Function):
         if not (need_dx or need_dg or True in need_A or True in need_B):
             return (None, None, None, None, dbase, *(None,) * (len(_Routing._fields) + len(parts)))
         routing = _Routing(gates, expert_idxs, offsets, experts, seed)
-        dx, dg, dA, dB = _op(spec.backend, "backward", dy)(
-            _rows(dy), weight, _rows(x), h, parts[:half], parts[half:],
-            *_op_routing(spec, routing), need_dx, need_dg, need_A, need_B,
+        A, B = parts[:half], parts[half:]
+        # differentiated itself, or of a batch of dy
+        plain = not torch.compiler.is_compiling() and (torch.is_grad_enabled() or _is_batched(dy))
+        x_MK = _rows(x) if plain or ctx.keeps_x else None
+        run = higher_order.backward if plain else _op(spec.backend, "backward", dy)
+        if plain and h is not None:
+            h = None if ctx.keeps_x else _kept_ranks(spec, h, A, routing, math.prod(dy.shape[:-1]))
+        dx, dg, dA, dB = run(
+            _rows(dy), weight, x_MK, h, A, B, *_op_routing(spec, routing), need_dx, need_dg,
+            need_A, need_B,
         )  # fmt: skip
+        if need_dx:
+            dx = dx.reshape(ctx.x_shape).to(ctx.x_dtype)
+            dx = dx if dplace is None else dx + dplace
         return (
             None,
-            dx.view(ctx.x_shape).to(ctx.x_dtype) if need_dx else None,
+            dx if need_dx else None,
             None,
             None,
             dbase,
-            dg.view(gates.shape) if need_dg else None,
+            dg.reshape(gates.shape) if need_dg else None,
             None,
             None,
             None,
@@ -268,6 +292,14 @@ class _GatedLora(torch.autograd.Function):
             *[g if need else None for g, need in zip(dA, need_A, strict=True)],
             *[g if need else None for g, need in zip(dB, need_B, strict=True)],
         )
+
+
+def _kept_ranks(spec: _Spec, h: Tensor, A: Sequence[Tensor], routing: _Routing, m: int) -> Tensor:
+    with torch.no_grad():
+        return higher_order.kept_ranks(
+            _op(spec.backend, "backward", h), h, m, A, _rows(routing.expert_idxs),
+            routing.offsets, routing.experts,
+        )  # fmt: skip
 
 
 def _parts_with_rows(parts: Sequence[Tensor], segments: Segments | None) -> list[bool]:

@@ -127,15 +127,6 @@ def test_base_gradient_only_where_asked(backend):
         assert not problem.call(gated_lora_linear, backend=backend).requires_grad
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_second_derivative_raises(backend):
-    problem = make_problem().to(torch.float32)
-    y = problem.call(gated_lora_linear, backend=backend)
-    (dx,) = torch.autograd.grad(y.square().sum(), problem.x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
-
-
 def _saved_bytes(problem: Problem, backend: str) -> int:
     """Bytes kept for backward beyond the parameters, which are there anyway."""
     parameters = {t.data_ptr() for t in (problem.weight, *problem.A, *problem.B)}
@@ -158,7 +149,8 @@ def test_nothing_n_wide_is_saved(backend):
     x, h, gates, seed = 4 * m * k, 4 * m * r, 4 * m * e, 8
     assert _saved_bytes(problem, backend) == x + h + gates + seed
     frozen_a = replace(problem, A=[a.detach() for a in problem.A])
-    assert _saved_bytes(frozen_a, backend) == h + gates + seed
+    place = 4  # x's, for derivatives of derivatives
+    assert _saved_bytes(frozen_a, backend) == h + gates + seed + place
     only_dx = replace(frozen_a, B=[b.detach() for b in problem.B], gates=problem.gates.detach())
     assert _saved_bytes(only_dx, backend) == gates + seed
 
