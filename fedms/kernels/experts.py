@@ -1,7 +1,8 @@
 """`lora_A` and `lora_B` as parts: one expert a tensor, or a stack of experts in one.
 
 A part of lora_A is one expert [r, K] or a stack [S, r, K] of S experts, of lora_B [N, r] or
-[S, N, r]. Experts are counted through the parts. A part is one leaf and has one gradient.
+[S, N, r], S at least 1. Experts are counted through the parts. A part is one leaf and has one
+gradient.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ def counts(parts: Sequence[Tensor]) -> list[int]:
 
 def expert_ranks(A: Sequence[Tensor]) -> list[int]:
     """r_e of every expert."""
+    if 3 not in [part.dim() for part in A]:
+        return [part.shape[0] for part in A]
     ranks: list[int] = []
     for part in A:
         shape = part.shape
@@ -85,7 +88,7 @@ def _restack(
         if part.dim() == 2:
             out += mine
         elif wanted:
-            out.append(torch.stack(mine) if mine else torch.zeros_like(part))
+            out.append(torch.stack(mine))
         else:
             out.append(part.new_empty(0))
     return out

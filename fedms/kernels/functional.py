@@ -53,14 +53,9 @@ class _Spec(NamedTuple):
     has_base: bool
 
 
-class _Routing(NamedTuple):
-    """Which pairs exist and what acts on them, as the backends take it."""
-
-    gates: Tensor | None
-    expert_idxs: Tensor | None
-    offsets: Tensor | None
-    experts: Tensor | None
-    seed: Tensor | None
+# gates, expert_idxs, offsets and experts of the segments, seed: which pairs exist and what acts on
+# them. No NamedTuple, which costs more than a call of the kernels' binding.
+_Routing = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 def gated_lora_linear(
@@ -148,7 +143,7 @@ def gated_lora_linear(
     chosen = plan.choose(x.device, x.dtype, lora_A[0].dtype, out_dtype, backend, m, k, n, r)
     offsets, experts = (None, None) if segments is None else segments.tensors
     seeds = as_seed(seed, x.device) if dropout_p > 0.0 else None
-    routing = _Routing(gates, expert_idxs, offsets, experts, seeds)
+    routing = (gates, expert_idxs, offsets, experts, seeds)
     spec = _Spec(chosen, _parts_with_rows(lora_A, segments), scale, dropout_p, base is not None)
     weight_NK, bias_N = (cast(Tensor, weight), bias) if base is None else (None, None)
     learnt = (x, base, gates, *lora_A, *lora_B)
@@ -221,13 +216,15 @@ class _GatedLora(torch.autograd.Function):
         half = len(parts) // 2
         A, B = parts[:half], parts[half:]
         needs = ctx.needs_input_grad
-        need_A, need_B = (
-            [need and used for need, used in zip(some, spec.has_rows, strict=True)]
-            for some in (needs[_PARTS : _PARTS + half], needs[_PARTS + half :])
-        )
+        need_A, need_B = list(needs[_PARTS : _PARTS + half]), list(needs[_PARTS + half :])
+        if False in spec.has_rows:
+            need_A, need_B = (
+                [need and used for need, used in zip(some, spec.has_rows, strict=True)]
+                for some in (need_A, need_B)
+            )
         need_dg = gates is not None and needs[5]
         save_h = need_dg or True in need_B
-        routing = _Routing(gates, expert_idxs, offsets, experts, seed)
+        routing = (gates, expert_idxs, offsets, experts, seed)
         y, h = _forward(spec, x, weight, bias, base, A, B, routing, save_h)
         ctx.spec = spec
         ctx.x_dtype, ctx.x_shape = x.dtype, x.shape
@@ -262,8 +259,8 @@ class _GatedLora(torch.autograd.Function):
         need_dx, need_dg, need_A, need_B = ctx.wanted
         dbase = dy if spec.has_base and ctx.needs_input_grad[4] else None
         if not (need_dx or need_dg or True in need_A or True in need_B):
-            return (None, None, None, None, dbase, *(None,) * (len(_Routing._fields) + len(parts)))
-        routing = _Routing(gates, expert_idxs, offsets, experts, seed)
+            return (None, None, None, None, dbase, *(None,) * (len(ctx.needs_input_grad) - 5))
+        routing = (gates, expert_idxs, offsets, experts, seed)
         A, B = parts[:half], parts[half:]
         # differentiated itself, or of a batch of dy
         plain = not torch.compiler.is_compiling() and (torch.is_grad_enabled() or _is_batched(dy))
@@ -295,11 +292,11 @@ class _GatedLora(torch.autograd.Function):
 
 
 def _kept_ranks(spec: _Spec, h: Tensor, A: Sequence[Tensor], routing: _Routing, m: int) -> Tensor:
+    _, expert_idxs, offsets, experts, _ = routing
     with torch.no_grad():
         return higher_order.kept_ranks(
-            _op(spec.backend, "backward", h), h, m, A, _rows(routing.expert_idxs),
-            routing.offsets, routing.experts,
-        )  # fmt: skip
+            _op(spec.backend, "backward", h), h, m, A, _rows(expert_idxs), offsets, experts
+        )
 
 
 def _parts_with_rows(parts: Sequence[Tensor], segments: Segments | None) -> list[bool]:

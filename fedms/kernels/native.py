@@ -201,7 +201,7 @@ def _shared(
         row = gates.stride(0) if gates.dim() == 2 else 0
     return (
         m, k, n, dtype == torch.bfloat16, A[0].dtype == torch.bfloat16,
-        _addresses(A, A), _addresses(B, B), ranks, scale,
+        _addresses(A, A, ranks), _addresses(B, B, ranks), ranks, scale,
         0 if gates is None else gates.data_ptr(), row, column,
         0 if expert_idxs is None else expert_idxs.data_ptr(),
         0 if expert_idxs is None else expert_idxs.shape[1],
@@ -332,8 +332,8 @@ def backward(
         dx_add,
         weight.data_ptr() if small else 0,  # type: ignore[union-attr]
         0 if dg is None else dg.data_ptr(),
-        _addresses(dA, A),
-        _addresses(dB, B),
+        _addresses(dA, A, ranks),
+        _addresses(dB, B, ranks),
         *shared,
     )
     if base_last:
@@ -343,8 +343,12 @@ def backward(
     return dx_MK, dg, dA, dB
 
 
-def _addresses(parts: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[int]:
+def _addresses(
+    parts: Sequence[Tensor | None], like: Sequence[Tensor], ranks: Sequence[int]
+) -> list[int]:
     """Where each expert's matrix begins; 0 for those of a part that is None. Parts: contiguous."""
+    if len(ranks) == len(parts) + 1:  # one expert a part
+        return [0 if part is None else part.data_ptr() for part in parts]
     found: list[int] = []
     for part, size in zip(parts, counts(like), strict=True):
         if part is None:

@@ -66,9 +66,10 @@ def check_experts(
         raise ValueError(f"lora_A[0] must have a floating dtype, got {_seen(lora_A[0])}")
     for e, (a, b) in enumerate(zip(lora_A, lora_B, strict=True)):
         shape = a.shape
-        if len(shape) not in (2, 3) or shape[-1] != k:
+        if len(shape) not in (2, 3) or shape[-1] != k or (len(shape) == 3 and not shape[0]):
             raise ValueError(
-                f"lora_A[{e}] must be [r, K], or a stack [S, r, K], with K = {k}, got {_seen(a)}"
+                f"lora_A[{e}] must be [r, K], or a stack [S, r, K], S at least 1, with K = {k}, "
+                f"got {_seen(a)}"
             )
         if b.shape != (*shape[:-2], n, shape[-2]):
             raise ValueError(

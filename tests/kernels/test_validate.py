@@ -37,6 +37,11 @@ IDXS = torch.zeros(2, 5, 1, dtype=torch.int64)
             r"sequences of Tensors, or stacks \[S, r, K\] and \[S, N, r\], got \[2, 4\]",
         ),
         (
+            {"lora_A": torch.zeros(0, 2, 4), "lora_B": torch.zeros(0, 3, 2)},
+            ValueError,
+            r"lora_A\[0\] must be \[r, K\], or a stack \[S, r, K\], S at least 1, with K = 4, got",
+        ),
+        (
             {"lora_A": torch.zeros(5, 2, 4), "lora_B": torch.zeros(4, 3, 2)},
             ValueError,
             r"lora_B\[0\] must be \[N, r\] = \[5, 3, 2\] as lora_A\[0\] is \[5, 2, 4\], got",
