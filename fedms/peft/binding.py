@@ -13,13 +13,15 @@ In a recomputation neither counts: `fedms.peft.checkpointing` knows what the for
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import nn
 
 from fedms.peft.checkpointing import depth, note, noted
+from fedms.peft.generation import generating_call, generating_models, watch, watching
 from fedms.peft.routing import AdapterRouting
 
 
@@ -84,7 +86,8 @@ def routing_of(layer: Gateable) -> AdapterRouting | None:
     if binding is None or binding.routing is None:
         return None
     note(layer, binding.routing, binding.depth)
-    return binding.routing
+    call = generating_call()
+    return binding.routing if call is None else call.fit(binding.routing)
 
 
 def _binding(layer: Gateable) -> Binding | None:
@@ -117,9 +120,36 @@ def _in_backward(layer: Gateable, task: int) -> AdapterRouting | None:
     return routing
 
 
+def set_on(model: nn.Module, bindings: Mapping[Gateable, Binding]) -> None:
+    """The layers of `model` have these bindings from now on."""
+    for layer, binding in bindings.items():
+        if binding.routing is None:
+            vars(layer).pop("_fedms_set", None)
+        else:
+            vars(layer)["_fedms_set"] = binding
+    for module in generating_models(model):
+        layers = [layer for layer in module.modules() if isinstance(layer, Gateable)]
+        handles = vars(module).pop("_fedms_watch", None)
+        if _by_row(layer._fedms_set for layer in layers):
+            vars(module)["_fedms_watch"] = handles or watch(module)
+        else:
+            for handle in handles or ():
+                handle.remove()
+
+
+def _by_row(bindings: Iterable[Binding | None]) -> bool:
+    return any(b is not None and b.routing is not None and b.routing.by_row() for b in bindings)
+
+
 @contextmanager
-def bound(bindings: Mapping[Gateable, Binding]) -> Iterator[None]:
-    """The calls that this thread makes in the block have these bindings."""
+def bound_on(model: nn.Module, bindings: Mapping[Gateable, Binding]) -> Iterator[None]:
+    """The calls that this thread makes in the block have these bindings of layers of `model`."""
+    with watching(model) if _by_row(bindings.values()) else nullcontext(), _bound(bindings):
+        yield
+
+
+@contextmanager
+def _bound(bindings: Mapping[Gateable, Binding]) -> Iterator[None]:
     thread = _THREAD.number
     before = {layer: _swap(layer, thread, binding) for layer, binding in bindings.items()}
     try:

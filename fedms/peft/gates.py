@@ -7,6 +7,9 @@ activation checkpointing recomputes with the gates that the forward had. They na
 take part themselves, whatever peft's active adapters are, and leave `requires_grad` alone: an
 adapter that was frozen takes part frozen.
 
+In transformers' `generate` rows follow their samples, and tokens after the last one that has gates
+take that one's (fedms.peft.generation).
+
 Shape suffixes: B samples, T tokens, E adapters, k adapters a token.
 """
 
@@ -18,7 +21,7 @@ from contextlib import contextmanager
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from fedms.peft.binding import Binding, Gateable, bound
+from fedms.peft.binding import Binding, Gateable, bound_on, set_on
 from fedms.peft.layer import FusedLayer
 from fedms.peft.routing import BASE, AdapterRouting, Gates
 
@@ -43,7 +46,7 @@ def set_gates(
     Raises TypeError or ValueError when the model is not accelerated, an adapter is on no layer, the
     number of gates is not E, or an adapter also sits on a layer that cannot be gated.
     """
-    _set(_gate_bindings(model, gates, adapters))
+    set_on(model, gate_bindings(model, gates, adapters))
 
 
 @contextmanager
@@ -58,7 +61,7 @@ def gated(
     Blocks nest; None without adapters is a block without gates. Nothing of it stays on the model,
     and a copy of the model that is made inside has no gates of it.
     """
-    with bound(_gate_bindings(model, gates, adapters)):
+    with bound_on(model, gate_bindings(model, gates, adapters)):
         yield
 
 
@@ -71,25 +74,17 @@ def set_adapter_names(model: nn.Module, names: Sequence[str | Sequence[str]] | N
 
     Raises ValueError when the model is not accelerated or an adapter is on no layer.
     """
-    _set(_name_bindings(model, names))
+    set_on(model, _name_bindings(model, names))
 
 
 @contextmanager
 def mixed_adapters(model: nn.Module, names: Sequence[str | Sequence[str]]) -> Iterator[None]:
     """`set_adapter_names` for the calls that this thread makes in the block, as `gated` does it."""
-    with bound(_name_bindings(model, names)):
+    with bound_on(model, _name_bindings(model, names)):
         yield
 
 
-def _set(bindings: Mapping[Gateable, Binding]) -> None:
-    for layer, binding in bindings.items():
-        if binding.routing is None:
-            vars(layer).pop("_fedms_set", None)
-        else:
-            vars(layer)["_fedms_set"] = binding
-
-
-def _gate_bindings(
+def gate_bindings(
     model: nn.Module,
     gates: LayerGates | Mapping[str, LayerGates] | None,
     adapters: Sequence[str] | None,

@@ -15,6 +15,7 @@ from peft.tuners.lora.layer import Linear, LoraLayer, MultiheadAttention
 from peft.tuners.lora.model import LoraModel
 from torch import nn
 
+from fedms.peft.binding import Binding, set_on
 from fedms.peft.layer import FusedLayer, FusedLinear, why_not_fused
 
 
@@ -71,11 +72,11 @@ def restore(model: nn.Module) -> None:
 
     Gates and adapter names that were set on the model are gone.
     """
-    for module in model.modules():
-        if isinstance(module, FusedLayer):
-            for attribute in ("_fedms_set", "_fedms_open"):
-                vars(module).pop(attribute, None)
-            module.__class__ = module.stock()  # type: ignore[assignment]
+    layers = [module for module in model.modules() if isinstance(module, FusedLayer)]
+    set_on(model, dict.fromkeys(layers, Binding(None)))
+    for layer in layers:
+        vars(layer).pop("_fedms_open", None)
+        layer.__class__ = layer.stock()  # type: ignore[assignment]
 
 
 def enable_peft() -> None:

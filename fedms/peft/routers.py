@@ -12,14 +12,25 @@ Shape suffixes: H width of the input, E adapters, k adapters a token.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+import functools
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
+from transformers import Cache, EncoderDecoderCache
 
-from fedms.peft.gates import gated
+from fedms.peft.binding import Binding, Gateable, bound_on
+from fedms.peft.gates import gate_bindings, gated
 from fedms.peft.layer import FusedLayer
+from fedms.peft.routing import Gates
+
+# on a cache: how many of its layers are the model's, with those of the pass without adapters behind
+_RIDING = "_fedms_riding"
 
 
 class Router(nn.Module):
@@ -121,9 +132,92 @@ class RoutedModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output with every adapter gated by the router, token by token."""
-        asked = {"labels": None, "output_hidden_states": True, "return_dict": True}
+
+        def gate(gates: Gates) -> AbstractContextManager[None]:
+            return gated(self.model, gates, adapters=self.adapters)
+
+        return self._route(self.model, self._ungated(), gate, args, kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """`generate` of the model, each token routed by the pass without adapters over all before.
+
+        That pass has a cache of its own, of the same kind: its layers ride behind the model's in
+        the one that `generate` keeps, so that beams, cropping and what else it does reach both.
+        Calls are not compiled.
+        """
+        model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        ungated, latest = self._ungated(), []
+        # looking for the layers takes as long as a token of a small model: once, not every token
+        bindings = gate_bindings(self.model, lambda x: latest[-1], self.adapters)
+
+        def gate(gates: Gates) -> AbstractContextManager[None]:
+            latest[:] = [gates]
+            return bound_on(self.model, bindings)
+
+        def routed(*args: Any, **kwargs: Any) -> Any:
+            return self._route(model, ungated, gate, args, kwargs)
+
+        # A generating model that shares everything but its forward: nothing is put on the real
+        # one, and threads do not meet.
+        twin: Any = copy.copy(model)
+        vars(twin).pop("_cache", None)
+        for hooks in ("_forward_hooks", "_forward_pre_hooks"):  # they run on the real one
+            setattr(twin, hooks, OrderedDict())
+        twin.forward = functools.wraps(model.forward)(routed)
+        return twin.generate(*args, **{"disable_compile": True, **kwargs})
+
+    def _ungated(self) -> dict[Gateable, Binding]:
         # no adapter by gates: peft's disable_adapter would make frozen adapters trainable again
-        with torch.no_grad(), gated(self.model, None, adapters=()):
-            hidden = self.model(*args, **{**kwargs, **asked}).hidden_states[-1]
-        with gated(self.model, self.router(hidden), adapters=self.adapters):
-            return self.model(*args, **kwargs)
+        return gate_bindings(self.model, None, ())
+
+    def _route(
+        self,
+        model: nn.Module,
+        ungated: Mapping[Gateable, Binding],
+        gate: Callable[[Gates], AbstractContextManager[None]],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """One call of `model`: the pass without adapters, the router, the gated pass."""
+        asked = {"labels": None, "output_hidden_states": True, "return_dict": True}
+        name, cache = _cache_of(kwargs)
+        own = {} if cache is None else {name: _second(cache)}
+        with torch.no_grad(), bound_on(self.model, ungated):
+            hidden = model(*args, **{**kwargs, **asked, **own}).hidden_states[-1]
+        with gate(self.router(hidden)):
+            output = model(*args, **kwargs)
+        if cache is not None:
+            _ride(cache, own[name])
+        return output
+
+
+def _cache_of(kwargs: Mapping[str, Any]) -> tuple[str, Cache | None]:
+    """The cache among a call's arguments, by its name."""
+    for name, value in kwargs.items():
+        if isinstance(value, EncoderDecoderCache):
+            raise TypeError("a RoutedModel must be a decoder or an encoder, got an encoder-decoder")
+        if isinstance(value, Cache):
+            return name, value
+    return "", None
+
+
+def _second(cache: Cache) -> Cache:
+    """The cache of the pass without adapters that goes with the model's."""
+    behind = getattr(cache, _RIDING, None)
+    if behind is not None:
+        second = copy.copy(cache)
+        second.layers = cache.layers[behind:]
+        return second
+    if cache.get_seq_length():
+        raise ValueError(
+            "the cache must be empty or come from a RoutedModel: it lacks the states of the pass "
+            "without adapters"
+        )
+    return copy.deepcopy(cache)
+
+
+def _ride(cache: Cache, second: Cache) -> None:
+    """Put the second cache's layers behind the model's, once these are there."""
+    if getattr(cache, _RIDING, None) is None:
+        setattr(cache, _RIDING, len(cache.layers))
+        cache.layers.extend(second.layers)

@@ -45,6 +45,12 @@ class AdapterRouting:
     expert_idxs: Tensor | None = None
     samples: tuple[tuple[str, ...], ...] | None = None
 
+    def by_row(self) -> bool:
+        """Whether it tells rows of x apart: by sample or token, not for a layer as a whole."""
+        if self.samples is not None:
+            return True
+        return isinstance(self.gates, Tensor) and self.gates.dim() > 1
+
     def named(self, there: Container[str]) -> list[str]:
         """The adapters that take part, of those that are there."""
         if self.samples is None:

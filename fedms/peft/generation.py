@@ -1,0 +1,181 @@
+"""What gates and adapter names mean in transformers' `generate`: whose row, which token.
+
+`generate` calls its model with other shapes than the prompt's: each sample's rows are repeated for
+beams and returned sequences, side by side, and with a cache a call holds only the new tokens. So
+while row-wise gates are in force, a hook on the generating model notes what `generate` makes of
+each call: from its own configuration, how often it repeats a sample, and from the cache, at which
+column of the padded sequence the call begins. Then
+
+    a row of gates, or an adapter's name, is that of its sample, on every repeated row;
+    column t of gates [B, T, E] is that of column t of the sequence (with the padding on the left),
+    and columns after the last take the last one's gates.
+
+Gates that a function of the layer's input computes need none of it. Outside `generate` nothing is
+repeated or taken for another shape. In a call that torch.compile traces nothing is noted: gates
+that do not fit its rows and tokens as they are raise.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import GenerationMixin
+
+from fedms.peft.routing import AdapterRouting
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.calls: list[Call | None] = []  # of generating models, the innermost last
+
+
+_THREAD = _Thread()
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of a model by `generate`.
+
+    Attributes:
+        rows, columns: its tokens.
+        first: the column of the sequence that its first token is.
+        repeats: rows that `generate` makes of one sample.
+        not_by_token: None, or why gates by token have no meaning in it.
+    """
+
+    rows: int
+    columns: int
+    first: int
+    repeats: int
+    not_by_token: str | None
+    _fitted: dict[AdapterRouting, AdapterRouting] = field(default_factory=dict)
+
+    def fit(self, routing: AdapterRouting) -> AdapterRouting:
+        """The routing with one entry for each row, and token, of the call.
+
+        Raises ValueError when it has neither an entry a row nor one a sample.
+        """
+        if routing not in self._fitted:
+            self._fitted[routing] = self._fit(routing)
+        return self._fitted[routing]
+
+    def _fit(self, routing: AdapterRouting) -> AdapterRouting:
+        if routing.samples is not None:
+            repeats = self._repeats(len(routing.samples), "adapter names")
+            samples = tuple(sample for sample in routing.samples for _ in range(repeats))
+            return replace(routing, samples=samples)
+        gates, idxs = routing.gates, routing.expert_idxs
+        if not isinstance(gates, Tensor) or gates.dim() == 1:
+            return routing
+        return replace(
+            routing,
+            gates=self._spread(gates),
+            expert_idxs=None if idxs is None else self._spread(idxs),
+        )
+
+    def _spread(self, values: Tensor) -> Tensor:
+        """values [B, C] or [B, T, C] as [rows, C] or [rows, columns, C]."""
+        if values.dim() == 3:
+            if self.not_by_token is not None:
+                raise ValueError(f"gates must not be by token here: {self.not_by_token}")
+            columns = torch.arange(self.first, self.first + self.columns, device=values.device)
+            values = values[:, columns.clamp_(max=values.shape[1] - 1)]
+        return values.repeat_interleave(self._repeats(values.shape[0], "gates"), dim=0)
+
+    def _repeats(self, samples: int, what: str) -> int:
+        if samples == self.rows:
+            return 1
+        if samples * self.repeats == self.rows:
+            return self.repeats
+        raise ValueError(
+            f"{what} must have one entry for each of the {self.rows} rows of the call, or of the "
+            f"samples, which `generate` repeats {self.repeats} times here, got {samples}"
+        )
+
+
+def generating_call() -> Call | None:
+    """The call of a model by `generate` that this thread is in, if a hook has noted it."""
+    return _THREAD.calls[-1] if _THREAD.calls else None
+
+
+def generating_models(model: nn.Module) -> list[nn.Module]:
+    """The modules within `model` that have a `generate` of their own."""
+    return [module for module in model.modules() if isinstance(module, GenerationMixin)]
+
+
+def watch(model: nn.Module) -> list[RemovableHandle]:
+    """Hooks on a generating model that note its calls.
+
+    Not `always_call`: torch.compile guards on the numbers of such hooks, one graph a block. So a
+    call that fails leaves its note; the next call of the model puts its own on top.
+    """
+    return [
+        model.register_forward_pre_hook(_enter, with_kwargs=True),
+        model.register_forward_hook(_leave),
+    ]
+
+
+@contextmanager
+def watching(model: nn.Module) -> Iterator[None]:
+    """The calls of the generating models within `model` are noted in the block."""
+    handles = [handle for module in generating_models(model) for handle in watch(module)]
+    before = len(_THREAD.calls)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        del _THREAD.calls[before:]  # calls that failed leave some
+
+
+def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if not torch.compiler.is_compiling():
+        _THREAD.calls.append(_call(module, args, kwargs))
+
+
+def _leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    if not torch.compiler.is_compiling() and _THREAD.calls:
+        _THREAD.calls.pop()
+
+
+def _call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+    config = _generation_config(module)
+    if config is None:
+        return None
+    names = ("decoder_input_ids", "decoder_inputs_embeds", "inputs_embeds", "input_ids")
+    given = [kwargs[name] for name in names if kwargs.get(name) is not None] or [*args]
+    if not given:
+        return None
+    rows, columns = given[0].shape[:2]
+    cache = next((v for v in kwargs.values() if hasattr(v, "get_seq_length")), None)
+    reason = None
+    if module.config.is_encoder_decoder:  # type: ignore[union-attr]
+        reason = "the encoder's tokens are not the decoder's; use a function of the layer's input"
+    elif config.guidance_scale not in (None, 1):
+        reason = "guidance_scale runs a second, unconditional sequence, which has other tokens"
+    return Call(
+        rows=rows,
+        columns=columns,
+        first=0 if cache is None else int(cache.get_seq_length()),
+        repeats=max(config.num_beams or 1, config.num_return_sequences or 1),
+        not_by_token=reason,
+    )
+
+
+def _generation_config(module: nn.Module) -> Any:
+    """The configuration of the `generate` that calls this module, None where none does."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code.co_name == "generate" and frame.f_locals.get("self") is module:
+            return frame.f_locals.get("generation_config")
+        frame = frame.f_back
+    return None
