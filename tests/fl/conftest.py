@@ -14,7 +14,7 @@ import torch
 
 from fedms.fl.config import Config, load_config
 from fedms.fl.engines.world import World
-from fedms.fl.model.backbone import Foundation, load_foundation
+from fedms.fl.model.view import Model
 from fedms.fl.round import Run
 from fedms.fl.runs.progress import Progress
 
@@ -110,6 +110,7 @@ def settings(tiny_bert: Path, table: Path) -> list[str]:
     """The overrides that make a run small."""
     return [
         f"model.path={tiny_bert}",
+        "model.dtype=float32",
         "model.max_tokens=12",
         f"data.source={table}",
         "data.num_clients=4",
@@ -148,8 +149,8 @@ def config(settings: list[str]) -> Callable[..., Config]:
 
 
 @pytest.fixture
-def foundation(config: Callable[..., Config]) -> Foundation:
-    return load_foundation(config().model, config().lora)
+def model(world: World) -> Model:
+    return world.model
 
 
 @pytest.fixture
@@ -187,3 +188,12 @@ def read_lines() -> Callable[[Path], list[dict]]:
         ]
 
     return read
+
+
+@pytest.fixture
+def in_float64() -> str:
+    """The setting that makes a run one of float64, where only a mistake can differ.
+
+    The fast paths give their products other shapes. Those round otherwise, and Adam amplifies it.
+    """
+    return "model.dtype=float64"

@@ -2,41 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
 import numpy as np
 import pytest
 import torch
 
-from fedms.fl import client as module
 from fedms.fl.algorithms import stages_of
-from fedms.fl.client import fresh_gate, initial_kept, log_prior, visit
+from fedms.fl.client import Visit, class_counts, received, visit
 from fedms.fl.data.federation import ClientData
 from fedms.fl.engines.world import World
-from fedms.fl.types import ClientFailure
+from fedms.fl.model.view import View
+from fedms.fl.types import ClientFailure, Update, renamed, select
 
 
 class Setup:
-    """A world with two awake blocks, and what the server holds at the start."""
+    """A world with two awake blocks and a server that has nothing yet."""
 
     def __init__(self, config, quiet) -> None:
-        self.world = World(config, quiet)
-        self.resident = self.world.resident
-        self.resident.foundation.set_awake((2, 3))
+        self.world, self.config = World(config, quiet), config
+        self.model = self.world.model
+        self.model.slots.set_awake((2, 3))
+        self.model.prefix.keep([2, 3])
         self.stages = stages_of(config)
         self.clients = self.world.federation.clients
-        fresh = self.resident.foundation.fresh_expert("global")
-        self.server = {**fresh, **fresh_gate(self.resident)}
 
-    def live(self) -> dict[str, torch.Tensor]:
-        """Every parameter there is: the base, all experts of all blocks, the gate."""
-        model = self.resident.foundation.model.state_dict()
-        gate = {f"gate.{k}": v for k, v in self.resident.gate.state_dict().items()}
-        return {name: tensor.clone() for name, tensor in {**model, **gate}.items()}
+    def start(self, stage=0, kept=None, server=None):
+        """What a visit of a stage begins with."""
+        stage = self.stages[stage]
+        self.model.build(dict(stage.modules))
+        return stage.start(received(self.model, stage, server or {}), kept or {})
 
-    def visit(self, stage=0, client=0, blocks=(2, 3), round=1, kept=None, server=None):
-        stage, client = self.stages[stage], self.clients[client]
-        server = self.server if server is None else server
-        kept = initial_kept(self.resident, stage, server) if kept is None else kept
-        return visit(self.resident, stage, client, server, kept, blocks, round)
+    def visits(self, *clients, stage=0, blocks=(2, 3), round=1, kept=None, server=None):
+        """What each of these clients, visited side by side, answers."""
+        self.model.build(dict(self.stages[stage].modules))
+        chosen = [c if isinstance(c, ClientData) else self.clients[c] for c in clients]
+        each = [Visit(client, (kept or {}), blocks) for client in chosen]
+        return visit(self.model, self.stages[stage], each, server or {}, round, self.config.seed)
+
+    def visit(self, stage=0, client=0, **more) -> Update:
+        (answer,) = self.visits(client, stage=stage, **more)
+        assert isinstance(answer, Update), answer
+        return answer
 
 
 @pytest.fixture
@@ -48,55 +56,54 @@ def differing(before: dict, after: dict) -> set[str]:
     return {name for name in before if not torch.equal(before[name], after[name])}
 
 
-def test_a_visit_of_stage_1_changes_the_global_expert_alone(setup):
+def test_a_visit_of_stage_1_leaves_the_global_expert_alone(setup):
     s = setup()
-    s.resident.load(s.server)
-    before = s.live()
-    update = s.visit(0)
-    changed = differing(before, s.live())
-    assert len(changed) == 2 * 3 * 2
-    assert all(".global." in n and ("layer.2" in n or "layer.3" in n) for n in changed)
+    base = {name: p.clone() for name, p in s.model.backbone.model.named_parameters()}
+    start, update = s.start(0), s.visit(0)
     assert len(update.shared) == 2 * 3 * 2
-    assert all(name.startswith("global.") for name in update.shared)
+    assert all(
+        n.startswith("global.") and ("layer.2" in n or "layer.3" in n) for n in update.shared
+    )
+    assert not any(torch.equal(t, start[n]) for n, t in update.shared.items())
     assert update.kept == {}
-    assert all(not torch.equal(t, s.server[n]) for n, t in update.shared.items())
     assert update.num_examples == len(s.clients[0].train)
     assert update.steps == 2
+    assert not differing(base, dict(s.model.backbone.model.named_parameters()))
 
 
-def test_a_visit_of_stage_2_changes_the_local_expert_and_the_gate_alone(setup):
+def test_a_visit_of_stage_2_leaves_the_local_expert_and_the_gate(setup):
     s = setup()
-    s.resident.load({**s.server, **initial_kept(s.resident, s.stages[1], s.server)})
-    before = s.live()
     update = s.visit(1)
-    changed = differing(before, s.live())
-    assert all(".local." in name or name.startswith("gate.") for name in changed)
-    assert sum(".local." in name for name in changed) == 12
     assert set(update.shared) == {
         f"gate.adapter.{i}.{p}" for i in (0, 2) for p in ("weight", "bias")
     }
     local = {name for name in update.kept if name.startswith("local.")}
     assert len(local) == 12
     assert set(update.kept) - local == {"gate.linear.weight", "gate.linear.bias"}
+    assert len(differing(s.start(1), {**s.start(1), **update.shared, **update.kept})) == 12 + 6
 
 
 def test_nothing_asks_for_a_gradient_after_a_visit(setup):
     s = setup("mofm.combine=layer", "mofm.gate_input=base")
     for stage in (0, 1):
         s.visit(stage)
-        parameters = [*s.resident.foundation.model.parameters(), *s.resident.gate.parameters()]
-        assert not any(p.requires_grad or p.grad is not None for p in parameters)
+        gate = [p for module in s.model.modules.values() for p in module.parameters()]
+        leaves = [*s.model.backbone.model.parameters(), *s.model.slots.live.values(), *gate]
+        assert not any(leaf.requires_grad or leaf.grad is not None for leaf in leaves)
 
 
 def test_a_client_trains_no_blocks_beyond_its_budget(setup):
-    s = setup()
-    update = s.visit(0, blocks=(3,))
-    assert {s.resident.foundation.block_of(name) for name in update.shared} == {3}
-    kept = initial_kept(s.resident, s.stages[1], s.server)
-    update = s.visit(1, blocks=(3,), kept=kept)
-    for name in (n for n in update.kept if n.startswith("local.")):
-        trained = s.resident.foundation.block_of(name) == 3
-        assert torch.equal(update.kept[name], kept[name]) != trained
+    """AdamW would move the other's slot by weight decay alone."""
+    s = setup("stage1.weight_decay=0.5", "stage2.weight_decay=0.5")
+    for stage, expert in ((0, "global"), (1, "local")):
+        update = s.visit(stage, blocks=(3,))
+        left = {**update.shared, **update.kept}
+        blocks = {s.model.slots.block_of(n) for n in left if n.startswith(expert)}
+        assert blocks == {3}
+        assert not torch.equal(
+            left[f"{expert}.encoder.layer.3.attention.self.query.lora_B"],
+            s.start(stage)[f"{expert}.encoder.layer.3.attention.self.query.lora_B"],
+        )
 
 
 @pytest.mark.parametrize(
@@ -148,96 +155,122 @@ def test_a_visit_depends_on_what_was_given_and_on_nothing_else(setup):
     assert s.visit(1, client=2, round=4).train_loss != one.train_loss
 
 
-def test_the_seed_decides_the_batches(setup):
-    one, two = (setup(f"seed={seed}", "data.partitioner=iid") for seed in (0, 0))
-    assert one.visit(0).train_loss == two.visit(0).train_loss
-    losses = {one.visit(0, round=round).train_loss for round in (1, 2, 3)}
-    assert len(losses) == 3
+@pytest.mark.parametrize("mixture", [[], ["mofm.combine=layer", "mofm.gate_input=base"]])
+def test_clients_side_by_side_are_clients_one_by_one(setup, in_float64, mixture):
+    """With dropout and budgets, clients without gate examples among them."""
+    s = setup(in_float64, "lora.dropout=0.3", *mixture)
+    none = np.zeros(0, dtype=np.int64)
+    no_gate = replace(s.clients[1], gate=none)
+    chosen = [s.clients[0], no_gate, s.clients[2], s.clients[3]]
+    for stage in (0, 1):
+        together = s.visits(*chosen, stage=stage)
+        alone = [s.visits(client, stage=stage)[0] for client in chosen]
+        for one, other in zip(together, alone, strict=True):
+            assert one.client_id == other.client_id
+            assert one.train_loss == pytest.approx(other.train_loss, abs=1e-9)
+            for name, tensor in {**one.shared, **one.kept}.items():
+                wanted = {**other.shared, **other.kept}[name]
+                torch.testing.assert_close(tensor, wanted, rtol=0, atol=1e-9)
+        # what would show if a row had gone through its neighbour's slot
+        name = next(iter({**together[0].shared, **together[0].kept}))
+        values = [{**update.shared, **update.kept}[name] for update in together]
+        assert min((values[0] - other).abs().max() for other in values[1:]) > 1e-4
 
 
-def test_a_loss_that_is_not_finite_ends_the_visit(setup):
+def test_a_loss_that_is_not_finite_drops_its_client_alone(setup):
     s = setup()
-    bad = {n: torch.full_like(t, float("nan")) for n, t in s.server.items() if "layer.3" in n}
-    with pytest.raises(ClientFailure, match="its training loss became nan at local step 1 of 2"):
-        s.visit(0, server={**s.server, **bad})
-    assert not any(p.requires_grad for p in s.resident.foundation.model.parameters())
-    assert np.isfinite(s.visit(0).train_loss)  # the next client does not suffer
+    name = "local.encoder.layer.3.attention.self.query.lora_A"
+    bad = {name: torch.full_like(s.start(1)[name], float("nan"))}
+    whole = s.visits(0, 1, 2, stage=1)
+    s.model.build(dict(s.stages[1].modules))
+    visits = [Visit(s.clients[i], bad if i == 1 else {}, (2, 3)) for i in range(3)]
+    answers = visit(s.model, s.stages[1], visits, {}, 1, 0)
+    assert isinstance(answers[1], ClientFailure)
+    assert str(answers[1]) == "its training loss became nan at local step 1 of 2"
+    for i in (0, 2):
+        assert not differing(
+            {**whole[i].shared, **whole[i].kept}, {**answers[i].shared, **answers[i].kept}
+        )
+    assert not any(leaf.requires_grad for leaf in s.model.slots.live.values())
 
 
 def test_a_client_without_training_examples(setup):
     s = setup()
     none = np.zeros(0, dtype=np.int64)
     empty = ClientData("empty", none, s.clients[0].gate, none, s.clients[0].test)
-    kept = initial_kept(s.resident, s.stages[0], s.server)
-    with pytest.raises(ClientFailure, match="it has no training examples"):
-        visit(s.resident, s.stages[0], empty, s.server, kept, (3,), 1)
+    first, failed, last = s.visits(0, empty, 1)
+    assert str(failed) == "it has no training examples"
+    assert (first.client_id, last.client_id) == ("client-00", s.clients[1].client_id)
+    assert [str(each) for each in s.visits(empty)] == ["it has no training examples"]
 
 
 def test_a_client_without_gate_examples_keeps_the_gate_it_received(setup):
     s = setup()
-    whole = s.clients[0]
-    none = np.zeros(0, dtype=np.int64)
-    client = ClientData("no-gate", whole.train, none, none, whole.test)
-    stage = s.stages[1]
-    kept = initial_kept(s.resident, stage, s.server)
-    update = visit(s.resident, stage, client, s.server, kept, (2, 3), 1)
-    for name, tensor in {**update.shared, **update.kept}.items():
-        if name.startswith("gate."):
-            assert torch.equal(tensor, s.server[name])
+    client = replace(s.clients[0], gate=np.zeros(0, dtype=np.int64))
+    start = s.start(1)
+    (update,) = s.visits(client, stage=1)
+    gate = select({**update.shared, **update.kept}, ("gate.*",))
+    assert len(gate) == 6
+    assert not differing(gate, start)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A loss, and the examples that it was asked about."""
+
+    loss: Callable
+    seen: set = field(default_factory=set)
+
+    def __call__(self, view):
+        self.seen.update(view.indices.tolist())
+        return self.loss(view)
 
 
 @pytest.mark.parametrize(("gate_data", "gate_too"), [("held_out", False), ("train", True)])
-def test_which_examples_the_experts_see(setup, monkeypatch, gate_data, gate_too):
+def test_which_examples_the_experts_see(setup, gate_data, gate_too):
     s = setup(f"mofm.gate_data={gate_data}")
     client = s.clients[0]
-    seen: dict[str, set[int]] = {"experts": set(), "gate": set()}
-    real_loss, real_gate = module._expert_loss, module._train_gate
-
-    def loss(resident, stage, batch, prior):
-        seen["experts"].update(batch.tolist())
-        return real_loss(resident, stage, batch, prior)
-
-    def gate(resident, examples, parameters, prior):
-        seen["gate"].update(examples.tolist())
-        return real_gate(resident, examples, parameters, prior)
-
-    monkeypatch.setattr(module, "_expert_loss", loss)
-    monkeypatch.setattr(module, "_train_gate", gate)
+    s.stages = [
+        replace(stage, phases=tuple(replace(p, loss=Recorded(p.loss)) for p in stage.phases))
+        for stage in s.stages
+    ]
     for round in range(1, 6):
         s.visit(0, round=round)
         s.visit(1, round=round)
     train, held = set(client.train.tolist()), set(client.gate.tolist())
-    assert seen["experts"] == (train | held if gate_too else train)
-    assert seen["gate"] == (train | held if gate_too else held)
+    (stage1,), (expert, gate) = (stage.phases for stage in s.stages)
+    assert stage1.loss.seen | expert.loss.seen == (train | held if gate_too else train)
+    assert gate.loss.seen == (train | held if gate_too else held)
 
 
 def test_a_local_expert_starts_from_the_global_one_or_from_nothing(setup):
     s = setup()
-    server = {n: torch.full_like(t, 0.5) for n, t in s.server.items()}
-    kept = initial_kept(s.resident, s.stages[1], server)
-    local = {name: tensor for name, tensor in kept.items() if name.startswith("local.")}
-    assert len(local) == 12
-    assert all((tensor == 0.5).all() for tensor in local.values())
+    server = {n: torch.full_like(t, 0.5) for n, t in s.start(0).items()}
+    start = s.start(1, server=server)
+    assert all((start[n] == 0.5).all() for n in renamed(server, "global.", "local."))
     zero = setup("mofm.local_from=zero")
-    kept = initial_kept(zero.resident, zero.stages[1], server)
-    assert all((kept[name] == 0).all() == name.endswith("lora_B") for name in local)
-    # The gate's own part starts as everybody's, never as the server's.
-    assert torch.equal(kept["gate.linear.weight"], fresh_gate(s.resident)["gate.linear.weight"])
+    local = select(zero.start(1, server=server), ("local.*",))
+    assert len(local) == 4 * 3 * 2
+    assert all((tensor == 0).all() == name.endswith("lora_B") for name, tensor in local.items())
+    # what a client keeps comes before both
+    mine = {name: torch.ones_like(t) for name, t in local.items()}
+    assert not differing(mine, s.start(1, kept=mine, server=server))
+    # the gate's own part starts as everybody's, never as the server's
+    other = {"gate.linear.weight": torch.ones(2, 10)}
+    assert not (s.start(1, server=other)["gate.linear.weight"] == 1).any()
 
 
-def test_the_prior_counts_train_and_gate_examples(setup):
+def test_the_counts_are_of_train_and_gate_examples(setup):
     s = setup()
-    client = s.clients[1]
-    labels = s.world.federation.dataset.labels[np.concatenate([client.train, client.gate])]
-    counts = np.bincount(labels, minlength=4) + 1
-    wanted = torch.from_numpy(np.log(counts / counts.sum())).float()
-    torch.testing.assert_close(log_prior(s.resident, client), wanted)
+    counts = class_counts(s.model, s.clients[:2])
+    for client, found in zip(s.clients, counts, strict=False):
+        labels = s.world.federation.dataset.labels[np.concatenate([client.train, client.gate])]
+        assert found.tolist() == np.bincount(labels, minlength=4).tolist()
 
 
 def test_training_lowers_the_loss(setup):
     s = setup("stage1.local_steps=20")
-    losses = []
-    server = s.server
+    losses, server = [], {}
     for round in range(1, 4):
         update = s.visit(0, server=server, round=round)
         losses.append(update.train_loss)
@@ -250,8 +283,9 @@ def test_the_anchor_holds_the_gate_near_one_half(setup):
     for anchor in (0.0, 100.0):
         s = setup(f"mofm.anchor={anchor}", "mofm.gate_steps=40", "mofm.balance=0")
         s.visit(1)
-        indices = s.clients[0].gate
+        client = s.clients[0]
         with torch.no_grad():
-            weights = s.resident.mixture(indices, log_prior(s.resident, s.clients[0]))[1]
+            view = View(s.model, [client.gate], class_counts(s.model, [client]))
+            weights = s.stages[1].weights(view)
         away[anchor] = (weights - 0.5).abs().max().item()
     assert away[100.0] < 0.05 < away[0.0]

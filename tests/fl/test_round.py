@@ -14,6 +14,7 @@ import torch
 
 from fedms.fl import round as engine
 from fedms.fl.engines.world import World
+from fedms.fl.model.prefix import Prefix
 from fedms.fl.round import Run, encoded_size
 from fedms.fl.runs.records import RoundRecord
 from fedms.fl.types import QuorumError
@@ -52,32 +53,17 @@ def metrics(config, execute, tmp_path, read_lines):
 
 SLOW = {
     "prefix": ("engine.prefix_cache_mb=0",),
-    "global": ("engine.cache_global=false", "engine.shared_trunk=false"),
-    "trunk": ("engine.cache_global=false",),
+    "global": ("engine.cache_global=false",),
+    "cohort": ("engine.cohort=3",),
 }
-SLOW["all"] = SLOW["prefix"] + SLOW["global"]
-
-
-@pytest.fixture
-def in_float64(tiny_bert, tmp_path):
-    """The setting that makes a run one of float64, where only a mistake can differ.
-
-    The fast paths give their products other shapes. Those round otherwise, and Adam amplifies it.
-    """
-    from transformers import AutoModel, AutoTokenizer
-
-    AutoModel.from_pretrained(tiny_bert).double().save_pretrained(tmp_path / "double")
-    AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(tmp_path / "double")
-    torch.set_default_dtype(torch.float64)
-    yield f"model.path={tmp_path / 'double'}"
-    torch.set_default_dtype(torch.float32)
+SLOW["all"] = SLOW["prefix"] + SLOW["global"] + SLOW["cohort"]
 
 
 @pytest.mark.parametrize(
     ("base", "names"),
     [
-        ((), ("prefix", "trunk", "all")),
-        (("mofm.local_loss=mixture", "lora.dropout=0.3"), ("global", "trunk")),
+        ((), ("prefix", "cohort", "all")),
+        (("mofm.local_loss=mixture", "lora.dropout=0.3"), ("global", "cohort")),
         (("mofm.combine=layer", "mofm.gate_input=base"), ("all",)),
     ],
 )
@@ -96,18 +82,14 @@ def test_what_makes_it_fast_changes_no_result(metrics, in_float64, base, names):
     assert len(set(losses)) == 4
 
 
-def test_a_batch_past_the_bound_of_the_cache_gives_the_same(metrics, monkeypatch):
+def test_a_batch_past_the_bound_of_the_cache_gives_the_same(metrics, config, quiet):
     whole = metrics(*SHORT, name="whole")
-    from fedms.fl.model.resident import Resident
-
-    real = Resident.__init__
-
-    def small(self, *args):
-        real(self, *args)
-        self.cache._max_bytes = 40_000  # of about 300,000
-
-    monkeypatch.setattr(Resident, "__init__", small)
-    bounded = metrics(*SHORT, name="bounded")
+    world = World(config(), quiet)
+    model, everyone = world.model, world.federation.everyone.values()
+    own = [np.concatenate([c.train, c.gate, c.val, c.test]) for c in everyone]
+    model.prefix = Prefix(model.backbone, model.task, own, 150_000)  # of about 350,000
+    bounded = metrics(*SHORT, name="bounded", world=world)
+    assert 0 < model.prefix.bytes <= 150_000
     for one, other in zip(bounded[0], whole[0], strict=True):
         assert one["train_loss"] == pytest.approx(other["train_loss"], abs=1e-5)
         assert one["personalized_accuracy"] == other["personalized_accuracy"]
@@ -207,26 +189,16 @@ def test_every_trigger(metrics, overrides, awake):
     assert [line["awake_blocks"] for line in lines] == awake
 
 
-def test_budgets_of_clients(config, execute, tmp_path, monkeypatch):
-    """Client k sends at most its b_k blocks, and a block is averaged over those who sent it."""
-    sent: dict[str, set[int]] = {}
-    real = engine.visit
-
-    def visit(resident, stage, client, received, kept, blocks, round):
-        update = real(resident, stage, client, received, kept, blocks, round)
-        if stage.name == "stage1":
-            sent[client.client_id] = {resident.foundation.block_of(name) for name in update.shared}
-            assert sent[client.client_id] == set(blocks)
-        return update
-
-    monkeypatch.setattr(engine, "visit", visit)
-    settings = config(
+def test_budgets_of_clients(spied):
+    """Client k sends at most its b_k blocks, the deepest of those that are awake."""
+    run, sent, _ = spied(
         *SHORT, "sal.scope=client", "sal.trigger=all_at_once", "sal.max_blocks=4", "seed=1"
     )
-    execute(settings, tmp_path)
-    assert len(sent) == 4
-    assert len({len(blocks) for blocks in sent.values()}) > 1
-    assert all(blocks == set(range(4 - len(blocks), 4)) for blocks in sent.values())
+    block_of = run.model.slots.block_of
+    blocks = [{block_of(name) for name in sent[1, c]} for c in sorted(c for r, c in sent if r == 1)]
+    assert len(blocks) == 4
+    assert len({len(own) for own in blocks}) > 1
+    assert all(own == set(range(4 - len(own), 4)) for own in blocks)
 
 
 # What is frozen, what is sent ------------------------------------------------------------------
@@ -241,10 +213,10 @@ def spied(config, execute, tmp_path, monkeypatch):
         servers: list[dict[str, torch.Tensor]] = []
         real, real_save = engine.visit, engine.save_checkpoint
 
-        def visit(resident, stage, client, received, kept, blocks, round):
-            update = real(resident, stage, client, received, kept, blocks, round)
-            sent[round, client.client_id] = update.shared
-            return update
+        def visit(model, stage, visits, server, round, seed):
+            answers = real(model, stage, visits, server, round, seed)
+            sent.update({(round, each.client_id): each.shared for each in answers})
+            return answers
 
         def save(folder, checkpoint, keep):
             servers.append({name: tensor.clone() for name, tensor in checkpoint.server.items()})
@@ -259,9 +231,10 @@ def spied(config, execute, tmp_path, monkeypatch):
 
 def test_stage_2_freezes_the_global_expert(spied):
     _, _, servers = spied("stage2.rounds=3")
+    assert not any(name.startswith("gate.linear.") for name in servers[-1])
     for name, tensor in servers[1].items():
         later = [torch.equal(server[name], tensor) for server in servers[2:]]
-        if name.startswith("global.") or name.startswith("gate.linear."):
+        if name.startswith("global."):
             assert later == [True] * 3
         else:
             assert later == [False] * 3  # the gate adapter
@@ -360,14 +333,14 @@ def test_rounds_between_evaluations(metrics):
 def failing(monkeypatch, who: dict[str, object]) -> None:
     real = engine.visit
 
-    def visit(resident, stage, client, received, kept, blocks, round):
-        update = real(resident, stage, client, received, kept, blocks, round)
-        how = who.get(client.client_id)
+    def visit(model, stage, visits, server, round, seed):
+        (answer,) = real(model, stage, visits, server, round, seed)
+        how = who.get(visits[0].client.client_id)
         if isinstance(how, Exception):
             raise how
         if how is not None:
-            next(iter(update.shared.values())).view(-1)[0] = how
-        return update
+            next(iter(answer.shared.values())).view(-1)[0] = how
+        return [answer]
 
     monkeypatch.setattr(engine, "visit", visit)
 
@@ -417,10 +390,10 @@ def test_below_quorum_the_round_does_not_count(
     with monkeypatch.context() as patch:
         real = engine.visit
 
-        def visit(resident, stage, client, received, kept, blocks, round):
-            if round == 2 and client.client_id in ("client-00", "client-03"):
+        def visit(model, stage, visits, server, round, seed):
+            if round == 2 and visits[0].client.client_id in ("client-00", "client-03"):
                 raise RuntimeError("away")
-            return real(resident, stage, client, received, kept, blocks, round)
+            return real(model, stage, visits, server, round, seed)
 
         patch.setattr(engine, "visit", visit)
         with pytest.raises(QuorumError, match=r"2 of 4 clients came back, .*server\.quorum = 0\.6"):
@@ -460,9 +433,9 @@ def test_a_shared_first_stage_is_not_trained_twice(config, execute, tmp_path, mo
     rounds = []
     real = engine.visit
 
-    def visit(resident, stage, client, received, kept, blocks, round):
+    def visit(model, stage, visits, server, round, seed):
         rounds.append(round)
-        return real(resident, stage, client, received, kept, blocks, round)
+        return real(model, stage, visits, server, round, seed)
 
     monkeypatch.setattr(engine, "visit", visit)
     execute(config("method=fedavg_ft"), tmp_path / "ft", world)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedms.fl.server import aggregate, check_update, require_quorum
+from fedms.fl.algorithms.stage import Aggregate
+from fedms.fl.server import Totals, check_update, require_quorum
 from fedms.fl.types import ClientFailure, Failure, QuorumError, State, Update
 
 
@@ -15,6 +16,13 @@ def update(num_examples: int, shared: State, kept: State | None = None) -> Updat
 
 def vector(*values: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.tensor(values, dtype=dtype)
+
+
+def aggregate(state: State, updates: list[Update], how: Aggregate | None = None) -> State:
+    totals = Totals(how or Aggregate())
+    for one in updates:
+        totals.add(one)
+    return totals.finish(state)
 
 
 def test_the_mean_is_weighted_by_examples():
@@ -47,10 +55,9 @@ def test_the_sum_is_taken_in_fp32(dtype, step):
     """300 senders of 1 + one rounding step: summed in 16 bits the total would stall."""
     sent = vector(1 + step, -1 - step, 0.5, dtype=dtype)
     assert sent[0] == 1 + step
-    state = {"w": torch.zeros(3, dtype=dtype)}
-    mean = aggregate(state, [update(1, {"w": sent}) for _ in range(300)])["w"]
-    assert mean.dtype == dtype
-    assert torch.equal(mean, sent)
+    mean = aggregate({}, [update(1, {"w": sent}) for _ in range(300)])["w"]
+    assert mean.dtype == torch.float32
+    assert torch.equal(mean, sent.float())
 
 
 def test_large_weights_do_not_overflow_16_bits():
@@ -61,17 +68,23 @@ def test_large_weights_do_not_overflow_16_bits():
     assert mean["w"].item() == 3
 
 
-def test_updates_are_consumed_one_by_one():
-    """A running mean: the next visit begins when the last one has been summed."""
-    seen = []
+def test_every_client_can_weigh_the_same():
+    updates = [update(1, {"w": vector(4, 0, -8)}), update(3, {"w": vector(0, 4, 8)})]
+    mean = aggregate({}, updates, Aggregate(weight="clients"))
+    assert mean["w"].tolist() == [2, 2, 0]
 
-    def visits():
-        for k in range(3):
-            seen.append(k)
-            yield update(1, {"w": vector(k, k, k)})
 
-    assert aggregate({"w": vector(0, 0, 0)}, visits())["w"].tolist() == [1, 1, 1]
-    assert seen == [0, 1, 2]
+def test_a_stage_says_what_is_summed_and_what_is_made_of_it():
+    """The sum of squares, added to what the server has."""
+    squares = Aggregate(
+        lambda sent: {"w": sent["w"] ** 2},
+        lambda server, sums, weights: {"w": server["w"] + sums["w"], "n": weights["w"]},
+        weight="clients",
+    )
+    updates = [update(1, {"w": vector(1, 2, 3)}), update(3, {"w": vector(1, 0, 1)})]
+    found = aggregate({"w": vector(10, 10, 10)}, updates, squares)
+    assert found["w"].tolist() == [12, 14, 20]
+    assert found["n"] == 2
 
 
 def test_what_is_no_update_is_refused():

@@ -7,14 +7,23 @@ Averaging the factors is inexact: the mean of B times the mean of A is not the m
 
 from __future__ import annotations
 
-from fedms.fl.algorithms.stage import Stage
-from fedms.fl.config import Config, StageConfig
+from collections.abc import Sequence
+
+from fedms.fl.algorithms.losses import CrossEntropy
+from fedms.fl.algorithms.stage import Phase, Stage
+from fedms.fl.config import StageConfig
 
 
 def global_expert(name: str, settings: StageConfig) -> Stage:
     """Rounds of federated averaging of the global expert."""
-    return Stage(name=name, settings=settings, trains=("global.",), shares=("global.",))
+    return Stage(
+        name=name,
+        settings=settings,
+        phases=(Phase(("global.*",), CrossEntropy("global")),),
+        experts=("global",),
+        shares=("global.*",),
+    )
 
 
-def stages(config: Config) -> tuple[Stage, ...]:
-    return (global_expert("stage1", config.stage1), global_expert("stage2", config.stage2))
+def stages(rounds: Sequence[tuple[str, StageConfig]]) -> tuple[Stage, ...]:
+    return tuple(global_expert(name, settings) for name, settings in rounds)

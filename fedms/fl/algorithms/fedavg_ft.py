@@ -5,19 +5,33 @@ The strong simple rival.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fedms.fl.algorithms.fedavg import global_expert
-from fedms.fl.algorithms.stage import Stage
-from fedms.fl.config import Config
+from fedms.fl.algorithms.losses import CrossEntropy, Expert
+from fedms.fl.algorithms.stage import Phase, Stage
+from fedms.fl.config import StageConfig
+from fedms.fl.types import State, renamed
 
 
-def stages(config: Config) -> tuple[Stage, ...]:
-    return (
-        global_expert("stage1", config.stage1),
-        Stage(
-            name="stage2",
-            settings=config.stage2,
-            trains=("local.",),
-            frozen=("global.",),
-            predicts="local",
-        ),
+def from_global(received: State, kept: State) -> State:
+    """A client's local expert starts as the global one."""
+    return {**received, **renamed(received, "global.", "local."), **kept}
+
+
+def local_expert(name: str, settings: StageConfig) -> Stage:
+    """Rounds in which clients train a local expert each, beside the frozen global one."""
+    return Stage(
+        name=name,
+        settings=settings,
+        phases=(Phase(("local.*",), CrossEntropy("local")),),
+        experts=("global", "local"),
+        frozen=("global.*",),
+        start=from_global,
+        predict=Expert("local"),
     )
+
+
+def stages(rounds: Sequence[tuple[str, StageConfig]]) -> tuple[Stage, ...]:
+    first, second = rounds
+    return global_expert(*first), local_expert(*second)

@@ -2,32 +2,150 @@
 
 The paper is arXiv 2312.15926. Stage 1 trains the global expert by federated averaging while SAL
 wakes the blocks. Stage 2 freezes it; every client trains a local expert and a gate network, and
-only the gate adapter is sent and averaged.
+only the gate adapter is sent and averaged. What is this library's reading of it is in DESIGN.md.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
 
 from fedms.fl.algorithms.fedavg import global_expert
-from fedms.fl.algorithms.stage import Stage
-from fedms.fl.config import Config
+from fedms.fl.algorithms.fedavg_ft import from_global
+from fedms.fl.algorithms.losses import CrossEntropy
+from fedms.fl.algorithms.stage import Phase, Stage, received_and_kept
+from fedms.fl.config import MofmConfig, StageConfig
+from fedms.fl.model.gate import (
+    Gate,
+    gate_width,
+    log_prior_of_counts,
+    mixed_features,
+    mixed_log_p,
+    statistics,
+)
+from fedms.fl.model.view import View
 
 
-def stages(config: Config) -> tuple[Stage, ...]:
-    mofm = config.mofm
-    learned = mofm.gate == "learned"
-    holds_out_gate = learned and mofm.gate_data == "held_out"
+def _what_they_say(view: View, slot: int, targets: Tensor, log_g: Tensor, log_l: Tensor) -> Tensor:
+    """The gate's inputs [p, 10] for some answers of one client."""
+    return statistics(log_g, log_l, log_prior_of_counts(view.counts[slot].to(log_g.dtype)))
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What the gate says: weights [P, 2] of the global and the local expert."""
+
+    settings: MofmConfig
+
+    def __call__(self, view: View) -> Tensor:
+        if self.settings.gate == "fixed":
+            return view.constant(0.5, 2)
+        inputs: list[Tensor] = []
+        if self.settings.gate_input != "base":
+            inputs.append(view.over(_what_they_say, ("global",), ("local",), detached=True))
+        if self.settings.gate_input != "experts":
+            inputs.append(view.features())
+        return view.call("gate", torch.cat(inputs, dim=-1))
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The mixture's log-probabilities [P, C]."""
+
+    settings: MofmConfig
+
+    def __call__(self, view: View) -> Tensor:
+        weights, how = Weights(self.settings)(view), self.settings.combine
+        if how == "layer":
+            return view.log_p("global", "local", gates=weights)
+        if how == "features":
+            z = mixed_features(weights, view.features("global"), view.features("local"))
+            return view.log_p_of(z, "local")
+        return mixed_log_p(how, weights, view.log_p("global"), view.log_p("local"))
+
+    def nll(self, view: View) -> Tensor:
+        """The right answers' negative log-probabilities [P]."""
+        if self.settings.combine != "probabilities":
+            return -self(view).gather(-1, view.targets[:, None]).squeeze(-1)
+        weights = Weights(self.settings)(view)
+        each = -torch.stack([view.nll("global"), view.nll("local")], dim=-1)
+        # at a weight of exactly 0 the log's gradient would be NaN
+        return -(weights.clamp(min=torch.finfo(weights.dtype).tiny).log() + each).logsumexp(-1)
+
+
+@dataclass(frozen=True)
+class MixtureLoss:
+    """The mean negative log-probability of the right answers by the mixture, [S]."""
+
+    settings: MofmConfig
+
+    def __call__(self, view: View) -> Tensor:
+        return view.mean(Mixture(self.settings).nll(view))
+
+
+@dataclass(frozen=True)
+class GateLoss:
+    """The mixture's loss with classes weighing frequency ** -balance, plus the anchor, [S]."""
+
+    settings: MofmConfig
+
+    def __call__(self, view: View) -> Tensor:
+        balance = view.class_counts() ** -self.settings.balance
+        nll = view.mean(Mixture(self.settings).nll(view), balance)
+        half_to_weights = -0.5 * (2.0 * Weights(self.settings)(view)).log().sum(-1)  # KL
+        return nll + self.settings.anchor * view.mean(half_to_weights)
+
+
+@dataclass(frozen=True)
+class BuildGate:
+    """The gate network for a backbone of some width."""
+
+    settings: MofmConfig
+
+    def __call__(self, width: int) -> nn.Module:
+        return Gate(gate_width(self.settings.gate_input, width), self.settings.bottleneck)
+
+
+def stages(settings: MofmConfig, rounds: Sequence[tuple[str, StageConfig]]) -> tuple[Stage, ...]:
+    first, (name, second) = rounds
+    learned, in_layers = settings.gate == "learned", settings.combine == "layer"
+    examples = "train" if learned and settings.gate_data == "held_out" else "own"
+    joint = settings.local_loss == "mixture" or in_layers
+    expert = Phase(
+        ("local.*",), MixtureLoss(settings) if joint else CrossEntropy("local"), examples
+    )
+    if not learned:
+        phases = (expert,)
+    elif in_layers:
+        rates = (("gate.*", settings.gate_lr),)
+        phases = (replace(expert, trains=("local.*", "gate.*"), rates=rates),)
+    else:
+        gate = Phase(
+            ("gate.*",),
+            GateLoss(settings),
+            "gate" if examples == "train" else "own",
+            whole=True,
+            steps=settings.gate_steps,
+            lr=settings.gate_lr,
+            weight_decay=0.0,
+        )
+        phases = (expert, gate)
+    stage1 = global_expert(*first)
     return (
-        replace(global_expert("stage1", config.stage1), holds_out_gate=holds_out_gate, wakes=True),
+        replace(stage1, phases=(replace(stage1.phases[0], examples=examples),), wakes=True),
         Stage(
-            name="stage2",
-            settings=config.stage2,
-            trains=("local.", "gate.") if learned else ("local.",),
-            shares=("gate.adapter.",) if learned and mofm.share_adapter else (),
-            frozen=("global.",),
-            predicts="mixture",
-            local_from=mofm.local_from,
-            holds_out_gate=holds_out_gate,
+            name=name,
+            settings=second,
+            phases=phases,
+            experts=("global", "local"),
+            shares=("gate.adapter.*",) if learned and settings.share_adapter else (),
+            frozen=("global.*",),
+            modules=(("gate", BuildGate(settings)),) if learned else (),
+            start=from_global if settings.local_from == "global" else received_and_kept,
+            predict=Mixture(settings),
+            weights=Weights(settings),
         ),
     )

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from fedms.fl.algorithms.stage import Stage
-from fedms.fl.config import Config
+from collections.abc import Sequence
+
+from fedms.fl.algorithms.losses import CrossEntropy, Expert
+from fedms.fl.algorithms.stage import Phase, Stage
+from fedms.fl.config import StageConfig
 
 
-def stages(config: Config) -> tuple[Stage, ...]:
+def stages(rounds: Sequence[tuple[str, StageConfig]]) -> tuple[Stage, ...]:
     return tuple(
-        Stage(name=name, settings=settings, trains=("local.",), predicts="local", local_from="zero")
-        for name, settings in (("stage1", config.stage1), ("stage2", config.stage2))
+        Stage(
+            name=name,
+            settings=settings,
+            phases=(Phase(("local.*",), CrossEntropy("local")),),
+            experts=("local",),
+            common=None,
+            predict=Expert("local"),
+        )
+        for name, settings in rounds
     )

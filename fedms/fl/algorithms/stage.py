@@ -1,11 +1,87 @@
-"""A federated algorithm's stages: each declares what is trained, sent and predicted with."""
+"""What a federated algorithm is: a tuple of stages, each a value of patterns and functions.
+
+A stage says what clients train, send, keep and predict with. The loop, the engines and the channel
+know no algorithm by name; an algorithm that needs an `if` outside its file lacks a hook here.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Literal
 
+from torch import Tensor, nn
+
+from fedms.fl.algorithms.losses import Expert
 from fedms.fl.config import StageConfig
+from fedms.fl.model.view import View
+from fedms.fl.types import Patterns, State, select
+
+Loss = Callable[[View], Tensor]
+"""A view of S clients -> [S], each client's loss. Clients never mix: the caller sums."""
+Predict = Callable[[View], Tensor]
+"""A view -> log-probabilities [P, C]."""
+GLOBAL = Expert("global")
+Start = Callable[[State, State], State]
+End = Callable[[State, State], State]
+Build = Callable[[int], nn.Module]
+"""The backbone's width D -> a small network."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One optimisation within a visit, by AdamW.
+
+    Functions are module functions or frozen dataclasses with ``__call__``, so that equal stages of
+    two algorithms are equal values.
+
+    Attributes:
+        trains: patterns of the names that it trains.
+        loss: what it lowers.
+        examples: of the client: "train", "gate" (kept out of the experts' training) or "own", both.
+        whole: each step is on all of these examples at once, in one view.
+        steps, lr, weight_decay: default: those of the stage's settings.
+        rates: learning rates of their own for some patterns.
+    """
+
+    trains: Patterns
+    loss: Loss
+    examples: Literal["train", "gate", "own"] = "own"
+    whole: bool = False
+    steps: int | None = None
+    lr: float | None = None
+    weight_decay: float | None = None
+    rates: tuple[tuple[str, float], ...] = ()
+
+
+def received_and_kept(received: State, kept: State) -> State:
+    """A visit begins with what the server sent, under what the client keeps."""
+    return {**received, **kept}
+
+
+def mean_statistics(sent: State) -> State:
+    """What is summed over clients: the parameters as they were sent."""
+    return sent
+
+
+def mean_finish(server: State, sums: State, weights: dict[str, float]) -> State:
+    """Every parameter that was sent becomes the senders' mean; others stay as they are."""
+    return {**server, **{name: total / weights[name] for name, total in sums.items()}}
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """How a round's updates become the server's next state.
+
+    Attributes:
+        statistics: an update's shared state -> what is summed, in fp32 or wider.
+        finish: (server's state, sums, total weight by name) -> the server's next state.
+        weight: what an update weighs: its number of examples, or 1.
+    """
+
+    statistics: Callable[[State], State] = mean_statistics
+    finish: Callable[[State, State, dict[str, float]], State] = mean_finish
+    weight: Literal["examples", "clients"] = "examples"
 
 
 @dataclass(frozen=True)
@@ -15,25 +91,50 @@ class Stage:
     Attributes:
         name: as written in the metrics.
         settings: rounds, local steps, batch size, learning rate.
-        trains: prefixes of the parameter names that a client trains (``global.``, ``local.``,
-            ``gate.``).
-        shares: prefixes of those that it sends; the server averages them. What is trained and not
-            shared stays with the client.
-        frozen: prefixes that a client needs but nobody trains any more; sent once.
-        predicts: whose prediction is a client's own: "base", "global", "local" or the "mixture" of
-            both experts.
-        local_from: what a client's local expert starts from.
-        holds_out_gate: whether the client's gate examples are kept out of the experts' training.
-        wakes: whether SAL watches the global score in these rounds; without such a stage all its
+        phases: what a client does in a visit, in order; () visits nobody.
+        experts: those that take part; each starts from :meth:`fedms.fl.model.slots.Slots.fresh`.
+        shares: patterns of the names that a client sends. What a visit leaves and does not share
+            stays with the client.
+        receives: patterns that the cohort is sent every round; default ``shares``.
+        frozen: patterns that nobody trains any more; sent once, to whoever lacks them.
+        modules: small networks beside the backbone, by name; asked by :meth:`View.call`.
+        start: (received, kept) -> what a visit, an evaluation and a prediction begin with.
+            ``received``: what the server sent, over fresh experts and modules.
+        end: (now, began) -> what a visit leaves; default: what its phases trained.
+        aggregate: how the server puts the updates together.
+        common: the model that all clients share; None where there is none.
+        predict: a client's own model; None: the common one.
+        weights: [P, 2], how much the global and the local expert weigh in ``predict``, for records.
+        wakes: whether SAL watches the common model in these rounds; without such a stage all its
             blocks are awake from the start.
     """
 
     name: str
     settings: StageConfig
-    trains: tuple[str, ...]
-    shares: tuple[str, ...] = ()
-    frozen: tuple[str, ...] = ()
-    predicts: Literal["base", "global", "local", "mixture"] = "global"
-    local_from: Literal["global", "zero"] = "global"
-    holds_out_gate: bool = False
+    phases: tuple[Phase, ...] = ()
+    experts: tuple[str, ...] = ()
+    shares: Patterns = ()
+    receives: Patterns | None = None
+    frozen: Patterns = ()
+    modules: tuple[tuple[str, Build], ...] = ()
+    start: Start = received_and_kept
+    end: End | None = None
+    aggregate: Aggregate = field(default_factory=Aggregate)
+    common: Predict | None = GLOBAL
+    predict: Predict | None = None
+    weights: Predict | None = None
     wakes: bool = False
+
+    @property
+    def trains(self) -> Patterns:
+        """What any of the phases trains."""
+        return tuple(pattern for phase in self.phases for pattern in phase.trains)
+
+    @property
+    def sends_every_round(self) -> Patterns:
+        """What the cohort is sent every round."""
+        return self.shares if self.receives is None else self.receives
+
+    def leaves(self, now: State, began: State) -> State:
+        """What a visit leaves, by :attr:`end`."""
+        return select(now, self.trains) if self.end is None else self.end(now, began)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from fedms.fl.algorithms.losses import Expert
 from fedms.fl.algorithms.stage import Stage
-from fedms.fl.config import Config
+from fedms.fl.config import StageConfig
 
 
-def stages(config: Config) -> tuple[Stage, ...]:
-    return (
-        Stage(
-            name="zero_shot", settings=config.stage1.replace(rounds=1), trains=(), predicts="base"
-        ),
-    )
+def stages(rounds: Sequence[tuple[str, StageConfig]]) -> tuple[Stage, ...]:
+    _, settings = rounds[0]
+    return (Stage("zero_shot", settings.replace(rounds=1), common=Expert()),)

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from fedms.fl.config import Config
 from fedms.fl.data.dataset import load_dataset
 from fedms.fl.data.duplicates import repeated_texts
-from fedms.fl.data.federation import Federation
+from fedms.fl.data.federation import Dataset, Federation
 from fedms.fl.data.partition import Fractions, make_federation
-from fedms.fl.model.backbone import load_foundation
-from fedms.fl.model.resident import Resident
+from fedms.fl.model.backbone import Backbone, load_backbone, load_pretrained, resolve
+from fedms.fl.model.prefix import Outputs, Prefix
+from fedms.fl.model.slots import Slots
+from fedms.fl.model.view import Model
 from fedms.fl.runs.checkpoint import Checkpoint
 from fedms.fl.runs.progress import Progress
+from fedms.fl.tasks.task import Task
+from fedms.fl.tasks.text import TextTask, recorded_pooling
+from fedms.fl.types import ConfigError
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,7 @@ class Outcome:
 
 
 class World:
-    """What all methods of a run share: clients, resident model, cached prefix, equal first stages.
+    """What all methods of a run share: clients, model, what is kept of it, equal first stages.
 
     Attributes:
         outcomes: of first stages, by all that decides them.
@@ -41,9 +47,52 @@ class World:
             if note := repeated_texts(self.federation.dataset):
                 progress.say(note)
         with progress.phase("model"):
-            self.resident = Resident(
-                load_foundation(config.model, config.lora), self.federation.dataset, config
-            )
+            self.model = load_model(config, self.federation)
+
+
+def load_model(config: Config, federation: Federation) -> Model:
+    """The model of a configuration, for the examples of a federation."""
+    path = resolve(config.model.path)
+    backbone = load_backbone(path, config.model.device, config.model.dtype, config.model.attention)
+    task = _text_task(config, backbone, federation.dataset, path)
+    task.prepare(lambda batch: backbone.hidden(batch.to(backbone.device)))
+    lora = config.lora
+    slots = Slots(
+        backbone,
+        r=lora.r,
+        alpha=lora.alpha,
+        dropout=lora.dropout,
+        targets=lora.targets,
+        head=task.fresh_head(backbone.width),
+    )
+    own = [
+        np.unique(np.concatenate([client.own, client.val, client.test]))
+        for client in federation.everyone.values()
+    ]
+    prefix = Prefix(backbone, task, own, config.engine.prefix_cache_mb * 2**20)
+    outputs = Outputs(config.engine.cache_global)
+    return Model(task, backbone, slots, prefix, outputs, config.eval.batch_size)
+
+
+def _text_task(config: Config, backbone: Backbone, dataset: Dataset, path: str) -> Task:
+    from transformers import AutoTokenizer
+
+    settings = config.model
+    longest = getattr(backbone.model.config, "max_position_embeddings", None)
+    if longest is not None and settings.max_tokens > longest:
+        raise ConfigError(
+            f"model.max_tokens must be at most {longest}, the positions that the model has, "
+            f"got {settings.max_tokens}"
+        )
+    pooling = recorded_pooling(path) if settings.pooling == "auto" else settings.pooling
+    return TextTask(
+        dataset,
+        load_pretrained(AutoTokenizer, path, "model.path"),
+        max_tokens=settings.max_tokens,
+        pooling=pooling,
+        prompt=settings.prompt,
+        logit_scale=settings.logit_scale,
+    )
 
 
 def load_federation(config: Config) -> Federation:

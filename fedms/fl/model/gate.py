@@ -28,14 +28,11 @@ class Gate(nn.Module):
 
     def __init__(self, num_inputs: int, bottleneck: int) -> None:
         super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            # Clients must agree on the start of the adapter, or its average means nothing.
-            torch.manual_seed(0)
-            self.adapter = nn.Sequential(
-                nn.Linear(num_inputs, bottleneck), nn.GELU(), nn.Linear(bottleneck, num_inputs)
-            )
-            self.linear = nn.Linear(num_inputs, 2)
-            nn.init.normal_(self.linear.weight, std=0.01)
+        self.adapter = nn.Sequential(
+            nn.Linear(num_inputs, bottleneck), nn.GELU(), nn.Linear(bottleneck, num_inputs)
+        )
+        self.linear = nn.Linear(num_inputs, 2)
+        nn.init.normal_(self.linear.weight, std=0.01)
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -82,23 +79,28 @@ def log_prior_of_counts(counts: Tensor) -> Tensor:
     return (smoothed / smoothed.sum()).log()
 
 
-def combine(how: str, weights: Tensor, z_g: Tensor, z_l: Tensor, head: Tensor) -> Tensor:
-    """Log-probabilities [B, C] of the mixture.
+def mixed_log_p(how: str, weights: Tensor, log_g: Tensor, log_l: Tensor) -> Tensor:
+    """Log-probabilities [B, C] of the mixture of two experts' distributions.
 
     Args:
-        how: "probabilities": w_g p_g + w_l p_l; "logits": softmax of the weighted logits;
-            "features": the weighted features, normalised, through the head.
+        how: "probabilities": w_g p_g + w_l p_l; "logits": softmax of the weighted logits (which
+            differ from log-probabilities by a constant a row, so those serve).
         weights: [B, 2].
-        z_g, z_l: the experts' normalised features, [B, D].
-        head: class features times the logit scale, [C, D].
+        log_g, log_l: the experts' log-probabilities, [B, C].
     """
     w_g, w_l = weights[:, :1], weights[:, 1:]
-    if how == "features":
-        return F.log_softmax(F.normalize(w_g * z_g + w_l * z_l, dim=-1) @ head.T, dim=-1)
     if how == "logits":
-        return F.log_softmax((w_g * z_g + w_l * z_l) @ head.T, dim=-1)
-    log_g, log_l = F.log_softmax(z_g @ head.T, dim=-1), F.log_softmax(z_l @ head.T, dim=-1)
-    least = torch.finfo(
-        weights.dtype
-    ).tiny  # at a weight of exactly 0 the log's gradient would be NaN
+        return F.log_softmax(w_g * log_g + w_l * log_l, dim=-1)
+    # at a weight of exactly 0 the log's gradient would be NaN
+    least = torch.finfo(weights.dtype).tiny
     return torch.logaddexp(w_g.clamp(min=least).log() + log_g, w_l.clamp(min=least).log() + log_l)
+
+
+def mixed_features(weights: Tensor, z_g: Tensor, z_l: Tensor) -> Tensor:
+    """The weighted sum of two experts' features [B, D], at the weighted mean of their lengths.
+
+    For unit features that is the normalised sum.
+    """
+    w_g, w_l = weights[:, :1], weights[:, 1:]
+    length = w_g * z_g.norm(dim=-1, keepdim=True) + w_l * z_l.norm(dim=-1, keepdim=True)
+    return F.normalize(w_g * z_g + w_l * z_l, dim=-1) * length

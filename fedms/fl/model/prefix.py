@@ -1,87 +1,120 @@
-"""Frozen prefix reuse: hidden states below the lowest awake block, computed once and kept.
+"""What stays the same from round to round, kept per example: the frozen prefix and frozen outputs.
 
-States are stored per example, without padding, so memory follows the texts' lengths. Past the bound
-nothing is stored: those examples run from their token ids every time, with the same result.
+Rows are stored without padding, so memory follows the examples' lengths. Past the bound nothing is
+stored: those examples are computed every time, with the same result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedms.fl.model.backbone import Foundation, Tokens, pad
+from fedms.fl.model.backbone import Backbone
+from fedms.fl.tasks.task import Batch, Task
 
 FILL_BATCH = 64
 
 
-class PrefixCache:
-    """Batches of a dataset, with their hidden states at the foundation's current depth.
+class Prefix:
+    """Hidden states below the lowest awake block, computed when they are first asked for.
+
+    Examples are computed in groups that do not depend on who asks or when, so a run that was
+    stopped and resumed rounds as one that was not.
 
     Args:
-        foundation: the model; its :attr:`~Foundation.depth` says where a batch starts.
-        rows: token ids [T_i] of every example of the dataset.
+        backbone, task: the model, and what its batches are.
+        groups: examples that are computed together, e.g. each client's own.
         max_bytes: bound on what is stored; 0 stores nothing.
+
+    Attributes:
+        bytes: what is stored now.
     """
 
-    def __init__(self, foundation: Foundation, rows: Sequence[Tensor], max_bytes: int) -> None:
-        self._foundation = foundation
-        self._rows = rows
-        self._max_bytes = max_bytes
+    def __init__(
+        self, backbone: Backbone, task: Task, groups: Sequence[np.ndarray], max_bytes: int
+    ) -> None:
+        self._backbone, self._task, self._max_bytes = backbone, task, max_bytes
+        self._chunks: list[np.ndarray] = []
+        for group in groups:
+            by_length = group[np.argsort(task.lengths[group], kind="stable")]
+            self._chunks += [
+                by_length[start : start + FILL_BATCH]
+                for start in range(0, len(by_length), FILL_BATCH)
+            ]
+        self._chunk_of = {
+            i: number for number, chunk in enumerate(self._chunks) for i in chunk.tolist()
+        }
         self._states: dict[int, dict[int, Tensor]] = {}
+        self._kept_chunks = 0
         self.bytes = 0
 
-    def fill(
-        self,
-        indices: np.ndarray,
-        depths: Sequence[int],
-        advance: Callable[[int], object] = lambda n: None,
-    ) -> None:
-        """Store the states at ``depths`` of as many ``indices`` as the bound allows, in one pass.
-
-        ``advance`` hears how many examples each batch has covered.
-        """
-        depths = sorted({depth for depth in depths if depth > 0})
-        if not depths or not self._max_bytes:
-            return
-        missing = {
-            i for depth in depths for i in indices.tolist() if i not in self._states.get(depth, {})
-        }
-        by_length = sorted(missing, key=lambda i: (len(self._rows[i]), i))
-        for start in range(0, len(by_length), FILL_BATCH):
-            chosen = by_length[start : start + FILL_BATCH]
-            advance(len(chosen))
-            hidden = self._foundation.prefix(pad([self._rows[i] for i in chosen]), depths)
-            for depth, states in hidden.items():
-                stored = self._states.setdefault(depth, {})
-                for row, i in enumerate(chosen):
-                    if i in stored:
-                        continue
-                    state = states[row, : len(self._rows[i])].clone()
-                    if self.bytes + state.nbytes > self._max_bytes:
-                        return
-                    stored[i] = state
-                    self.bytes += state.nbytes
-
-    def forget_above(self, depth: int) -> None:
-        """Free the states at depths that no awake set will start from again."""
-        for stale in [known for known in self._states if known > depth]:
+    def keep(self, depths: Sequence[int]) -> None:
+        """From now on batches may start at these depths and at no others."""
+        wanted = {depth for depth in depths if depth > 0}
+        for stale in self._states.keys() - wanted:
             self.bytes -= sum(state.nbytes for state in self._states.pop(stale).values())
+        for depth in wanted:
+            self._states.setdefault(depth, {})
+        a_position = len(wanted) * self._backbone.width * self._backbone.dtype.itemsize
+        sizes = [int(self._task.lengths[chunk].sum()) * a_position for chunk in self._chunks]
+        self._kept_chunks = int(np.searchsorted(np.cumsum(sizes), self._max_bytes, side="right"))
 
-    def batch(self, indices: np.ndarray) -> tuple[Tokens, Tensor | None, int]:
-        """Tokens, hidden states [B, T, D], their depth; (tokens, None, 0) if still to compute."""
-        depth = self._foundation.depth
-        tokens = pad([self._rows[i] for i in indices])
-        stored = self._states.get(depth, {})
+    def entry(self, indices: np.ndarray, batch: Batch, depth: int) -> Tensor | None:
+        """Hidden states [B, T, D] of a batch at ``depth``; None at 0, where ids are as good."""
         if depth == 0:
-            return tokens, None, 0
-        if all(i in stored for i in indices):
-            return (
-                tokens,
-                nn.utils.rnn.pad_sequence([stored[i] for i in indices], batch_first=True),
-                depth,
-            )
-        with torch.no_grad():
-            return tokens, self._foundation.prefix(tokens, [depth])[depth], depth
+            return None
+        stored = self._states.get(depth, {})
+        wanted = indices.tolist()
+        missing = {self._chunk_of.get(i, self._kept_chunks) for i in wanted if i not in stored}
+        if any(chunk >= self._kept_chunks for chunk in missing) or depth not in self._states:
+            return self._backbone.entering(batch, [depth])[depth]
+        for chunk in sorted(missing):
+            self._fill(self._chunks[chunk])
+        return nn.utils.rnn.pad_sequence([stored[i] for i in wanted], batch_first=True)
+
+    def _fill(self, chunk: np.ndarray) -> None:
+        batch = self._task.batch(chunk, self._backbone.device)
+        for depth, states in self._backbone.entering(batch, sorted(self._states)).items():
+            for row, i in enumerate(chunk.tolist()):
+                state = states[row, : self._task.lengths[i]].clone()
+                self.bytes += state.nbytes - (
+                    old.nbytes if (old := self._states[depth].get(i)) is not None else 0
+                )
+                self._states[depth][i] = state
+
+
+class Outputs:
+    """Features of paths that are frozen for everybody, by path and example.
+
+    Args:
+        enabled: False computes them every time.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        self._enabled = enabled
+        self._frozen: frozenset[tuple[str, ...]] = frozenset()
+        self._known: dict[tuple[str, ...], dict[int, Tensor]] = {}
+
+    def keep(self, paths: Sequence[tuple[str, ...]]) -> None:
+        """Forget all, and from now on keep what these paths give."""
+        self._frozen = frozenset(paths) if self._enabled else frozenset()
+        self._known = {path: {} for path in self._frozen}
+
+    def missing(self, path: tuple[str, ...], indices: np.ndarray) -> np.ndarray | None:
+        """Which of these examples are not known; None if this path is not kept at all."""
+        if path not in self._frozen:
+            return None
+        known = self._known[path]
+        return np.array([i for i in indices.tolist() if i not in known], dtype=np.int64)
+
+    def put(self, path: tuple[str, ...], indices: np.ndarray, features: Sequence[Tensor]) -> None:
+        """Keep each example's features [answers, D]."""
+        self._known[path].update(zip(indices.tolist(), features, strict=True))
+
+    def get(self, path: tuple[str, ...], indices: np.ndarray) -> Tensor:
+        """Features [P, D] of examples, in their order."""
+        known = self._known[path]
+        return torch.cat([known[i] for i in indices.tolist()])

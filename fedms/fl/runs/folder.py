@@ -22,12 +22,12 @@ from safetensors.torch import save
 from fedms.fl.config import Config, load_config, to_toml
 from fedms.fl.data.federation import Federation
 from fedms.fl.engines.world import World
-from fedms.fl.model.layers import save_adapter
 from fedms.fl.round import Run
+from fedms.fl.runs.export import save_adapter
 from fedms.fl.runs.files import locked, replace_file
 from fedms.fl.runs.origin import Origin, frozen_weights
 from fedms.fl.runs.progress import Progress
-from fedms.fl.types import FedMSError
+from fedms.fl.types import FedMSError, select
 
 
 def start(config: Config, folder: Path, progress: Progress) -> None:
@@ -92,7 +92,7 @@ def _carry_on(config: Config, folder: Path, progress: Progress) -> None:
         return
     with _disk_errors(folder):
         world = World(config, progress)
-        began = Origin.of(world.federation, frozen_weights(world.resident.foundation.model))
+        began = Origin.of(world.federation, frozen_weights(world.model.backbone.model))
         for place, settings in left.items():
             _prepare(settings, place)
             began.check(settings, place)
@@ -105,32 +105,19 @@ def _carry_on(config: Config, folder: Path, progress: Progress) -> None:
 
 def export(run: Run, folder: Path) -> None:
     """Write what was trained: all experts as peft adapters, the gates as safetensors."""
-    foundation, resident = run.resident.foundation, run.resident
-    trained = {prefix for stage in run.stages for prefix in stage.trains}
-    resident.load(run.server)
-    base = run.config.model.path
-    if "global." in trained:
-        save_adapter(foundation.layers, "global", folder / "adapters" / "global", base_model=base)
-    gates = {
-        name: tensor for name, tensor in run.server.items() if name.startswith("gate.adapter.")
-    }
+    slots, stage, base = run.model.slots, run.stages[-1], run.config.model.path
+    trained = {pattern for stage in run.stages for pattern in stage.trains}
+    received = run.received(stage)
+    if "global.*" in trained:
+        save_adapter(slots, received, "global", folder / "adapters" / "global", base_model=base)
+    gates = select(run.server, ("gate.*",))
     for client_id, kept in run.kept.items():
-        resident.load(kept)
-        if "local." in trained:
-            save_adapter(
-                foundation.layers,
-                "local",
-                folder / "adapters" / "clients" / folder_name(client_id),
-                base_model=base,
-            )
-        gates.update(
-            {
-                f"clients/{client_id}/{name}": tensor
-                for name, tensor in kept.items()
-                if name.startswith("gate.")
-            }
-        )
-    if "gate." in trained:
+        if "local.*" in trained:
+            own = folder / "adapters" / "clients" / folder_name(client_id)
+            save_adapter(slots, stage.start(received, kept), "local", own, base_model=base)
+        mine = select(kept, ("gate.*",))
+        gates.update({f"clients/{client_id}/{name}": tensor for name, tensor in mine.items()})
+    if "gate.*" in trained:
         replace_file(
             folder / "gate.safetensors",
             save({name: tensor.contiguous() for name, tensor in gates.items()}),

@@ -11,12 +11,11 @@ import numpy as np
 import torch
 
 from fedms.fl.algorithms import stages_of
-from fedms.fl.client import initial_kept
+from fedms.fl.client import received
 from fedms.fl.config import load_config
-from fedms.fl.data.federation import Dataset
-from fedms.fl.model.backbone import load_foundation
-from fedms.fl.model.gate import log_prior_of_counts
-from fedms.fl.model.resident import Resident
+from fedms.fl.data.federation import Dataset, Federation
+from fedms.fl.engines.world import load_model
+from fedms.fl.model.view import View
 from fedms.fl.runs.checkpoint import load_checkpoint
 from fedms.fl.runs.origin import check_model, frozen_weights
 from fedms.fl.runs.progress import Progress
@@ -58,41 +57,29 @@ def predict(
         )
     counts = torch.tensor(record["counts"][record["clients"].index(client_id)])
 
-    config = config.replace(engine=config.engine.replace(prefix_cache_mb=0, cache_global=False))
+    everyone = np.arange(len(texts))
     dataset = Dataset(
         tuple(texts), np.zeros(len(texts), dtype=np.int64), tuple(record["class_names"])
     )
-    foundation = load_foundation(config.model, config.lora)
-    check_model(folder, frozen_weights(foundation.model), config.model.path)
-    resident = Resident(foundation, dataset, config)
+    model = load_model(config, Federation(dataset, ()))
+    check_model(folder, frozen_weights(model.backbone.model), config.model.path)
     activation = Activation(config.sal, checkpoint.sal["order"])
     activation.restore(checkpoint.sal)
-    resident.foundation.set_awake(activation.awake)
+    model.slots.set_awake(activation.awake)
     stages, ended = stages_of(config), 0
     stage = stages[-1]
     for stage in stages:
         ended += stage.settings.rounds
         if checkpoint.round <= ended:
             break
-    resident.load(
-        {
-            **checkpoint.server,
-            **initial_kept(resident, stage, checkpoint.server),
-            **checkpoint.kept.get(client_id, {}),
-        }
-    )
-
-    indices = np.arange(len(texts))
-    if stage.predicts == "mixture":
-        log_p, weights = resident.mixture(indices, log_prior_of_counts(counts))
-        shares = weights.tolist()
-    else:
-        path = () if stage.predicts == "base" else (stage.predicts,)
-        log_p, shares = (
-            resident.log_probs(resident.features(indices, path)),
-            [(None, None)] * len(texts),
-        )
-    best = log_p.exp().max(dim=-1)
+    model.build(dict(stage.modules))
+    kept = checkpoint.kept.get(client_id, {})
+    model.slots.load([stage.start(received(model, stage, checkpoint.server), kept)])
+    view = View(model, [everyone], counts[None])
+    answer = stage.predict or stage.common
+    assert answer is not None
+    best = answer(view).exp().max(dim=-1)
+    shares = [(None, None)] * len(texts) if stage.weights is None else stage.weights(view).tolist()
     return [
         Prediction(text, dataset.class_names[int(label)], float(p), w_g, w_l)
         for text, label, p, (w_g, w_l) in zip(texts, best.indices, best.values, shares, strict=True)

@@ -55,6 +55,9 @@ class CausalLMTask:
             tuple((lengths - 1).tolist()),
         ).to(device)
 
+    def targets(self, indices: np.ndarray) -> np.ndarray:
+        return np.concatenate([self._windows[i][1:] for i in indices.tolist()]).astype(np.int64)
+
     def prepare(self, hidden: Callable[[Batch], Tensor]) -> None:
         """Nothing: the head is the model's own."""
 

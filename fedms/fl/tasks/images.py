@@ -96,6 +96,9 @@ class ImageTask:
             outline={"pixel_values": nothing},
         )
 
+    def targets(self, indices: np.ndarray) -> np.ndarray:
+        return self._labels[indices].numpy()
+
     def prepare(self, hidden: Callable[[Batch], Tensor]) -> None:
         """Ask for the class names' features, if the head reads them."""
         if self._names is not None and not isinstance(self._head, Linear):

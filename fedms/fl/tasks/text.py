@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -43,7 +45,7 @@ class TextTask:
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens
         self._pooling = pooling
-        self._labels = torch.from_numpy(dataset.labels)
+        self._labels = dataset.labels
         self._rows = self._tokenize(dataset.inputs)
         self._prompts = [prompt.replace("{}", name) for name in dataset.class_names]
         self._head = Linear(len(self._prompts)) if head == "linear" else ClassNames(logit_scale)
@@ -52,7 +54,11 @@ class TextTask:
 
     def batch(self, indices: np.ndarray, device: torch.device) -> Batch:
         """Texts [B] as ids and mask [B, T]."""
-        return self._pad([self._rows[i] for i in indices], self._labels[indices]).to(device)
+        targets = torch.from_numpy(self._labels[indices])
+        return self._pad([self._rows[i] for i in indices], targets).to(device)
+
+    def targets(self, indices: np.ndarray) -> np.ndarray:
+        return self._labels[indices]
 
     def prepare(self, hidden: Callable[[Batch], Tensor]) -> None:
         """Encode the class names."""
@@ -87,3 +93,13 @@ class TextTask:
         lengths = torch.tensor([len(row) for row in rows])
         mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
         return Batch({"input_ids": ids, "attention_mask": mask}, targets, torch.arange(len(rows)))
+
+
+def recorded_pooling(path: str) -> Literal["mean", "cls"]:
+    """What sentence-transformers wrote beside the model in the folder ``path``, else the mean."""
+    record = Path(path) / "1_Pooling" / "config.json"
+    if record.is_file() and json.loads(record.read_text(encoding="utf-8")).get(
+        "pooling_mode_cls_token"
+    ):
+        return "cls"
+    return "mean"

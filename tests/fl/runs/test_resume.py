@@ -254,9 +254,9 @@ def test_a_resumed_run_does_not_repeat_rounds_that_are_done(config, tmp_path, qu
     rounds = []
     real = engine.visit
 
-    def visit(resident, stage, client, received, kept, blocks, round):
+    def visit(model, stage, visits, server, round, seed):
         rounds.append(round)
-        return real(resident, stage, client, received, kept, blocks, round)
+        return real(model, stage, visits, server, round, seed)
 
     monkeypatch.setattr(engine, "visit", visit)
     resume(tmp_path / "r", quiet)

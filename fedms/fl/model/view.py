@@ -1,0 +1,340 @@
+"""What a loss or a prediction may ask about a batch of S clients side by side.
+
+S slots, B examples, P answers, T positions, D width, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.utils.checkpoint import checkpoint
+
+from fedms.fl.model.backbone import Backbone
+from fedms.fl.model.prefix import Outputs, Prefix
+from fedms.fl.model.slots import Path, Slots
+from fedms.fl.tasks.task import Batch, Task
+from fedms.fl.types import State, select
+
+MOST_LOGITS = 2**24
+"""Logits that are held at once; more are made in pieces of answers."""
+
+OfAnswers = Callable[..., Tensor]
+"""See :meth:`View.over`."""
+
+
+@dataclass
+class Model:
+    """One model for all clients, and what belongs to it.
+
+    Attributes:
+        task: what an example is.
+        backbone: the frozen model.
+        slots: the experts on it.
+        prefix: hidden states below the lowest awake block.
+        outputs: features of frozen paths.
+        rows: examples of a forward that needs no gradient.
+        modules: small networks beside the backbone, as templates; their parameters are in states.
+    """
+
+    task: Task
+    backbone: Backbone
+    slots: Slots
+    prefix: Prefix
+    outputs: Outputs
+    rows: int = 64
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+
+    def build(self, modules: Mapping[str, Callable[[int], nn.Module]]) -> None:
+        """Make the small networks of a stage; each is built from D."""
+        self.modules = {}
+        for name, build in modules.items():
+            with torch.random.fork_rng(devices=[]):
+                # Clients must agree on the start, or an average means nothing.
+                torch.manual_seed(0)
+                module = build(self.backbone.width)
+            module.to(self.backbone.device, self.backbone.master).requires_grad_(False)
+            self.modules[name] = module
+
+    def fresh(self, experts: Sequence[str]) -> State:
+        """What has not been trained yet, the same for everybody: experts and small networks."""
+        state: State = {}
+        for expert in experts:
+            state.update(self.slots.fresh(expert))
+        for name, module in self.modules.items():
+            state.update({f"{name}.{key}": value for key, value in module.named_parameters()})
+        return state
+
+
+class View:
+    """A batch of S clients, side by side: the only door of an algorithm to the model.
+
+    Every result is kept until :meth:`forget_trained`, and for the life of the view where nobody
+    trains what it went through: 30 steps of a gate on one view cost one forward.
+
+    Args:
+        model: its slots hold the clients' parameters.
+        rows: each client's examples, as indices into the dataset.
+        counts: int64 [S, C], each client's own training examples by class.
+        began: the leaves as they were when the visit began; the live ones by default.
+        seeds: a generator a client, where experts in training drop out.
+
+    Attributes:
+        live, began: leaves by name, [S, ...] or [1, ...], now and when the visit began.
+        indices: int64 [B], the examples, one client after the other.
+        targets: int64 [P], the right answers; a client's stand together, in the order of clients.
+        slot: int64 [P], whose each answer is.
+        counts: as given.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        rows: Sequence[np.ndarray],
+        counts: Tensor,
+        began: State | None = None,
+        seeds: Sequence[torch.Generator] | None = None,
+    ) -> None:
+        self.live = model.slots.live
+        self.began = self.live if began is None else began
+        self.counts = counts
+        self._model, self._seeds = model, seeds
+        self._trained = {name.partition(".")[0] for name, t in self.live.items() if t.requires_grad}
+        self._rows = [len(own) for own in rows]
+        self.indices = np.concatenate(rows)
+        self._batch = model.task.batch(self.indices, model.backbone.device)
+        self.targets = self._batch.targets
+        each = np.asarray(self._batch.answers or [1] * len(self.indices))
+        self._each = each.tolist()
+        ends = np.concatenate([[0], np.cumsum(each)])[np.cumsum([0, *self._rows])]
+        self._ends: list[int] = ends.tolist()
+        """Client s has the answers _ends[s]:_ends[s + 1]."""
+        self._known: dict[tuple[object, ...], Tensor] = {}
+        self._known_frozen: dict[tuple[object, ...], Tensor] = {}
+
+    @cached_property
+    def slot(self) -> Tensor:
+        sizes = torch.tensor(self._ends).diff()
+        return torch.repeat_interleave(sizes).to(self.targets.device, non_blocking=True)
+
+    def forget_trained(self) -> None:
+        """The trained leaves have changed: forget what went through them."""
+        self._known.clear()
+
+    # Through the model ----------------------------------------------------------------------------
+
+    def features(self, *path: str, gates: Tensor | None = None) -> Tensor:
+        """What the head reads, [P, D], through the base and the experts of ``path``.
+
+        Args:
+            gates: [B, len(path)]: weights of the experts' outputs in every linear, an example each.
+        """
+        if gates is not None:
+            return self._forward(self.indices, self._rows, self._batch, path, gates)
+
+        def compute() -> Tensor:
+            if self._is_trained(path):
+                return self._forward(self.indices, self._rows, self._batch, path)
+            return self._frozen(path)
+
+        return self._once(("features", path), path, compute)
+
+    def log_p(self, *path: str, gates: Tensor | None = None) -> Tensor:
+        """Log-probabilities [P, C] of the experts of ``path``, by the head of the last of them."""
+        if gates is not None:
+            return self.log_p_of(self.features(*path, gates=gates), path[-1])
+        return self.over(_log_p, path)
+
+    def log_p_of(self, z: Tensor, expert: str) -> Tensor:
+        """Log-probabilities [P, C] of features [P, D] by an expert's head."""
+        return self._in_pieces(_log_p, [z], [expert])
+
+    def nll(self, *path: str) -> Tensor:
+        """Negative log-probabilities [P] of the right answers; a large [P, C] is never held."""
+        return self.over(_nll, path)
+
+    def over(self, function: OfAnswers, *paths: Path, detached: bool = False) -> Tensor:
+        """A function of the answers' distributions, [P, ...], some answers at a time.
+
+        Args:
+            function: (view, slot, targets [p], log_p [p, C] of each path ...) -> [p, ...], for p
+                answers of one client.
+            detached: no gradient goes back through the features.
+        """
+
+        def compute() -> Tensor:
+            z = [self.features(*path) for path in paths]
+            z = [each.detach() for each in z] if detached else z
+            return self._in_pieces(function, z, [path[-1] if path else "" for path in paths])
+
+        return self._once((function, *paths), sum(paths, ()), compute)
+
+    def call(self, module: str, inputs: Tensor) -> Tensor:
+        """Each client's own small network on its answers: inputs [P, F] -> [P, ...]."""
+        network, prefix = self._model.modules[module], module + "."
+        parameters = {
+            name.removeprefix(prefix): leaf
+            for name, leaf in self.live.items()
+            if name.startswith(prefix)
+        }
+        slots = len(self._rows)
+        if slots == 1:
+            own = {name: leaf[0] for name, leaf in parameters.items()}
+            return functional_call(network, own, (inputs,))
+        stacked = {name: leaf.expand(slots, *leaf.shape[1:]) for name, leaf in parameters.items()}
+        padded = nn.utils.rnn.pad_sequence(self.split(inputs), batch_first=True)
+        output = vmap(lambda own, rows: functional_call(network, own, (rows,)))(stacked, padded)
+        return torch.cat([rows[:n] for rows, n in zip(output, self._sizes, strict=True)])
+
+    # Numbers a client -----------------------------------------------------------------------------
+
+    def split(self, values: Tensor) -> list[Tensor]:
+        """Values [P, ...] of each client."""
+        return list(values.split(self._sizes))
+
+    def mean(self, values: Tensor, weights: Tensor | None = None) -> Tensor:
+        """[S], each client's mean of ``values`` [P], weighted by ``weights`` [P]; 0 of nothing."""
+        if weights is None:
+            return torch.stack([v.mean() if len(v) else v.sum() for v in self.split(values)])
+        least = torch.finfo(weights.dtype).tiny
+        return torch.stack(
+            [
+                (v * w).sum() / w.sum().clamp(min=least)
+                for v, w in zip(self.split(values), self.split(weights), strict=True)
+            ]
+        )
+
+    def by_example(self, values: Tensor) -> list[Tensor]:
+        """Values [P] -> for each client the mean over each of its examples' answers."""
+        if self._batch.answers is not None:
+            values = torch.stack([own.mean() for own in values.split(self._each)])
+        return list(values.split(self._rows))
+
+    def drift(self, pattern: str, to: State | None = None) -> Tensor:
+        """[S], the squared distance of the live leaves of ``pattern`` from ``to`` or ``began``."""
+        to = self.began if to is None else to
+        moved = [
+            (leaf - to[name]).flatten(1).square().sum(1)
+            for name, leaf in select(self.live, (pattern,)).items()
+        ]
+        return torch.stack(moved).sum(0)
+
+    def class_counts(self) -> Tensor:
+        """[P], how many of the client's answers in this view have the same right answer."""
+        place = self.slot * self._model.task.num_classes + self.targets
+        counts = torch.zeros(
+            len(self._rows) * self._model.task.num_classes,
+            dtype=self._model.backbone.master,
+            device=place.device,
+        )
+        return counts.index_add(0, place, torch.ones_like(place, dtype=counts.dtype))[place]
+
+    def constant(self, value: float, width: int) -> Tensor:
+        """[P, width] of one value."""
+        return torch.full(
+            (len(self.targets), width),
+            value,
+            dtype=self._model.backbone.master,
+            device=self.targets.device,
+        )
+
+    # Inside ---------------------------------------------------------------------------------------
+
+    @cached_property
+    def _sizes(self) -> list[int]:
+        return [end - start for start, end in pairwise(self._ends)]
+
+    def _is_trained(self, path: Path) -> bool:
+        return torch.is_grad_enabled() and not self._trained.isdisjoint(path)
+
+    def _once(self, key: tuple[object, ...], path: Path, compute: Callable[[], Tensor]) -> Tensor:
+        known = self._known_frozen if self._trained.isdisjoint(path) else self._known
+        if key not in known:
+            known[key] = compute()
+        return known[key]
+
+    def _forward(
+        self,
+        indices: np.ndarray,
+        rows: Sequence[int],
+        batch: Batch,
+        path: Path,
+        gates: Tensor | None = None,
+    ) -> Tensor:
+        model, depth = self._model, self._model.slots.depth
+        entry = model.prefix.entry(indices, batch, depth)
+        seeds = self._seeds if self._is_trained(path) else None
+        with model.slots.routed(path, rows, gates, seeds):
+            return model.task.pool(model.backbone.hidden(batch, entry, depth), batch)
+
+    @torch.no_grad()
+    def _frozen(self, path: Path) -> Tensor:
+        """Features [P, D] of any number of examples, kept over views where the path allows it."""
+        outputs = self._model.outputs
+        missing = outputs.missing(path, np.unique(self.indices))
+        if missing is None:
+            return torch.cat(self._in_chunks(self.indices, self._rows, path))
+        if len(missing):
+            outputs.put(path, missing, self._in_chunks(missing, [len(missing)], path))
+        return outputs.get(path, self.indices)
+
+    def _in_chunks(self, indices: np.ndarray, rows: Sequence[int], path: Path) -> list[Tensor]:
+        """Each example's features [answers, D], from forwards of like length."""
+        task, size = self._model.task, self._model.rows
+        owner = np.repeat(np.arange(len(rows)), rows)
+        order = np.argsort(task.lengths[indices], kind="stable")
+        features: dict[int, Tensor] = {}
+        for start in range(0, len(order), size):
+            chosen = np.sort(order[start : start + size])  # a client's examples stand together
+            batch = task.batch(indices[chosen], self._model.backbone.device)
+            own = np.bincount(owner[chosen], minlength=len(rows)).tolist()
+            z = self._forward(indices[chosen], own, batch, path)
+            features.update(
+                zip(chosen.tolist(), z.split(batch.answers or [1] * len(chosen)), strict=True)
+            )
+        return [features[i] for i in range(len(indices))]
+
+    def _in_pieces(
+        self, function: OfAnswers, z: Sequence[Tensor], experts: Sequence[str]
+    ) -> Tensor:
+        task = self._model.task
+        heads = [self.live.get(f"{expert}.head.weight") for expert in experts]
+
+        def piece(slot: int, begin: int, end: int) -> Tensor:
+            log_p = [
+                F.log_softmax(
+                    task.logits(
+                        each[begin:end],
+                        None if head is None else head[slot if len(head) > 1 else 0],
+                    ),
+                    dim=-1,
+                )
+                for each, head in zip(z, heads, strict=True)
+            ]
+            return function(self, slot, self.targets[begin:end], *log_p)
+
+        most = max(1, MOST_LOGITS // task.num_classes)
+        pieces = [
+            (slot, begin, min(begin + most, end))
+            for slot, (start, end) in enumerate(pairwise(self._ends))
+            for begin in range(start, end, most)
+        ]
+        if len(pieces) <= len(self._rows) or not torch.is_grad_enabled():
+            return torch.cat([piece(*place) for place in pieces])
+        # A piece's logits are made again in the backward: only one piece's are held.
+        return torch.cat([checkpoint(piece, *place, use_reentrant=False) for place in pieces])
+
+
+def _log_p(view: View, slot: int, targets: Tensor, log_p: Tensor) -> Tensor:
+    return log_p
+
+
+def _nll(view: View, slot: int, targets: Tensor, log_p: Tensor) -> Tensor:
+    return -log_p.gather(-1, targets[:, None]).squeeze(-1)
