@@ -53,8 +53,9 @@ class CacheCount:
 class Visit:
     """The results file, the clock and the deadline.
 
-    out: the folder of everything written; tiny: rehearsal's sizes; limit: seconds an item may take
-    before it counts as hung.
+    out: the folder of everything written; what an earlier start left there is kept, and only what
+    is missing runs. tiny: rehearsal's sizes. limit: seconds an item may take before it counts as
+    hung.
     """
 
     def __init__(
@@ -67,6 +68,11 @@ class Visit:
         self.cache = CacheCount()
         self.data: dict[str, Any] = {"rehearsal": tiny, "items": {}, "left_out": []}
         out.mkdir(parents=True, exist_ok=True)
+        if (out / "results.json").exists():
+            self.data = json.loads((out / "results.json").read_text("utf-8"))
+            self.data["left_out"] = []
+            if (name := self.data.pop("running", None)) is not None:
+                self.data["items"][name] = {"refused": "the process ended in it"}
 
     def left(self) -> float:
         return self.until - time.monotonic()
@@ -81,6 +87,8 @@ class Visit:
 
         apart: it runs in a process of its own, so a lost device does not matter.
         """
+        if name in self.data["items"]:
+            return self.data["items"][name]
         if self.left() <= 0 or (self.lost and not apart):
             self.data["left_out"].append(name)
             self.write()
@@ -93,11 +101,11 @@ class Visit:
             found = work()
         except Exception as error:  # a compiler's, a launch's or the device's; the file says it
             found = {"refused": first_line(error)}
-            if not self._works():
-                self.lost = name
-                found["lost"] = True
         finally:
             faulthandler.cancel_dump_traceback_later()
+        if not (self.lost or self._works()):
+            self.lost = name
+            found["lost"] = True
         self.data["items"][name] = found | {"seconds": round(time.monotonic() - begin, 2)}
         del self.data["running"]
         self.write()
@@ -125,8 +133,8 @@ def why_not_installed(package: Path, checkout: Path, cuda: str) -> str:
     """
     if checkout in package.resolve().parents:
         return f"fedms must be the installed package (run Python with -P), got {package}"
-    if cuda == "not built":
-        return "the CUDA module is not built: install with -C cmake.define.FEDMS_CUDA=ON"
+    if not cuda.startswith("built") or "cannot run" in cuda:
+        return f"the CUDA module must run (-C cmake.define.FEDMS_CUDA=ON builds it), it is {cuda}"
     return ""
 
 
@@ -159,12 +167,14 @@ def _runs(backend: str, device: torch.device) -> bool:
     return plan.runs(backend, device, torch.bfloat16, torch.bfloat16)
 
 
-def bounded(words: list[str], seconds: float, log: Path) -> tuple[int | None, str]:
+def bounded(
+    words: list[str], seconds: float, log: Path, **environment: str
+) -> tuple[int | None, str]:
     """Exit code, None when the time ended first, and the output, which is kept in `log` too."""
     with log.open("w+", errors="replace") as output:
         child = subprocess.Popen(
             words, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-            env=os.environ | {"XDG_CONFIG_HOME": str(log.parent / "no-table")},
+            env=os.environ | {"XDG_CONFIG_HOME": str(log.parent / "no-table")} | environment,
         )  # fmt: skip
         try:
             code: int | None = child.wait(max(seconds, 1.0))

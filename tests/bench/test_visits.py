@@ -22,7 +22,7 @@ from gpu_sections import by_backend  # noqa: E402
 from gpu_visit import Visit, why_not_installed  # noqa: E402
 from timing import Clock  # noqa: E402
 
-from fedms.kernels import tiles, triton  # noqa: E402
+from fedms.kernels import native, tiles, triton  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -111,6 +111,30 @@ def test_after_a_lost_device_only_other_processes_run(tmp_path):
     assert data["items"]["tests"]["line"] == "ran"
 
 
+def test_a_second_start_runs_what_is_missing_and_names_what_ended_the_first(tmp_path):
+    first = visit(tmp_path)
+    first.item("done", lambda: {"line": "first"})
+    first.data |= {"running": "hung", "left_out": ["missing"]}
+    first.write()
+    second = visit(tmp_path)
+    ran = []
+    for name in ("done", "hung", "missing"):
+        second.item(name, lambda n=name: {"line": ran.append(n)})
+    data = stored(tmp_path)
+    assert ran == ["missing"]
+    assert data["items"]["done"]["line"] == "first"
+    assert data["items"]["hung"] == {"refused": "the process ended in it"}
+    assert data["left_out"] == []
+
+
+def test_a_device_lost_in_an_item_that_kept_its_errors_is_noticed(tmp_path):
+    """As in a sweep, which lists what each tile raised and goes on."""
+    v = visit(tmp_path)
+    v.device = torch.device("meta")
+    v.item("sweep", lambda: {"wrong": {"tile": "CUDA error"}})
+    assert v.lost == "sweep"
+
+
 HANGS = """
 import sys, time, torch
 from pathlib import Path
@@ -135,21 +159,26 @@ def test_an_item_that_hangs_ends_the_process_and_is_named(tmp_path):
     assert "quick" in stored(tmp_path)["items"]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_the_source_folders_package_is_refused(tmp_path):
     checkout, elsewhere = tmp_path / "repo", tmp_path / "site-packages/fedms/__init__.py"
     inside = checkout / "fedms/__init__.py"
-    assert "must be the installed package" in why_not_installed(inside, checkout, "built")
-    assert "is not built" in why_not_installed(elsewhere, checkout, "not built")
-    assert why_not_installed(elsewhere, checkout, "built") == ""
+    runs = "built, 1 device(s); not chosen by the plan"
+    absent = "not built (No module named 'fedms.kernels._C_cuda')"
+    assert "must be the installed package" in why_not_installed(inside, checkout, runs)
+    for useless in (absent, "built, cannot run: no driver", native.build_info()["cuda"]):
+        assert "the CUDA module must run" in why_not_installed(elsewhere, checkout, useless)
+    assert why_not_installed(elsewhere, checkout, runs) == ""
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_visit_says_before_anything_else_that_this_is_not_the_package(tmp_path):
     """Here fedms is the folder's own, or has no CUDA module."""
     v = visit(tmp_path)
     v.tiny = False
     found = v.item("about", lambda: gpu_visit.about(v))
     own = BENCH.parent in Path(gpu_visit.fedms.__file__).parents
-    assert ("must be the installed package" if own else "is not built") in found["refused"]
+    assert ("must be the installed package" if own else "module must run") in found["refused"]
 
 
 JUNIT = """<testsuite>

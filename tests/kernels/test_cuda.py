@@ -87,8 +87,8 @@ def test_problems(name):
 @pytest.mark.cuda
 @pytest.mark.usefixtures("_no_tf32")
 @pytest.mark.parametrize("name", ["odd widths", "dropout", "segments", "top 2"])
-@pytest.mark.parametrize("adapter", [F32, BF16, F16])
-@pytest.mark.parametrize("base", [F32, BF16, F16])
+@pytest.mark.parametrize("adapter", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("base", [F32, BF16, F16], ids=str)
 def test_dtypes(name, base, adapter):
     problem = PROBLEMS[name]()
     limits = {F32: 1e-5, BF16: 6e-3, F16: 1e-3}
