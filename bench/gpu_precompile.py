@@ -203,8 +203,6 @@ def _compile(entry: dict[str, str]) -> bool:
     kernel = getattr(importlib.import_module(entry["module"]), entry["kernel"])
     compiled = kernel.preload(entry["data"])
     CudaLauncher(compiled.src, compiled.metadata)
-    if "torch" in sys.modules:
-        raise RuntimeError(f"{entry['module']} must not import torch")
     return missed == [True]
 
 

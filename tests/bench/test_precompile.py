@@ -29,7 +29,6 @@ print(json.dumps(gpu_precompile.record(islice(gpu_precompile.launches(), 1, 2)))
 @pytest.mark.skipif(sys.platform != "linux", reason="triton's compilers are for Linux")
 @pytest.mark.skipif(not triton.available(), reason="triton is not installed")
 def test_a_recorded_launch_is_compiled_once_and_found_after_packing(tmp_path):
-    """Also: the kernels' files import no torch, or `compile` would fail."""
     done = subprocess.run(
         [sys.executable, "-c", RECORD], cwd=BENCH, capture_output=True, text=True, check=False,
         env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
