@@ -213,6 +213,7 @@ def tests(visit: Visit, seconds: float) -> dict[str, Any]:
     many = [] if visit.tiny else ["-n", str(min(12, os.cpu_count() or 1))]
     words = [*python, "-m", "pytest", *paths, "-q", "-p", "no:cacheprovider"]
     words += ["-m", "not slow", f"--junitxml={report}", "--continue-on-collection-errors", *many]
+    words += ["-W", "default"]  # another version's warning there is no error of a kernel
     code, text = bounded(words, seconds, visit.out / "tests.log")
     if not report.exists():
         return {"refused": f"pytest ended with {code} and no report: {text[-300:]}"}
