@@ -37,8 +37,8 @@ ROOT = Path(__file__).parent.parent
 CAPABILITY = 90
 KEPT = (".json", ".cubin", ".so")
 """What a launch needs of a cache folder; the rest is the compiler's intermediate text."""
-MODULES = ("tile", "shrink", "combine", "expand", "outer")
-"""The kernels' files, those that others call first."""
+FIRST = "tile"
+"""The kernels' file whose functions those of the others call."""
 LISTED = "launches.json"
 """In the cache: module, name and specialisation of every kernel in it."""
 
@@ -187,7 +187,9 @@ def settle_keys() -> None:
     Triton 3.6 puts a global that a called function reads into the caller's key only when the
     function has its own key already, so keys depend on which kernel came first.
     """
-    for name in MODULES:
+    files = (ROOT / "fedms/kernels/triton").glob("*.py")
+    names = {path.stem for path in files if "@triton.jit" in path.read_text("utf-8")}
+    for name in (FIRST, *sorted(names - {FIRST})):
         module = importlib.import_module(f"fedms.kernels.triton.{name}")
         for value in list(vars(module).values()):
             getattr(value, "cache_key", None)
