@@ -7,6 +7,10 @@ Comparisons, each on one layer and on whole models with LoRA of rank 8 on every 
     gated       four adapters with a gate per token; peft's side is its own X-LoRA layer
     two gated   the same with two and everything bf16, for a GPU
 
+"4 bit" models are bitsandbytes' (QLoRA), where that is installed; their products are in the model's
+dtype. X-LoRA takes none, so peft's side of their gated step has its adapters ungated, and fedms's
+has gates of one, whose gradient it computes besides.
+
 A step is forward, backward and, for models, AdamW on the adapters. Only the layers' class differs.
 """
 
@@ -15,6 +19,7 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -58,6 +63,12 @@ MODELS = {
     "Llama 512x4, 2048 tokens": lambda: _llama(8),
     "MiniLM, 512 tokens": lambda: _minilm(),
 }
+QUANTISED = {
+    "Llama 512x4 in 4 bit, 512 tokens": lambda: _llama(2),
+    "Llama 512x4 in 4 bit, 2048 tokens": lambda: _llama(8),
+}
+if importlib.util.find_spec("bitsandbytes"):
+    MODELS |= QUANTISED
 
 
 @dataclass
@@ -83,9 +94,12 @@ def make(name: str, setting: str, device: torch.device | str = "cpu") -> Trainin
             base, loss, shape, targets = _layer(*LAYERS[name])
         else:
             base, loss, shape, targets = MODELS[name]()
+    base = base.to(wanted.base)
+    if name in QUANTISED:
+        _quantise(base)
     config = {"r": 8, "lora_alpha": 16, "target_modules": targets, "init_lora_weights": False}
     names = NAMES[: wanted.adapters]
-    model = get_peft_model(base.to(wanted.base), LoraConfig(**config), adapter_name=names[0])
+    model = get_peft_model(base, LoraConfig(**config), adapter_name=names[0])
     for other in names[1:]:
         model.add_adapter(other, LoraConfig(**config))
     model.base_model.set_adapter(names)
@@ -110,8 +124,11 @@ def pair(name: str, setting: str, device: torch.device | str = "cpu") -> dict[st
     if len(names) > 1:
         torch.manual_seed(1)
         gates = torch.rand(*stock.shape, len(names), device=device).softmax(-1)
+        if name in QUANTISED:
+            gates = torch.ones_like(gates)
         gates = gates.to(SETTINGS[setting].adapter).requires_grad_()
-        _gate_by_xlora(stock.model, gates, names)
+        if name not in QUANTISED:
+            _gate_by_xlora(stock.model, gates, names)
         fedms.set_gates(fused.model, gates, adapters=names)
     return {"peft": stock, "fedms": fused}
 
@@ -213,6 +230,22 @@ def _gate_by_xlora(model: nn.Module, gates: Tensor, names: list[str]) -> None:
     for i, layer in enumerate(layers):
         gated = XLoraLinearLayer(SimpleNamespace(disabled=False), layer, layer.forward, i, config)
         layer.forward = functools.partial(gated.forward, scalings=scalings)
+
+
+def _quantise(model: nn.Module) -> None:
+    """Make every linear but the head bitsandbytes' in 4 bit, as transformers does on loading."""
+    import bitsandbytes as bnb
+
+    for parent in list(model.modules()):
+        for name, linear in list(parent.named_children()):
+            if type(linear) is nn.Linear and name != "lm_head":
+                quantised = bnb.nn.Linear4bit(
+                    linear.in_features, linear.out_features, linear.bias is not None,
+                    compute_dtype=linear.weight.dtype, quant_type="nf4",
+                )  # fmt: skip
+                quantised.load_state_dict(linear.state_dict())
+                setattr(parent, name, quantised.to(linear.weight.device))
+    model.is_loaded_in_4bit = True  # by which peft tells it
 
 
 _Built = tuple[nn.Module, Callable[[nn.Module], Tensor], tuple[int, int], list[str] | str]

@@ -253,7 +253,7 @@ def test_enabled_for_every_model_made_later(kind):
 def test_training_of_a_llama(kind):
     """Loss curves with checkpointing are peft's; gated and mixed batches train too."""
     torch.manual_seed(0)
-    base = QUANTISE[kind](small_llama(hidden_size=64, intermediate_size=96))
+    base = QUANTISE[kind](small_llama(hidden_size=64, intermediate_size=128))
     base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
     stock = _adapted(base, NAMES[:2], ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"])
     stock.enable_input_require_grads()
