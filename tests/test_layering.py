@@ -86,7 +86,7 @@ FL_ROOMS = (
 )
 # On their way to their rooms: config's sections go to the rooms that read them, then config stands
 # between engines and round; these two of runs are handed to the round, not imported by it.
-UNDER_WAY = {"fl.config": 1, "fl.runs.checkpoint": 2, "fl.runs.progress": 2}
+UNDER_WAY = {"fl.config": 1, "fl.runs.checkpoint": 2, "fl.runs.progress": 5}
 BELOW_FL = {"", "kernels", "peft", "doctor", "tuning"}
 
 

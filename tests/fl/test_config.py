@@ -138,9 +138,19 @@ def test_an_unknown_setting_names_the_nearest_right_one(override, meant):
     assert str(caught.value) == f"unknown setting {key}; did you mean {meant}?"
 
 
+def test_names_for_labels(tmp_path):
+    config = load_config(None, ["data.class_names.J18=pneumonia", "data.class_names.K35=other"])
+    assert config.data.class_names == {"J18": "pneumonia", "K35": "other"}
+    for text in (to_toml(config), explain(config)):
+        (tmp_path / "config.toml").write_text(text)
+        assert load_config(tmp_path / "config.toml") == config
+    with pytest.raises(ConfigError, match=r"data.class_names.J18 must be of type str, got 1"):
+        load_config(None, ["data.class_names.J18=1"])
+
+
 def test_an_unknown_setting_near_to_none_lists_the_sections():
     with pytest.raises(
-        ConfigError, match=r"unknown setting qqqq; the sections are .*data, model, lora"
+        ConfigError, match=r"unknown setting qqqq; the sections are .*data, task, model, lora"
     ):
         load_config(None, ["qqqq=1"])
 

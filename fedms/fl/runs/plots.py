@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedms.fl.runs.records import RoundRecord
+from fedms.fl.tasks.task import Metric
 from fedms.fl.types import FedMSError
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ _GREY, _PALE, _DARK = "#666666", "#e4e4e4", "#003a5d"
 
 @dataclass(frozen=True)
 class ClientRecord:
-    """One line of ``clients.jsonl``: a client's scores after a round, in [0, 1]."""
+    """One line of ``clients.jsonl``: a client's scores after a round."""
 
     round: int
     stage: str
@@ -52,13 +53,19 @@ class ClientRecord:
 
 @dataclass(frozen=True)
 class MethodRun:
-    """What one method wrote. ``planned`` is its number of rounds when it is through."""
+    """What one method wrote.
+
+    Attributes:
+        planned: its number of rounds when it is through.
+        metric: how its scores are shown.
+    """
 
     method: str
     name: str
     rounds: list[RoundRecord]
     clients: list[ClientRecord]
     planned: int
+    metric: Metric
 
     @property
     def finished(self) -> bool:
@@ -108,7 +115,7 @@ def draw(runs: Sequence[MethodRun], labels: LabelCounts | None, folder: Path) ->
 
 
 def accuracy(runs: Sequence[MethodRun]) -> Figure | None:
-    """Own and everyone's accuracy against the round; None where nothing was scored."""
+    """Own and everyone's scores against the round; None where nothing was scored."""
     scored = [run for run in runs if _curve(run, _own)[0].size]
     if not scored:
         return None
@@ -121,7 +128,7 @@ def accuracy(runs: Sequence[MethodRun]) -> Figure | None:
             _line(axes, run, rounds, values, level=untrained)
         _decorate(axes, title, "round")
         _whole_rounds(axes, max(run.rounds[-1].round for run in runs))
-    left.set_ylabel("accuracy, mean over clients [%]")
+    left.set_ylabel(_mean_of(runs))
     _widen(left, 0.16, 0.08)  # room for the marks
     for axes in (left, right):
         _mark_stages_and_blocks(axes, runs[0].rounds)
@@ -130,7 +137,7 @@ def accuracy(runs: Sequence[MethodRun]) -> Figure | None:
 
 
 def accuracy_by_bytes(runs: Sequence[MethodRun]) -> Figure | None:
-    """Own accuracy against what all clients together had sent and received by then."""
+    """Own scores against what all clients together had sent and received by then."""
     scored = [run for run in runs if _curve(run, _own)[0].size]
     if not scored:
         return None
@@ -142,24 +149,24 @@ def accuracy_by_bytes(runs: Sequence[MethodRun]) -> Figure | None:
         so_far = np.array([sum(mb for n, mb in sent.items() if n <= r) for r in rounds])
         silent = not any(sent.values())
         _line(axes, run, so_far, values, level=silent, note=", sends nothing" if silent else "")
-    _decorate(axes, "accuracy on own data against communication", "sent up and down so far [MB]")
+    title = f"{runs[0].metric.name} on own data against communication"
+    _decorate(axes, title, "sent up and down so far [MB]")
     axes.set_xlim(0, max(axes.get_xlim()[1], 1e-3))
-    axes.set_ylabel("accuracy, mean over clients [%]")
+    axes.set_ylabel(_mean_of(runs))
     _widen(axes, 0.04, 0.04)
     _legend(figure, axes, columns=2)
     return figure
 
 
 def client_histograms(runs: Sequence[MethodRun]) -> Figure | None:
-    """The clients' own accuracies after the last scored round: the first run against each other."""
+    """The clients' own scores after the last scored round: the first run against each other."""
     found = [(run, _final_own(run)) for run in runs]
     if not found[0][1].size:
         return None
     (hero, own), *rivals = [(run, values) for run, values in found if values.size]
     everything = np.concatenate([own, *(values for _, values in rivals)])
-    step = 5 if np.ptp(everything) <= 70 else 10
-    bins = np.arange(math.floor(everything.min() / step) * step, everything.max() + step, step)
-    bins = np.append(bins, bins[-1] + step) if len(bins) < 2 else bins
+    metric = runs[0].metric
+    bins = _bins(everything, in_percent=metric.unit == "%")
     worst = own[: math.ceil(len(own) / 10)]
     color = _look(hero)[0]
     panels = max(1, len(rivals))
@@ -172,15 +179,16 @@ def client_histograms(runs: Sequence[MethodRun]) -> Figure | None:
         parts = [worst, own[len(worst) :]]
         names = [f"{hero.label}, worst 10 %", hero.label]
         axes.hist(parts, bins, stacked=True, color=[_DARK, color], alpha=0.75, label=names)
-        mean = f"mean of the worst 10 % ({worst.mean():.1f} %)"
+        mean = f"mean of the worst 10 % ({worst.mean():.{metric.digits}f} {metric.unit})"
         axes.axvline(worst.mean(), color=_DARK, linestyle=(0, (4, 2)), label=mean)
-        title = "accuracy of the clients on their own data"
+        title = f"{metric.name} of the clients on their own data"
         if rivals:
             rival, values = rivals[i]
             title = rival.label
             outline = {"histtype": "step", "color": "black", "linewidth": 1.6}
             axes.hist(values, bins, label="the rival named above", **outline)
-        _decorate(axes, title, "accuracy [%]" if i + columns >= panels else "")
+        below = f"{metric.name} [{metric.unit}]" if i + columns >= panels else ""
+        _decorate(axes, title, below)
         axes.xaxis.set_tick_params(labelbottom=True)
         axes.yaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)  # type: ignore[attr-defined]
         if i % columns == 0:
@@ -287,13 +295,29 @@ def _everyone(record: RoundRecord) -> float | None:
 def _curve(
     run: MethodRun, score: Callable[[RoundRecord], float | None]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rounds that were scored, and the score in percent."""
-    pairs = [(r.round, 100 * value) for r in run.rounds if (value := score(r)) is not None]
+    """Rounds that were scored, and the score as it is shown."""
+    factor = run.metric.factor
+    pairs = [(r.round, factor * value) for r in run.rounds if (value := score(r)) is not None]
     return np.array([p[0] for p in pairs]), np.array([p[1] for p in pairs])
 
 
 def _final_own(run: MethodRun) -> np.ndarray:
-    return np.sort([100 * client.accuracy for client in run.final_clients if client.seen])
+    """The clients' scores as they are shown, the worst first."""
+    scores = np.sort([client.accuracy for client in run.final_clients if client.seen])
+    return run.metric.factor * scores
+
+
+def _mean_of(runs: Sequence[MethodRun]) -> str:
+    return f"{runs[0].metric.name}, mean over clients [{runs[0].metric.unit}]"
+
+
+def _bins(values: np.ndarray, *, in_percent: bool) -> np.ndarray:
+    """Edges of a histogram: whole fives or tens of percent, else as numpy finds them."""
+    if not in_percent:
+        return np.histogram_bin_edges(values, bins="auto")
+    step = 5 if np.ptp(values) <= 70 else 10
+    bins = np.arange(math.floor(values.min() / step) * step, values.max() + step, step)
+    return np.append(bins, bins[-1] + step) if len(bins) < 2 else bins
 
 
 def _look(run: MethodRun) -> tuple[str, str]:

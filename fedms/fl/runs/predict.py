@@ -1,8 +1,9 @@
-"""What a client of a finished run says about texts: its class, and how much each expert weighed."""
+"""What a client of a finished run says: of a text or an image its class, of a text its bits."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,35 +11,53 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fedms.fl.algorithms import stages_of
+from fedms.fl.algorithms import Stage, stages_of
 from fedms.fl.client import received
-from fedms.fl.config import load_config
+from fedms.fl.config import Config, load_config
 from fedms.fl.data.federation import Dataset, Federation
-from fedms.fl.engines.world import load_model
+from fedms.fl.data.images import Images
+from fedms.fl.engines.texts import windows_of
+from fedms.fl.engines.world import load_federation, load_model
 from fedms.fl.model.view import View
 from fedms.fl.runs.checkpoint import load_checkpoint
 from fedms.fl.runs.origin import check_model, frozen_weights
 from fedms.fl.runs.progress import Progress
 from fedms.fl.sal import Activation
+from fedms.fl.tasks.causal_lm import predicted_tokens
 from fedms.fl.types import FedMSError
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A text's class name and probability; the experts' weights, or None without a mixture."""
+    """What is said about an example; the experts' weights, or None without a mixture.
 
-    text: str
-    class_name: str
+    Attributes:
+        example: the text, or the name of the image's file.
+        class_name, probability: of the likeliest class; of a language model None and 2 to the mean
+            log2 of the tokens' probabilities.
+    """
+
+    example: str
+    class_name: str | None
     probability: float
     weight_global: float | None
     weight_local: float | None
 
+    @property
+    def bits(self) -> float:
+        """Bits per token, or of the likeliest class."""
+        return -math.log2(self.probability)
+
 
 @torch.no_grad()
 def predict(
-    folder: Path, client_id: str, texts: Sequence[str], progress: Progress
+    folder: Path, client_id: str, examples: Sequence[str], progress: Progress
 ) -> list[Prediction]:
     """Predict with the model that ``client_id`` had after the last round of the run in ``folder``.
+
+    Args:
+        examples: texts, or files of images. Of a run of ``task.kind = "causal_lm"`` the run's data
+            are read again: the gate goes by the client's own tokens.
 
     Raises:
         FedMSError: no such run or client, or no round of it has ended.
@@ -55,32 +74,78 @@ def predict(
             f"{folder} has no client {client_id!r}; "
             f"its clients are {', '.join(record['clients'][:8])} ..."
         )
-    counts = torch.tensor(record["counts"][record["clients"].index(client_id)])
-
-    everyone = np.arange(len(texts))
-    dataset = Dataset(
-        tuple(texts), np.zeros(len(texts), dtype=np.int64), tuple(record["class_names"])
-    )
+    dataset = _dataset(config, examples, tuple(record["class_names"]))
     model = load_model(config, Federation(dataset, ()))
     check_model(folder, frozen_weights(model.backbone.model), config.model.path)
     activation = Activation(config.sal, checkpoint.sal["order"])
     activation.restore(checkpoint.sal)
     model.slots.set_awake(activation.awake)
-    stages, ended = stages_of(config), 0
-    stage = stages[-1]
-    for stage in stages:
-        ended += stage.settings.rounds
-        if checkpoint.round <= ended:
-            break
+    stage = _stage_of(config, checkpoint.round)
     model.build(dict(stage.modules))
     kept = checkpoint.kept.get(client_id, {})
     model.slots.load([stage.start(received(model, stage, checkpoint.server), kept)])
-    view = View(model, [everyone], counts[None])
+    if config.task.kind == "causal_lm":
+        own = load_federation(config)
+        tokens = predicted_tokens(own.dataset.inputs, own.client(client_id).own)
+        counts = torch.from_numpy(np.bincount(tokens, minlength=model.task.num_classes))
+    else:
+        counts = torch.tensor(record["counts"][record["clients"].index(client_id)])
+    counts = counts.to(model.backbone.device)
+    views = [View(model, [np.array([i])], counts[None]) for i in range(len(dataset))]
+    if config.task.kind == "causal_lm":
+        return _bits(stage, views, examples, dataset)
+    return [
+        _class_of(stage, view, example, dataset.class_names)
+        for view, example in zip(views, examples, strict=True)
+    ]
+
+
+def _dataset(config: Config, examples: Sequence[str], class_names: tuple[str, ...]) -> Dataset:
+    labels = np.zeros(len(examples), dtype=np.int64)
+    if config.task.kind == "images":
+        images = Images(lambda i: Path(examples[i]), lambda i: examples[i], len(examples))
+        return Dataset(images, labels, class_names)
+    dataset = Dataset(tuple(examples), labels, class_names)
+    return windows_of(config, dataset) if config.task.kind == "causal_lm" else dataset
+
+
+def _stage_of(config: Config, round: int) -> Stage:
+    """The stage whose rounds hold this one."""
+    stages, ended = stages_of(config), 0
+    for stage in stages:
+        ended += stage.settings.rounds
+        if round <= ended:
+            return stage
+    return stages[-1]
+
+
+def _class_of(stage: Stage, view: View, example: str, names: Sequence[str]) -> Prediction:
     answer = stage.predict or stage.common
     assert answer is not None
-    best = answer(view).exp().max(dim=-1)
-    shares = [(None, None)] * len(texts) if stage.weights is None else stage.weights(view).tolist()
-    return [
-        Prediction(text, dataset.class_names[int(label)], float(p), w_g, w_l)
-        for text, label, p, (w_g, w_l) in zip(texts, best.indices, best.values, shares, strict=True)
-    ]
+    probability, label = answer(view).exp().max(dim=-1)
+    return Prediction(example, names[int(label)], float(probability), *_weights(stage, [view]))
+
+
+def _bits(
+    stage: Stage, views: Sequence[View], texts: Sequence[str], dataset: Dataset
+) -> list[Prediction]:
+    """One prediction a text, over all of its windows."""
+    answer = stage.predict or stage.common
+    assert answer is not None
+    assert dataset.groups is not None
+    log_p = [answer(view).gather(-1, view.targets[:, None]).squeeze(-1).double() for view in views]
+    found = []
+    for number, text in enumerate(texts):
+        own = np.flatnonzero(dataset.groups == number)
+        mean = torch.cat([log_p[i] for i in own]).mean()
+        weights = _weights(stage, [views[int(i)] for i in own])
+        found.append(Prediction(text, None, float(mean.exp()), *weights))
+    return found
+
+
+def _weights(stage: Stage, views: Sequence[View]) -> tuple[float | None, float | None]:
+    """The experts' mean weights over answers."""
+    if stage.weights is None:
+        return None, None
+    weights = torch.cat([stage.weights(view) for view in views]).mean(0).tolist()
+    return weights[0], weights[1]

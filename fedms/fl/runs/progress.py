@@ -22,6 +22,7 @@ from rich.progress import (
 from rich.progress import Progress as Bars
 
 from fedms.fl.runs.records import RoundRecord
+from fedms.fl.tasks.task import Metric
 
 
 class Progress:
@@ -81,8 +82,8 @@ class Progress:
         if self._task is not None:
             self._bars.advance(self._task, count)
 
-    def scored(self, method: str, record: RoundRecord) -> None:
-        """A round has ended."""
+    def scored(self, method: str, record: RoundRecord, metric: Metric) -> None:
+        """A round has ended; ``metric`` says how its scores are shown."""
         self._seconds.append(record.seconds)
         left = self._mean_seconds * (self._total - record.round)
         parts = [
@@ -96,7 +97,7 @@ class Progress:
             ("everyone's", record.pooled_accuracy),
         ):
             if score is not None:
-                parts.append(f"{name} {100 * score.mean:.1f} %")
+                parts.append(f"{name} {metric.shown(score.mean)} {metric.unit}")
         if record.gate_local_mean is not None:
             parts.append(f"gate on local {record.gate_local_mean:.2f}")
         parts.append(f"awake {record.awake_blocks}")

@@ -20,6 +20,8 @@ from fedms.fl.algorithms import stages_of
 from fedms.fl.config import Config, load_config
 from fedms.fl.runs.plots import ClientRecord, LabelCounts, MethodRun, draw
 from fedms.fl.runs.records import RoundRecord, Spread
+from fedms.fl.tasks import METRICS
+from fedms.fl.tasks.task import Metric
 from fedms.fl.types import Failure, FedMSError
 
 T = TypeVar("T")
@@ -34,9 +36,9 @@ NAMES = {
     "zero_shot": "zero-shot",
 }
 CAPTIONS = {
-    "accuracy.png": "Accuracy of the clients' models, on their own and on everyone's test data.",
-    "bytes.png": "Accuracy on own data against what all clients together sent and received.",
-    "clients.png": "The clients' accuracies on their own data, after the last scored round.",
+    "accuracy.png": "Scores of the clients' models, on their own and on everyone's test data.",
+    "bytes.png": "Scores on own data against what all clients together sent and received.",
+    "clients.png": "The clients' scores on their own data, after the last scored round.",
     "labels.png": "How the training examples are shared out.",
     "blocks_and_gate.png": "Blocks that sparsely activated LoRA has woken, and the gate's choice.",
 }
@@ -45,16 +47,18 @@ COLUMNS = (
     "share\ntrained", "MB\nup", "MB\ndown", "time\n(s)",
 )  # fmt: skip
 LEGEND = (
-    "Accuracies in %, mean over clients (own data: ± standard deviation), after the last scored "
+    "{scores}, mean over clients (own data: ± standard deviation), after the last scored "
     "round. Share trained: the largest of any round, in %. MB: 10⁶ bytes, all clients and rounds."
 )
 ROUND_COLUMNS = (
     "round", "stage", "seconds", "clients", "awake blocks", "trainable, %", "MB up", "MB down",
-    "loss", "own, %", "worst tenth, %", "everyone's, %", "unseen, %", "gate on local, %",
+    "loss", "own, {unit}", "worst tenth, {unit}", "everyone's, {unit}", "unseen, {unit}",
+    "gate on local, %",
     "memory, MB",
 )  # fmt: skip
 CLIENT_COLUMNS = (
-    "client", "test examples", "own, %", "everyone's, %", "gate on local, %", "largest class",
+    "client", "test examples", "own, {unit}", "everyone's, {unit}", "gate on local, %",
+    "largest class",
 )  # fmt: skip
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff; max-width: 68rem;
@@ -88,14 +92,15 @@ def read_clients(folder: Path) -> list[ClientRecord]:
 
 def comparison_table(folder: Path, *, title: str) -> Table:
     """One row per method that has a round: FedMS, then the others by their accuracy on own data."""
+    runs = _methods(folder)
     table = Table(
-        title=Text(title, style="bold"), caption=LEGEND, caption_justify="left",
+        title=Text(title, style="bold"), caption=_legend(runs), caption_justify="left",
         box=SIMPLE_HEAD, padding=0, show_edge=False,
     )  # fmt: skip
     table.add_column(COLUMNS[0], overflow="fold")
     for column in COLUMNS[1:]:  # headers break where they say, so that 80 columns are enough
         table.add_column(column, justify="right", no_wrap=True)
-    for row in _rows(_methods(folder)):
+    for row in _rows(runs):
         table.add_row(*(Text(text, style="bold" if bold else "") for text, bold in row))
     return table
 
@@ -180,7 +185,8 @@ def _method(folder: Path, method: str, config: Config, rounds: list[RoundRecord]
     if method in NAMES:
         stages = stages_of(config.replace(method=method))
         planned = sum(stage.settings.rounds for stage in stages)
-    return MethodRun(method, NAMES.get(method, method), rounds, clients, planned)
+    metric = METRICS[config.task.kind]
+    return MethodRun(method, NAMES.get(method, method), rounds, clients, planned, metric)
 
 
 # The table --------------------------------------------------------------------------------------
@@ -218,10 +224,10 @@ def _rows(runs: Sequence[MethodRun]) -> list[list[Cell]]:
     ]
     rows: list[list[Cell]] = []
     for run, values in zip(runs, scores, strict=True):
-        texts = [_percent(value) for value in values]
+        texts = [run.metric.shown(value) for value in values]
         own = _scored(run).personalized_accuracy
         if own:
-            texts[0] += f" ± {_percent(own.std)}"
+            texts[0] += f" ± {run.metric.spread(own.std)}"
         done = run.rounds[-1].round
         rows.append([
             (run.label, False),
@@ -233,6 +239,13 @@ def _rows(runs: Sequence[MethodRun]) -> list[list[Cell]]:
             (f"{sum(r.seconds for r in run.rounds):,.0f}", False),
         ])  # fmt: skip
     return rows
+
+
+def _legend(runs: Sequence[MethodRun]) -> str:
+    metric = runs[0].metric
+    in_percent = metric.unit == "%"
+    scores = f"{metric.name.capitalize()}{' in %' if in_percent else ', less is better'}"
+    return LEGEND.format(scores=scores)
 
 
 def _percent(share: float | None, digits: int = 1) -> str:
@@ -263,10 +276,10 @@ def _page(
         for path in pictures
     )
     rounds = "".join(
-        _details(run.label, _html_table(ROUND_COLUMNS, map(_round_cells, run.rounds)), run is first)
+        _details(run.label, _html_table(_named(ROUND_COLUMNS, run), _round_rows(run)), run is first)
         for run in runs
     )
-    clients = _html_table(CLIENT_COLUMNS, _client_rows(first, labels))
+    clients = _html_table(_named(CLIENT_COLUMNS, first), _client_rows(first, labels))
     failures = "".join(
         f"<li>{escape(f'{run.name}, round {r.round}: {f.client_id}: {f.reason}')}</li>"
         for run in runs for r in run.rounds for f in r.failed
@@ -275,7 +288,7 @@ def _page(
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>
 <h1>{title}</h1><p class="note">{state}</p>
-<h2>Methods</h2>{_html_table(COLUMNS, _rows(runs))}<p class="note">{LEGEND}</p>
+<h2>Methods</h2>{_html_table(COLUMNS, _rows(runs))}<p class="note">{_legend(runs)}</p>
 <h2>Pictures</h2>{figures}
 <h2>Round by round</h2>{rounds}
 {f"<h2>Clients that were dropped</h2><ul>{failures}</ul>" if failures else ""}
@@ -285,7 +298,15 @@ def _page(
 """
 
 
-def _round_cells(record: RoundRecord) -> list[Cell]:
+def _named(columns: Iterable[str], run: MethodRun) -> list[str]:
+    return [column.format(unit=run.metric.unit) for column in columns]
+
+
+def _round_rows(run: MethodRun) -> list[list[Cell]]:
+    return [_round_cells(record, run.metric) for record in run.rounds]
+
+
+def _round_cells(record: RoundRecord, metric: Metric) -> list[Cell]:
     failed = f" ({len(record.failed)} dropped)" if record.failed else ""
     texts = (
         str(record.round),
@@ -297,7 +318,7 @@ def _round_cells(record: RoundRecord) -> list[Cell]:
         _megabytes(record.bytes_up),
         _megabytes(record.bytes_down),
         "–" if record.train_loss is None else f"{record.train_loss:.3f}",
-        *map(_percent, _scores(record)),
+        *map(metric.shown, _scores(record)),
         _percent(record.gate_local_mean),
         f"{record.peak_memory_mb:,.0f}",
     )
@@ -317,8 +338,8 @@ def _client_rows(run: MethodRun, labels: LabelCounts | None) -> list[list[Cell]]
             for text in (
                 client.client_id if client.seen else f"{client.client_id} (unseen)",
                 str(client.num_test),
-                _percent(client.accuracy),
-                _percent(client.pooled_accuracy),
+                run.metric.shown(client.accuracy),
+                run.metric.shown(client.pooled_accuracy),
                 _percent(client.gate_local),
                 largest.get(client.client_id, "–"),
             )

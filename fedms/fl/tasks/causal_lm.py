@@ -6,7 +6,7 @@ B windows, T tokens, P predicted tokens, D width, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -56,7 +56,7 @@ class CausalLMTask:
         ).to(device)
 
     def targets(self, indices: np.ndarray) -> np.ndarray:
-        return np.concatenate([self._windows[i][1:] for i in indices.tolist()]).astype(np.int64)
+        return predicted_tokens(self._windows, indices)
 
     def prepare(self, hidden: Callable[[Batch], Tensor]) -> None:
         """Nothing: the head is the model's own."""
@@ -74,3 +74,8 @@ class CausalLMTask:
     def score(self, log_p: Tensor, targets: Tensor) -> Tensor:
         """log2 of the probability of the right token."""
         return log_p.gather(1, targets[:, None]).squeeze(1) / math.log(2)
+
+
+def predicted_tokens(windows: Sequence[np.ndarray], indices: np.ndarray) -> np.ndarray:
+    """int64 [P], the tokens of these windows less the first of each."""
+    return np.concatenate([windows[i][1:] for i in indices.tolist()]).astype(np.int64)

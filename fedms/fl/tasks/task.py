@@ -72,6 +72,14 @@ class Metric:
     unit: str
     digits: int = 1
 
+    def shown(self, score: float | None) -> str:
+        """A mean score for people, without the unit; a dash for none."""
+        return "–" if score is None else f"{self.factor * score:.{self.digits}f}"
+
+    def spread(self, deviation: float) -> str:
+        """The same for a standard deviation, which has no sign."""
+        return f"{abs(self.factor) * deviation:.{self.digits}f}"
+
 
 class Task(Protocol):
     """What an example is and how an answer is judged. Knows no client, no expert and no round.

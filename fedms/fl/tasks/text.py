@@ -63,8 +63,12 @@ class TextTask:
     def prepare(self, hidden: Callable[[Batch], Tensor]) -> None:
         """Encode the class names."""
         if isinstance(self._head, ClassNames):
-            names = self._pad(self._tokenize(self._prompts), torch.arange(self.num_classes))
-            self._head.weight = self.pool(hidden(names), names)
+            self._head.weight = self.name_features(hidden)
+
+    def name_features(self, hidden: Callable[[Batch], Tensor]) -> Tensor:
+        """Features of the class names in the prompt [C, D], by the untuned backbone."""
+        names = self._pad(self._tokenize(self._prompts), torch.arange(self.num_classes))
+        return self.pool(hidden(names), names)
 
     def fresh_head(self, width: int) -> Tensor | None:
         return self._head.fresh(width)
@@ -84,6 +88,8 @@ class TextTask:
 
     def _tokenize(self, texts: Sequence[str]) -> list[Tensor]:
         """Token ids [T_i] of each text."""
+        if not texts:
+            return []
         cut = {"truncation": True, "max_length": self._max_tokens}
         return [torch.tensor(row) for row in self._tokenizer(list(texts), **cut)["input_ids"]]
 
