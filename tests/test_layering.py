@@ -34,7 +34,7 @@ KERNELS = {
     "kernels.stacked": {
         "kernels.dropout", "kernels.experts", "kernels.ops", "kernels.packing", "kernels.segments",
     },
-    "kernels.native": {"kernels.experts", "kernels.ops"},
+    "kernels.native": {"kernels.experts", "kernels.ops", "kernels.segments"},
     "kernels.ops": set(),
     "kernels.cuda": {
         "kernels.cuda_tables", "kernels.experts", "kernels.ops", "kernels.segments",

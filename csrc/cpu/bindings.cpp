@@ -72,8 +72,7 @@ struct Call {
         problem.num_runs = -1;
         if (segments >= 0) {
             runs = fedms::runs_of(pointer<const int64_t>(offsets), pointer<const int64_t>(experts),
-                                  segments, segment_width, seeds, own_seeds, m,
-                                  problem.num_experts);
+                                  segments, segment_width, seeds, own_seeds, m, ranks);
             problem.runs = runs.data();
             problem.num_runs = static_cast<int64_t>(runs.size());
         }

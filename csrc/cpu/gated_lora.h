@@ -12,10 +12,11 @@
 
 namespace fedms {
 
-// Rows that all use the experts [first, last), and where their dropout masks are: the mask of a
-// pair is that of row - mask_row and expert - first + mask_expert.
+// Rows that all use the experts [first, last); their h begins at `column` of the rows of h, which
+// hold only the ranks that a row uses. The dropout mask of a pair is that of row - mask_row and
+// expert - first + mask_expert.
 struct Run {
-    std::int64_t row_begin, row_end, first, last, mask_row, mask_expert;
+    std::int64_t row_begin, row_end, first, last, column, mask_row, mask_expert;
     std::uint64_t seed;
 };
 
@@ -40,7 +41,7 @@ struct Problem {
     const void* bias;    // [N] or null; forward_few only
     const void* x;       // [M, K]; null in a backward without dA
     float* h;  // [M, h_width]: written by the forward (null: not kept), read by the backward
-    std::int64_t h_width;     // R, or with idxs top_k * largest rank
+    std::int64_t h_width;     // R, with runs what a row may use, with idxs top_k * largest rank
     void* y;                  // forward: [M, N]
     const void* y_from;       // what y starts from: y itself, other rows [M, N], a bias [N] (with a
     std::int64_t y_from_row;  // row stride of 0), or null for zero. Not y: dense calls only

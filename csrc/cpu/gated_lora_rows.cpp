@@ -22,6 +22,7 @@ using fedms::Scratch;
 struct Item {
     int64_t n, first, last;
     int64_t begin;         // dense: rows begin, begin + 1, ...
+    int64_t column;        // dense: of the first expert's ranks in a row of h
     std::uint64_t seed;    // of the dropout mask, whose rows and experts count from mask_row and,
     int64_t mask_row;      // at `first`, mask_expert
     int64_t mask_expert;   //
@@ -36,7 +37,7 @@ struct Layout {
     const Item& item;
     int64_t largest;  // largest rank, the width of one slot of h in top-k calls
     float* h(int64_t i) const {
-        const int64_t at = item.pairs ? item.slots[i] * largest : p.ranks[item.first];
+        const int64_t at = item.pairs ? item.slots[i] * largest : item.column;
         return p.h + item.row(i) * p.h_width + at;
     }
     float coefficient(int64_t i, int64_t e) const {
@@ -351,20 +352,20 @@ void for_each_item(const Problem& p, const Scratch& s, int64_t begin, int64_t en
                            s.pair_row[j] != s.pair_row[j - 1]) {
                         ++j;
                     }
-                    f(Item{j - i, e, e + 1, 0, p.seed, 0, e, s.pair_row + i, s.pair_slot + i});
+                    f(Item{j - i, e, e + 1, 0, 0, p.seed, 0, e, s.pair_row + i, s.pair_slot + i});
                     i = j;
                 }
             }
         } else if (p.num_runs < 0) {
-            f(Item{stop - row, 0, p.num_experts, row, p.seed, 0, 0, nullptr, nullptr});
+            f(Item{stop - row, 0, p.num_experts, row, 0, p.seed, 0, 0, nullptr, nullptr});
         } else {
             for (int64_t i = 0; i < p.num_runs; ++i) {
                 const fedms::Run& run = p.runs[i];
                 const int64_t from = run.row_begin > row ? run.row_begin : row,
                               to = run.row_end < stop ? run.row_end : stop;
                 if (from < to) {
-                    f(Item{to - from, run.first, run.last, from, run.seed, run.mask_row,
-                           run.mask_expert, nullptr, nullptr});
+                    f(Item{to - from, run.first, run.last, from, run.column, run.seed,
+                           run.mask_row, run.mask_expert, nullptr, nullptr});
                 }
             }
         }

@@ -11,14 +11,15 @@
 namespace fedms {
 
 // offsets [segments + 1]; experts [segments, width], -1 where there is none. seeds: one for all, or
-// with `own_seeds` one a segment; null without dropout.
+// with `own_seeds` one a segment; null without dropout. ranks [E + 1]: as in Problem.
 inline std::vector<Run> runs_of(const std::int64_t* offsets, const std::int64_t* experts,
                                 std::int64_t segments, std::int64_t width,
                                 const std::int64_t* seeds, bool own_seeds, std::int64_t m,
-                                std::int64_t num_experts) {
+                                const std::vector<std::int64_t>& ranks) {
     using std::to_string;
     std::vector<Run> runs;
     std::vector<std::int64_t> order;
+    const auto num_experts = static_cast<std::int64_t>(ranks.size()) - 1;
     for (std::int64_t i = 0; i < segments; ++i) {
         const std::int64_t begin = offsets[i], end = offsets[i + 1];
         if (begin > end || (i == 0 && begin != 0)) {
@@ -44,9 +45,11 @@ inline std::vector<Run> runs_of(const std::int64_t* offsets, const std::int64_t*
         }
         if (begin == end) continue;
         const auto count = static_cast<std::int64_t>(order.size());
+        std::int64_t column = 0;
         for (std::int64_t first = 0, j = 1; j <= count; ++j) {
             if (j < count && order[j] == order[j - 1] + 1) continue;
-            Run run{begin, end, order[first], order[j - 1] + 1, 0, order[first], 0};
+            Run run{begin, end, order[first], order[j - 1] + 1, column, 0, order[first], 0};
+            column += ranks[run.last] - ranks[run.first];
             if (own_seeds) {
                 run.mask_row = begin;
                 run.mask_expert = first;

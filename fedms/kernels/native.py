@@ -33,6 +33,7 @@ from torch.nn import functional as F
 
 from fedms.kernels.experts import counts, expert_ranks
 from fedms.kernels.ops import define_backend
+from fedms.kernels.segments import row_width
 
 _DTYPES = (torch.float32, torch.bfloat16)
 # oneDNN multiplies bf16 at full speed with these. With AVX-512 alone it takes about twice as long
@@ -118,19 +119,21 @@ def _cuda_state() -> str:
     return module.state()
 
 
-def _widths(A: Sequence[Tensor], expert_idxs: Tensor | None) -> tuple[list[int], int]:
+def _widths(
+    A: Sequence[Tensor], expert_idxs: Tensor | None, experts: Tensor | None
+) -> tuple[list[int], int]:
     """Offsets [E + 1] of the experts' ranks in 0..R, and the width of a row of h."""
     by_expert = expert_ranks(A)
     ranks = [0, *accumulate(by_expert)]
     if expert_idxs is None:
-        return ranks, ranks[-1]
+        return ranks, row_width(by_expert, experts)
     return ranks, expert_idxs.shape[1] * max(by_expert)
 
 
 def _h_like(
     x: Tensor, A: Sequence[Tensor], expert_idxs: Tensor | None, experts: Tensor | None
 ) -> tuple[int, torch.dtype]:
-    return _widths(A, expert_idxs)[1], torch.float32
+    return _widths(A, expert_idxs, experts)[1], torch.float32
 
 
 def _base_last(rows: Tensor, weight: Tensor | None) -> bool:
@@ -219,7 +222,7 @@ def forward(
     seed: Tensor | None, save_h: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """y, and h where it is to be saved; arguments as in fedms.kernels.ops."""
-    ranks, width = _widths(A, expert_idxs)
+    ranks, width = _widths(A, expert_idxs, experts)
     writes_all = width > 0 and expert_idxs is None and experts is None
     if base is None and writes_all and not save_h and dropout_p == 0.0 and _few_rows(x, weight):
         y = _forward_few(x, weight, bias, A, B, gates, scale, ranks)  # type: ignore[arg-type]
@@ -305,7 +308,7 @@ def backward(
         return dx.to(dy.dtype), dg, dA, dB
     (m, n), k = dy.shape, A[0].shape[-1]
     dy = dy.contiguous()
-    ranks, width = _widths(A, expert_idxs)
+    ranks, width = _widths(A, expert_idxs, experts)
     dense = width > 0 and expert_idxs is None and experts is None
     writes_all = dense and dropout_p == 0.0
     small = need_dx and dense and _small_base(dy, weight)

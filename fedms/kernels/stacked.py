@@ -25,13 +25,13 @@ from fedms.kernels.dropout import keep_mask
 from fedms.kernels.experts import expert_ranks, takes_stacks
 from fedms.kernels.ops import define_backend
 from fedms.kernels.packing import constant, stack_columns, stack_rows
-from fedms.kernels.segments import Run, read_runs
+from fedms.kernels.segments import Run, read_runs, row_width
 
 
 def _h_like(
     x: Tensor, A: Sequence[Tensor], expert_idxs: Tensor | None, experts: Tensor | None
 ) -> tuple[int, torch.dtype]:
-    return sum(expert_ranks(A)), torch.promote_types(x.dtype, A[0].dtype)
+    return row_width(expert_ranks(A), experts), torch.promote_types(x.dtype, A[0].dtype)
 
 
 def _forward(
@@ -62,14 +62,14 @@ def _forward(
     h_MR = x.new_empty((x.shape[0], width), dtype=dtype)
     coef = _coefficients(gates, expert_idxs, scale, x)
     ranks = _rank_offsets(A)
-    for run in _walk(runs, x.shape[0], len(A)):
+    for run, columns in _walk(runs, x.shape[0], ranks):
         rows, first, last = slice(run.row_begin, run.row_end), run.expert_begin, run.expert_end
-        columns = slice(ranks[first], ranks[last])
         xs_MK = x[rows].to(dtype)
         if dropout_p > 0.0:
             for e in range(first, last):
                 dropped = _drop(xs_MK, seed, e, run, dropout_p)
-                h_MR[rows, ranks[e] : ranks[e + 1]] = dropped @ A[e].to(dtype).t()
+                at = columns.start + ranks[e] - ranks[first]
+                h_MR[rows, at : at + len(A[e])] = dropped @ A[e].to(dtype).t()
         else:
             A_RK = stack_rows(A[first:last]).to(dtype)
             torch.mm(xs_MK, A_RK.t(), out=h_MR[rows, columns])
@@ -122,11 +122,10 @@ def _backward(
     dA: list[Tensor | None] = [None] * len(A)
     dB: list[Tensor | None] = [None] * len(A)
 
-    for run in _walk(runs, m, len(A)):
+    for run, columns in _walk(runs, m, ranks):
         rows, first, last = slice(run.row_begin, run.row_end), run.expert_begin, run.expert_end
         dys_MN = dy[rows].to(dtype)
         local = [r - ranks[first] for r in ranks[first : last + 1]]
-        columns = slice(ranks[first], ranks[last])
         h_MR = None if h is None else h[rows, columns]
         if h_MR is not None and any(need_dB[first:last]):
             hg_MR = _gated(h_MR, coef, rows, first, last, ranks)
@@ -180,8 +179,15 @@ def _backward(
     )
 
 
-def _walk(runs: Sequence[Run] | None, m: int, e: int) -> Sequence[Run]:
-    return (Run(0, m, 0, e, 0, 0, 0),) if runs is None else runs
+def _walk(runs: Sequence[Run] | None, m: int, ranks: Sequence[int]) -> Iterator[tuple[Run, slice]]:
+    """Runs with their columns of h, whose rows hold only the ranks that they use."""
+    column, before = 0, None
+    for run in (Run(0, m, 0, len(ranks) - 1, 0, 0, 0),) if runs is None else runs:
+        if before != (run.row_begin, run.row_end):
+            column, before = 0, (run.row_begin, run.row_end)
+        width = ranks[run.expert_end] - ranks[run.expert_begin]
+        yield run, slice(column, column + width)
+        column += width
 
 
 def _rank_offsets(A: Sequence[Tensor]) -> list[int]:

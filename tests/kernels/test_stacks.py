@@ -137,3 +137,18 @@ def test_stacks_compile_to_one_graph(backend):
         torch.autograd.grad(got.sum(), inputs), torch.autograd.grad(want.sum(), inputs), strict=True
     ):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_kept_does_not_grow_with_the_slots(backend):
+    """A row of h holds the ranks that the row uses, however many experts the stack has."""
+    slots, r, m = 16, 3, 48
+    p = make_problem(m, ranks=(r,) * slots, gates=None).to(torch.float32)
+    A, B = torch.stack(p.A).detach(), torch.stack(p.B).detach()
+    segments = Segments(range(0, m + 1, m // slots), range(slots))
+    forward = getattr(torch.ops.fedms, f"{backend}_forward").default
+    _, h = forward(
+        p.x.detach(), p.weight, None, None, [A], [B], None, None, *segments.tensors, [1.0] * slots,
+        0.0, None, True,
+    )  # fmt: skip
+    assert h.shape == (m, r)
