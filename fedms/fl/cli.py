@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -26,6 +27,8 @@ into ICD-10 chapters
   fedms run method=fedavg rivals=[]           one method alone
   fedms run data.source=notes.csv data.text_column=note \
 data.label_column=code data.client_column=ward data.partitioner=column
+  fedms run task.kind=images data.source=FOLDER model.path=openai/clip-vit-base-patch32 \
+'lora.targets=["q_proj", "v_proj"]'
 
 A run that was stopped goes on with `fedms resume DIR`. `fedms run --settings` explains every \
 setting;
@@ -204,7 +207,7 @@ def _fetch(args: argparse.Namespace) -> None:
     for name in args.names:
         with steps(name) as tell:
             place = fetch(name, tell)
-        print(f"{place}\nfedms run {' '.join(RECIPES[name].settings)}")
+        print(f"{place}\nfedms run {shlex.join(RECIPES[name].settings)}")
 
 
 def _doctor(args: argparse.Namespace) -> None:

@@ -115,6 +115,12 @@ RECIPE = Recipe(
     ),
     modules=("onnx", "transformers", "PIL"),
     convert=convert,
-    settings=("model.path=dinov2-small", "model.image_size=98"),
+    settings=(
+        "task.kind=images",
+        "task.head=linear",
+        "model.path=dinov2-small",
+        "model.image_size=98",
+        'lora.targets=["q_proj", "k_proj", "v_proj", "o_proj"]',
+    ),
     otherwise="with a network name the hub's: model.path=facebook/dinov2-small",
 )

