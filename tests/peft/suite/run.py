@@ -1,13 +1,14 @@
-"""Run the tests that peft publishes, unedited, on fused layers: one command, two minutes.
+"""Run the tests that peft publishes, unedited, on fused layers: one command, five minutes.
 
     pip install -e ".[test,peft-suite]" && python tests/peft/suite/run.py
     python tests/peft/suite/run.py --stock           the same tests on peft's own layers
     python tests/peft/suite/run.py -- -k "merge" -x  what follows -- goes to pytest
 
 pip downloads the source distribution of the installed peft, which holds its tests. They run offline
-from there; fused_peft.py swaps the layers before anything is collected and counts how often the
-fused op ran. Tests in deselected.txt are left out, each with its reason. Exit status: pytest's, or
-1 when the fused op ran in fewer than MIN_FUSED tests: then the swap did not happen.
+from there, with models of random weights for the hub's (lookalikes.py); fused_peft.py swaps the
+layers before anything is collected and counts how often the fused op ran. Tests in deselected.txt
+are left out, each with its reason. Exit status: pytest's, or 1 when the fused op ran in fewer than
+MIN_FUSED tests: then the swap did not happen.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ import tarfile
 import tempfile
 from pathlib import Path
 
+import lookalikes
+
 HERE = Path(__file__).parent
-# Tests of LoRA on linears and of what is built on them (most others want models from the hub), and
-# what a test's id must hold.
+# Tests of LoRA on linears and of what is built on them, and what a test's id must hold.
 FILES = {
     "test_custom_models.py": "-LoraConfig-",  # the dashes leave out AdaLoraConfig and others
     "test_initialization.py": "",
@@ -36,6 +38,10 @@ FILES = {
     "test_lorafa.py": "",
     "test_bdlora.py": "",
     "test_velora.py": "",
+    "test_decoder_models.py": "[LoraConfig-",
+    "test_encoder_decoder_models.py": "[LoraConfig-",
+    "test_feature_extraction_models.py": "[LoraConfig-",
+    "test_seq_classifier.py": "[LoraConfig-",
 }
 MIN_FUSED = 300
 # peft's own settings, and transformers' announcements, which are not about the layers
@@ -60,6 +66,7 @@ def main() -> int:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         source = unpack(args.folder or Path(temporary))
+        lookalikes.build(source)
         return run(source, args.stock, args.workers, args.pytest)
 
 
