@@ -23,6 +23,8 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from fedms.fl.cli import main
 from fedms.fl.config import load_config
+from fedms.fl.runs.folder import resume, start
+from fedms.fl.runs.progress import Progress
 from fedms.fl.runs.report import read_clients, read_rounds
 
 COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "grey": (99, 99, 99)}
@@ -308,21 +310,22 @@ def test_a_model_that_does_not_say_how_it_wants_its_images(pictures, models, tmp
 
 
 def test_a_source_that_is_an_object(pictures, models, tmp_path):
+    """A run in Python on a ``datasets.Dataset``, whose images lie where they lay."""
     datasets = pytest.importorskip("datasets")
-    from fedms.fl.engines.world import load_federation
-
     names = list(COLORS)
-    files = [
-        (str(pictures / name / f"{i}.png"), k) for k, name in enumerate(names) for i in range(16)
-    ]
+    labels = [label for label in range(len(names)) for _ in range(16)]
+    files = [str(pictures / names[label] / f"{i % 16}.png") for i, label in enumerate(labels)]
     table = datasets.Dataset.from_dict(
-        {"image": [path for path, _ in files], "label": [label for _, label in files]},
+        {"image": files, "label": labels},
         features=datasets.Features(
             {"image": datasets.Image(), "label": datasets.ClassLabel(names=names)}
         ),
     )
-    config = load_config(None, [*SMALL, "task.kind=images"])
-    federation = load_federation(config, table)
-    assert federation.dataset.class_names == tuple(names)
-    assert len(federation.clients) == 3
-    assert federation.dataset.inputs[0].size == (28, 28)
+    settings = ["task.kind=images", "task.head=linear", f"model.path={models('vit')}"]
+    targets = ['lora.targets=["q_proj"]', "rivals=[]", "stage2.rounds=0"]
+    config = load_config(None, [*SMALL, *settings, *targets])
+    start(config, tmp_path / "run", Progress(quiet=True), table)
+    assert [record.stage for record in read_rounds(tmp_path / "run")] == ["stage1", "stage1"]
+    record = json.loads((tmp_path / "run" / "label_counts.json").read_text())
+    assert record["class_names"] == names
+    resume(tmp_path / "run", Progress(quiet=True), table)

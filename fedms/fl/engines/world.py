@@ -33,16 +33,19 @@ class Outcome:
 class World:
     """What all methods of a run share: clients, model, what is kept of it, equal first stages.
 
+    Args:
+        source: of the data, in place of what ``data.source`` names.
+
     Attributes:
         outcomes: of first stages, by all that decides them.
     """
 
-    def __init__(self, config: Config, progress: Progress) -> None:
+    def __init__(self, config: Config, progress: Progress, source: Any = None) -> None:
         self.outcomes: dict[object, Outcome] = {}
         if config.engine.threads:
             torch.set_num_threads(config.engine.threads)
         with progress.phase("data"):
-            self.federation = load_federation(config)
+            self.federation = load_federation(config, source)
             if note := repeated_texts(self.federation.dataset):
                 progress.say(note)
         with progress.phase("model"):

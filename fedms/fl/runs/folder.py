@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -22,6 +23,7 @@ from safetensors.torch import save
 from fedms.fl.config import Config, load_config, to_toml
 from fedms.fl.data.federation import Federation
 from fedms.fl.engines.world import World
+from fedms.fl.fetch import RECIPES
 from fedms.fl.round import Run
 from fedms.fl.runs.export import save_adapter
 from fedms.fl.runs.files import locked, replace_file
@@ -30,8 +32,11 @@ from fedms.fl.runs.progress import Progress
 from fedms.fl.types import FedMSError, select
 
 
-def start(config: Config, folder: Path, progress: Progress) -> None:
+def start(config: Config, folder: Path, progress: Progress, source: Any = None) -> None:
     """Begin a run in a new folder and carry it to its end.
+
+    Args:
+        source: a ``datasets.Dataset`` in place of what ``data.source`` names.
 
     Raises:
         FedMSError: the folder holds something already, or cannot be written.
@@ -41,11 +46,14 @@ def start(config: Config, folder: Path, progress: Progress) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     with locked(folder, progress.warn):
         _refuse_what_is_there(folder)  # another process may have begun in it
-        _carry_on(_from_anywhere(config), folder, progress)
+        _carry_on(_from_anywhere(config), folder, progress, source)
 
 
-def resume(folder: Path, progress: Progress) -> None:
+def resume(folder: Path, progress: Progress, source: Any = None) -> None:
     """Carry a run on from its newest whole checkpoints to its end; a finished run stays as it is.
+
+    Args:
+        source: as it was started with.
 
     Raises:
         FedMSError: the folder holds no run, another process works on it, or the data, the model or
@@ -54,7 +62,7 @@ def resume(folder: Path, progress: Progress) -> None:
     if not (folder / "config.toml").is_file():
         raise FedMSError(f"{folder} holds no run: it has no config.toml")
     with locked(folder, progress.warn):
-        _carry_on(load_config(folder / "config.toml"), folder, progress)
+        _carry_on(load_config(folder / "config.toml"), folder, progress, source)
 
 
 def _refuse_what_is_there(folder: Path) -> None:
@@ -67,15 +75,19 @@ def _refuse_what_is_there(folder: Path) -> None:
 
 def _from_anywhere(config: Config) -> Config:
     """The configuration with its files named so that a resume finds them from any folder."""
-    data, model = config.data, config.model
-    if data.source != "icd10" and Path(data.source).exists():
-        data = data.replace(source=str(Path(data.source).absolute()))
-    if model.path != "minilm" and Path(model.path).exists():
-        model = model.replace(path=str(Path(model.path).absolute()))
-    return config.replace(data=data, model=model)
+    names = {"icd10", "minilm", *RECIPES}
+
+    def absolute(path: str) -> str:
+        return path if path in names or not Path(path).exists() else str(Path(path).absolute())
+
+    return config.replace(
+        data=config.data.replace(source=absolute(config.data.source)),
+        model=config.model.replace(path=absolute(config.model.path)),
+        task=config.task.replace(text_model=absolute(config.task.text_model)),
+    )
 
 
-def _carry_on(config: Config, folder: Path, progress: Progress) -> None:
+def _carry_on(config: Config, folder: Path, progress: Progress, source: Any) -> None:
     """Do what is left.
 
     Nothing is written before data and model are there: after a mistake in them the folder is
@@ -91,7 +103,7 @@ def _carry_on(config: Config, folder: Path, progress: Progress) -> None:
     if not left:
         return
     with _disk_errors(folder):
-        world = World(config, progress)
+        world = World(config, progress, source)
         began = Origin.of(world.federation, frozen_weights(world.model.backbone.model))
         for place, settings in left.items():
             _prepare(settings, place)

@@ -29,7 +29,7 @@ class StopAfter(Progress):
         super().__init__(quiet=True)
         self._left = rounds
 
-    def scored(self, method, record) -> None:
+    def scored(self, method, record, metric) -> None:
         self._left -= 1
         if not self._left:
             raise KeyboardInterrupt
