@@ -21,6 +21,7 @@ import argparse
 import importlib
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -30,6 +31,7 @@ import types
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +75,11 @@ def record(wanted: Iterable[tuple[Any, Any]]) -> list[dict[str, str]]:
         how = json.loads(compile["specialization_data"])
         del how["options"]["extern_libs"]  # a path here; the default there is the same library
         data = json.dumps(how)
-        found[fn.name + data] = {"module": fn.module, "kernel": fn.name, "data": data}
+        # The text loses tuples' names and what lies within them: those go beside it, exactly.
+        parts = (compile["signature"], compile["constants"], compile["configs"][0])
+        exact = pickle.dumps(parts).hex()
+        entry = {"module": fn.module, "kernel": fn.name, "data": data, "exact": exact}
+        found[f"{fn.name} {parts} {how['options']}"] = entry
 
     knobs.runtime.jit_post_compile_hook = note
     with tempfile.TemporaryDirectory() as folder:
@@ -82,7 +88,7 @@ def record(wanted: Iterable[tuple[Any, Any]]) -> list[dict[str, str]]:
             try:
                 launch(case, choice)
             except OutOfResources as error:  # refused there too
-                refused.add(f"{choice.linear} at R {case.ranks}: {error}")
+                refused.add(f"{choice.gemm} at R {case.ranks}: {error}")
     print(*sorted(refused), sep="\n")
     return list(found.values())
 
@@ -106,11 +112,13 @@ def launches() -> Iterator[tuple[Any, Any]]:
         shape = tiles.Shape.of("any", *_dtypes(case), case.m, case.k, case.n, case.ranks)
         start = tiles.heuristic(shape)
         for strategy, gemm in tune.launches(CAPABILITY, shape):
-            yield case, replace(start, forward=strategy, backward=strategy, linear=gemm, dx=gemm)
+            yield case, replace(start, forward=strategy, backward=strategy, gemm=gemm, dx_gemm=gemm)
         for shrink in tune.shrink_tiles(case.m, False):
             yield case, replace(start, forward="extend", shrink=shrink)
-        for outer in tune.outer_tiles(False):
-            yield case, replace(start, backward="extend", outer=outer)
+        for expand in tune.expand_tiles(case.m, False):
+            yield case, replace(start, forward="split", backward="split", expand=expand)
+        for outer, one_pass in product(tune.outer_tiles(False), (False, True)):
+            yield case, replace(start, backward="extend", outer=outer, one_pass=one_pass)
     for case in varied(first_cases()[0]):
         shape = tiles.Shape.of("any", *_dtypes(case), case.m, case.k, case.n, case.ranks)
         yield case, tiles.heuristic(shape)
@@ -203,6 +211,11 @@ def _compile(entry: dict[str, str]) -> bool:
     missed = []
     knobs.compilation.listener = lambda *, cache_hit, **_: missed.append(not cache_hit)
     kernel = getattr(importlib.import_module(entry["module"]), entry["kernel"])
+    signature, constants, attrs = pickle.loads(bytes.fromhex(entry["exact"]))
+    do_compile = kernel._do_compile
+    kernel._do_compile = lambda key, _, device, _constants, options, _attrs, warmup: do_compile(
+        key, signature, device, constants, options, attrs, warmup
+    )
     compiled = kernel.preload(entry["data"])
     CudaLauncher(compiled.src, compiled.metadata)
     return missed == [True]

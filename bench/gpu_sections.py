@@ -34,7 +34,7 @@ def sweep_choices(capability: int, rank: int, tiny: bool) -> dict[str, tiles.Cho
     start = tiles.heuristic(shape)
     return {
         f"{strategy} {gemm}": replace(
-            start, forward=strategy, backward=strategy, linear=gemm, dx=gemm
+            start, forward=strategy, backward=strategy, gemm=gemm, dx_gemm=gemm
         )
         for strategy, gemm in tune.launches(capability, replace(shape, m=2048))
     }

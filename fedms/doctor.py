@@ -87,8 +87,8 @@ def _print_choices(console: Console, shape: Sequence[int]) -> None:
         how = "measured" if choice.measured else "not measured; backend='triton' would take"
         kernels = (
             how,
-            f"y: {choice.forward} {choice.linear}, shrink {choice.shrink}",
-            f"dx: {choice.backward} {choice.dx}, outer {choice.outer}",
+            f"y: {choice.describe('forward')}",
+            f"dx: {choice.describe('backward')}",
         )
         table.add_row(gpu, dtypes, choice.backend, "\n".join(kernels))
     console.print(table)

@@ -16,13 +16,13 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "fedms"
 
 # module (without `fedms.`) -> what it may import; a name ending in `.*` allows the whole subpackage
-TRITON_KERNELS = ("shrink", "combine", "expand", "outer")
+TRITON_KERNELS = ("shrink", "combine", "expand", "gemm")
 KERNELS = {
     "kernels": {"kernels.functional", "kernels.reference", "kernels.segments"},
     "kernels.functional": {
         "kernels.dropout", "kernels.experts", "kernels.higher_order", "kernels.native",
-        "kernels.plan", "kernels.segments",
-        "kernels.stacked", "kernels.validate",
+        "kernels.plan", "kernels.segments", "kernels.stacked", "kernels.triton",
+        "kernels.validate",
     },
     "kernels.plan": {"kernels.cuda", "kernels.native", "kernels.tiles", "kernels.triton"},
     "kernels.tune": {
@@ -33,26 +33,35 @@ KERNELS = {
     "kernels.reference": {"kernels.dropout", "kernels.experts", "kernels.segments"},
     "kernels.stacked": {
         "kernels.dropout", "kernels.experts", "kernels.ops", "kernels.packing", "kernels.segments",
+        "kernels.tables",
     },
     "kernels.native": {"kernels.experts", "kernels.ops", "kernels.segments"},
     "kernels.ops": set(),
     "kernels.cuda": {
         "kernels.cuda_tables", "kernels.experts", "kernels.ops", "kernels.segments",
+        "kernels.tables",
     },
     "kernels.cuda_tables": {"kernels.segments"},
     "kernels.experts": set(),
     "kernels.higher_order": {"kernels.dropout", "kernels.experts", "kernels.segments"},
     "kernels.packing": set(),
+    "kernels.tables": set(),
     "kernels.tiles": set(),
     "kernels.triton": {
         "kernels.experts", "kernels.ops", "kernels.segments", "kernels.triton.backend",
     },
     "kernels.triton.backend": {
-        "kernels.packing", "kernels.segments", "kernels.tiles", "kernels.triton.combine",
-        "kernels.triton.expand", "kernels.triton.layout", "kernels.triton.outer",
-        "kernels.triton.shrink",
+        "kernels.packing", "kernels.segments", "kernels.tables", "kernels.tiles",
+        "kernels.triton.launches", "kernels.triton.layout", "kernels.triton.tile",
     },
-    "kernels.triton.layout": {"kernels.packing", "kernels.segments"},
+    "kernels.triton.launches": {
+        "kernels.tiles", "kernels.triton.combine", "kernels.triton.expand", "kernels.triton.gemm",
+        "kernels.triton.launch", "kernels.triton.layout", "kernels.triton.outer",
+        "kernels.triton.shrink", "kernels.triton.tile",
+    },
+    "kernels.triton.launch": set(),
+    "kernels.triton.layout": {"kernels.segments", "kernels.triton.tile"},
+    "kernels.triton.outer": {"kernels.triton.combine", "kernels.triton.tile"},
     "kernels.triton.tile": set(),
     **{f"kernels.triton.{kernel}": {"kernels.triton.tile"} for kernel in TRITON_KERNELS},
     "kernels.segments": set(),

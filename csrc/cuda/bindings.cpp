@@ -176,11 +176,12 @@ void shrink(const Call& call, int64_t in, int64_t out, int splits, int64_t per_s
                             from_b ? call.n : call.k, per_split, splits, from_b, call.dtype});
 }
 
-void expand(const Call& call, int64_t h, int splits, int64_t sum, int64_t out, bool from_b,
-            bool narrow) {
+void expand(const Call& call, int64_t h, int splits, int64_t sum, int64_t from, bool from_rows,
+            int64_t out, bool from_b, bool narrow) {
     call.run(fedms::launch_expand,
              fedms::Expand{call.problem, pointer<const float>(h), pointer<float>(sum),
-                           pointer<void>(out), from_b ? call.n : call.k, splits, from_b, narrow,
+                           pointer<const void>(from), pointer<void>(out),
+                           from_b ? call.n : call.k, splits, from_rows, from_b, narrow,
                            call.dtype});
 }
 

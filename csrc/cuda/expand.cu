@@ -30,6 +30,7 @@ struct Shared {
     std::uint64_t keys[kRows];
     float coefficients[kRows];
     std::int32_t rows[kRows], columns[kRows];
+    Place places[kRows];  // each its thread's own: in registers they would spill
 };
 
 // s.h: coefficient times h, summed over its splits, of ranks [first, first + ranks); zeros beside.
@@ -78,9 +79,9 @@ __global__ void __launch_bounds__(32 * kWarps) expand(const __grid_constant__ Ex
         first_member = p.routes.groups[group].first_member;
         last_member = p.routes.groups[group].last_member;
     }
-    Place place{-1, -1, 0, 0, 0};  // of the thread's own row
-    if (threadIdx.x < kRows) {     // read by others behind a barrier: no group is without experts
-        place = place_in_group(p, group, tile * kRows + std::int64_t(threadIdx.x));
+    if (threadIdx.x < kRows) {  // read by others behind a barrier: no group is without experts
+        const Place place = place_in_group(p, group, tile * kRows + std::int64_t(threadIdx.x));
+        s.places[threadIdx.x] = place;
         s.rows[threadIdx.x] = place.row;
     }
     float sums[kOwn][V] = {};
@@ -91,13 +92,13 @@ __global__ void __launch_bounds__(32 * kWarps) expand(const __grid_constant__ Ex
         bool mine = false;
         if (threadIdx.x < kRows) {
             const std::int32_t column = grouped ? p.routes.members[m].column : expert.offset;
-            const Pair pair = pair_at(p, e, place.row, column);
+            const Pair pair = pair_at(p, e, s.rows[threadIdx.x], column);
             mine = pair.column >= 0;
             s.columns[threadIdx.x] = pair.column;
             s.coefficients[threadIdx.x] = pair.coefficient;
             if (Selective && p.dropout) {
                 const std::int32_t own = grouped ? p.routes.members[m].mask_expert : e;
-                s.keys[threadIdx.x] = mask_key(p, place, own);
+                s.keys[threadIdx.x] = mask_key(p, s.places[threadIdx.x], own);
             }
         }
         if (!__syncthreads_or(mine)) continue;
@@ -147,16 +148,23 @@ __global__ void __launch_bounds__(32 * kWarps) expand(const __grid_constant__ Ex
     }
 
     T* out = static_cast<T*>(call.out);
-    const bool vector = aligned(out, call.columns);
+    const T* from = static_cast<const T*>(call.from);
+    const bool vector = aligned(out, call.columns) && aligned(from, call.columns);
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
         const std::int32_t row = s.rows[warp + i * kWarps];
         if (row < 0 || c >= call.columns) continue;
-        T* to = out + std::int64_t(row) * call.columns;
-        Pack<T, V> values = load<V>(to, c, call.columns, vector);
+        const std::int64_t at = std::int64_t(row) * call.columns;
+        if (from != nullptr) {
+            const T* start_row = from + (call.from_rows ? at : 0);
+            const Pack<T, V> start = load<V>(start_row, c, call.columns, vector);
 #pragma unroll
-        for (int v = 0; v < V; ++v) narrow(widen(values.v[v]) + sums[i][v], values.v[v]);
-        store<V>(to, c, call.columns, vector, values);
+            for (int v = 0; v < V; ++v) sums[i][v] += widen(start.v[v]);
+        }
+        Pack<T, V> values;
+#pragma unroll
+        for (int v = 0; v < V; ++v) narrow(sums[i][v], values.v[v]);
+        store<V>(out + at, c, call.columns, vector, values);
     }
 }
 

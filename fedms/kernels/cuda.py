@@ -7,11 +7,14 @@ Shape suffixes: M rows, K in, N out, R the sum of the experts' ranks, E experts,
 r the width of a row of h (R; with segments the most that a row uses; k * max r_e with expert_idxs).
 
     forward    shrink   h = drop(x) Aᵀ       [M, r] fp32     x and A read
-               expand   y += (coef * h) Bᵀ   [M, N]          y and B read, y written, one rounding
+               expand   y = (coef * h) Bᵀ    [M, N]          B read, y written
     backward   shrink   u = dy B             [M, r] fp32
                combine  dg, and u of a split shrink
-               expand   dx += undrop((coef * u) A)
+               expand   dx = undrop((coef * u) A)
                outer    dA = (coef * u)ᵀ drop(x), dB = dyᵀ (coef * h)    trainable experts only
+
+The base GEMM comes last and adds to what expand wrote (beta = 1); a callable base's result is read
+by expand. With segments the base comes first, as expand does not write rows without experts.
 
 x, base result and dy share one dtype, fp32, bf16 or fp16; adapters and gates have any of these;
 products and sums are fp32. No atomics: two runs are bit-equal. Launches go to the current stream,
@@ -29,10 +32,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedms.kernels.cuda_tables import TableCache, routes_of
+from fedms.kernels.cuda_tables import routes_of
 from fedms.kernels.experts import expert_ranks, takes_stacks
 from fedms.kernels.ops import define_backend
 from fedms.kernels.segments import read_runs, row_width
+from fedms.kernels.tables import STORE
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/cuda/problem.cuh's DType
 _TILE_ROWS = 32
@@ -62,9 +66,6 @@ def _load() -> tuple[_Runtime | None, str]:
         torch.cuda.is_current_stream_capturing,
         lambda device: torch.cuda.get_device_properties(device).multi_processor_count,
     ), ""
-
-
-_tables = TableCache()
 
 
 def available() -> bool:
@@ -159,8 +160,12 @@ class _Call:
         )  # fmt: skip
 
     def _resident(self, words: bytes, device: torch.device, stream: int) -> Tensor:
-        capturing = self._runtime.capturing()
-        return _tables.resident(words, device, stream, capturing, self._runtime.module.upload)
+        def make() -> Tensor:
+            table = torch.empty(-(-len(words) // 8), dtype=torch.int64, device=device)
+            self._runtime.module.upload(device.index or 0, stream, table.data_ptr(), words)
+            return table
+
+        return STORE.get(words, device, stream, self._runtime.capturing(), make, launched=True)
 
     def shrink(self, in_MC: Tensor, out_Mr: Tensor | None, *, from_b: bool) -> Tensor:
         """in A_eᵀ, or in B_e: [splits, M, r] fp32, its sum over splits being the result.
@@ -181,16 +186,23 @@ class _Call:
         )
         return out_sMr
 
-    def expand(self, h_sMr: Tensor, sum_Mr: Tensor | None, out_MC: Tensor, *, from_b: bool) -> None:
-        """out += (coef * h) B_eᵀ, or undrop((coef * h) A_e), in place; sum = h over its splits."""
+    def expand(
+        self, h_sMr: Tensor, sum_Mr: Tensor | None, start: Tensor | None, out_MC: Tensor, *,
+        from_b: bool,
+    ) -> None:  # fmt: skip
+        """out = start + (coef * h) B_eᵀ, or + undrop((coef * h) A_e); sum = h over its splits.
+
+        start: [M, C], which may be out, [C], or None for zeros.
+        """
         columns = self.n if from_b else self.k
         row_tiles = -(-self.m // _TILE_ROWS) if self.routes is None else self.routes.group_tiles
         narrow = row_tiles * -(-columns // self.strip) < self.multiprocessors
         separate = sum_Mr is not None and sum_Mr.data_ptr() != h_sMr.data_ptr()
         self._runtime.module.expand(
             self._call, h_sMr.data_ptr(), h_sMr.shape[0],
-            sum_Mr.data_ptr() if sum_Mr is not None and separate else 0, out_MC.data_ptr(), from_b,
-            narrow,
+            sum_Mr.data_ptr() if sum_Mr is not None and separate else 0,
+            0 if start is None else start.data_ptr(),
+            start is not None and start.dim() == 2, out_MC.data_ptr(), from_b, narrow,
         )  # fmt: skip
 
     def combine(self, u_sMr: Tensor, h_Mr: Tensor | None, dg: Tensor) -> Tensor:
@@ -244,12 +256,14 @@ def _forward(
     offsets: Tensor | None, experts: Tensor | None, scale: Sequence[float], dropout_p: float,
     seed: Tensor | None, save_h: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    whole = offsets is None  # expand then writes every row
+    x, start = x.contiguous(), bias
     if base is not None:
-        y_MN = base.clone(memory_format=torch.contiguous_format)
+        start = base.contiguous()
+        y_MN = x.new_empty(base.shape) if whole else start.clone()
     else:
         assert weight is not None
-        y_MN = F.linear(x, weight, bias)
-    x = x.contiguous()
+        y_MN = x.new_empty((len(x), len(weight))) if whole else F.linear(x, weight, bias)
     call = _Call(
         x, x.shape[1], y_MN.shape[1], A, B, gates, expert_idxs, offsets, experts, scale, dropout_p,
         seed,
@@ -257,7 +271,10 @@ def _forward(
     h_Mr = x.new_empty((call.m, call.width) if save_h else (0,), dtype=torch.float32)
     if call.m and call.width:
         h_sMr = call.shrink(x, h_Mr if save_h else None, from_b=False)
-        call.expand(h_sMr, h_Mr if save_h else None, y_MN, from_b=True)
+        sum_Mr = h_Mr if save_h else None
+        call.expand(h_sMr, sum_Mr, start if whole else y_MN, y_MN, from_b=True)
+        if whole and weight is not None:
+            y_MN.addmm_(x, weight.t())
     return y_MN, h_Mr
 
 
@@ -270,8 +287,9 @@ def _backward(
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
     (m, n), k = dy.shape, A[0].shape[1]
     dy = dy.contiguous()
-    dx_MK = dy.new_empty(0)
-    if need_dx:
+    whole = offsets is None  # expand then writes every row
+    dx_MK = dy.new_empty((m, k) if need_dx else (0,))
+    if need_dx and not whole:
         dx_MK = dy.new_zeros((m, k)) if weight is None else dy @ weight
     dA, dB = _outputs(A, need_dA), _outputs(B, need_dB)
     columns = len(A) if expert_idxs is None else expert_idxs.shape[1]
@@ -284,7 +302,10 @@ def _backward(
         u_sMr = call.shrink(dy, None, from_b=True)
         u_Mr = call.combine(u_sMr, h if need_dg else None, dg)
         if need_dx:
-            call.expand(u_Mr.unsqueeze(0), None, dx_MK, from_b=False)
+            start = None if whole else dx_MK
+            call.expand(u_Mr.unsqueeze(0), None, start, dx_MK, from_b=False)
+            if whole and weight is not None:
+                dx_MK.addmm_(dy, weight)
     if x is not None and any(need_dA):
         call.outer(x.contiguous(), u_Mr, dA, to_b=False)
     if h is not None and any(need_dB):

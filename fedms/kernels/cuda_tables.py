@@ -1,4 +1,4 @@
-"""What the CUDA kernels read from device memory besides tensors: tables, sent once and kept.
+"""What the CUDA kernels read from device memory besides tensors; tables.py keeps it there.
 
 Segments become `Routes`: rows that use the same experts are a group, however many segments they
 come from, so a thousand segments of two rows are a few full tiles. The layout of the words is
@@ -8,14 +8,8 @@ csrc/cuda/problem.cuh's: groups, members, row sets, ranges, all int32.
 from __future__ import annotations
 
 from array import array
-from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from threading import Lock
-
-import torch
-from torch import Tensor
 
 from fedms.kernels.segments import Run
 
@@ -90,44 +84,3 @@ def routes_of(runs: tuple[Run, ...], ranks: tuple[int, ...], tile_rows: int) -> 
         group_tiles=group_tiles,
         member_tiles=member_tiles,
     )
-
-
-class TableCache:
-    """Device copies of tables, found again by their content, their device and the stream.
-
-    In a steady state nothing is sent. An entry belongs to one stream: the copy is ordered before
-    its uses without an event, and its memory before who gets it next. A table that a CUDA graph's
-    capture uses stays for good, as replays read it; one that is new during a capture becomes part
-    of the graph and is not kept here, since it is filled by the replays alone.
-    """
-
-    def __init__(self, limit: int = 128) -> None:
-        self._limit = limit
-        self._lock = Lock()
-        self._tables: OrderedDict[tuple[torch.device, int, bytes], Tensor] = OrderedDict()
-        self._captured: dict[int, Tensor] = {}
-
-    def resident(
-        self,
-        words: bytes,
-        device: torch.device,
-        stream: int,
-        capturing: bool,
-        upload: Callable[[int, int, int, bytes], None],
-    ) -> Tensor:
-        """words on the device, int64; upload(device index, stream, address, words) fills it."""
-        key = (device, stream, words)
-        with self._lock:  # autograd runs backward passes on a thread of its own
-            table = self._tables.get(key)
-            if table is not None:
-                self._tables.move_to_end(key)
-                if capturing:
-                    self._captured[table.data_ptr()] = table
-                return table
-            table = torch.empty(-(-len(words) // 8), dtype=torch.int64, device=device)
-            upload(device.index or 0, stream, table.data_ptr(), words)
-            if not capturing:
-                self._tables[key] = table
-                if len(self._tables) > self._limit:
-                    self._tables.popitem(last=False)
-            return table

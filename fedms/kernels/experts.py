@@ -47,6 +47,8 @@ def takes_stacks(
         x: Any, weight: Any, bias: Any, base: Any, A: Sequence[Tensor], B: Sequence[Tensor],
         *rest: Any,
     ) -> Any:  # fmt: skip
+        if not _stacked(A):
+            return forward(x, weight, bias, base, A, B, *rest)
         return forward(x, weight, bias, base, unstack(A), unstack(B), *rest)
 
     return forward_of_parts, backward_of_parts(backward)
@@ -61,6 +63,8 @@ def backward_of_parts(backward: Callable[..., Any]) -> Callable[..., Any]:
     def of_parts(
         dy: Any, weight: Any, x: Any, h: Any, A: Sequence[Tensor], B: Sequence[Tensor], *rest: Any
     ) -> Any:
+        if not _stacked(A):
+            return backward(dy, weight, x, h, A, B, *rest)
         *middle, need_dA, need_dB = rest
         sizes = counts(A)
         dx, dg, dA, dB = backward(
@@ -70,6 +74,11 @@ def backward_of_parts(backward: Callable[..., Any]) -> Callable[..., Any]:
         return dx, dg, _restack(dA, A, need_dA), _restack(dB, B, need_dB)
 
     return of_parts
+
+
+def _stacked(parts: Sequence[Tensor]) -> bool:
+    """Whether any part is a stack; most calls have none, and pay for nothing here."""
+    return any(part.dim() == 3 for part in parts)
 
 
 def _repeat(values: Sequence[bool], sizes: Sequence[int]) -> list[bool]:

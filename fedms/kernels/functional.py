@@ -14,8 +14,7 @@ from torch import Tensor
 from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 from torch.nn import functional as F
 
-from fedms.kernels import higher_order, native, plan, validate
-from fedms.kernels import stacked as _stacked  # noqa: F401  (defines its ops)
+from fedms.kernels import higher_order, native, plan, stacked, triton, validate
 from fedms.kernels.dropout import as_seed
 from fedms.kernels.experts import counts, expert_ranks
 from fedms.kernels.segments import Segments
@@ -28,10 +27,14 @@ _TRACED: Mapping[tuple[str, str], Callable[..., Any]] = {
 }
 # In eager mode the dispatcher's way to a Python function, arguments to and fro, is 40 us a call and
 # the C++ work of a tiny layer 3 us.
+_EAGER = {"native": native, "stacked": stacked, "triton": triton}
 _OPS: dict[tuple[str, str], Callable[..., Any]] = {
     **_TRACED,
-    ("native", "forward"): native.forward,
-    ("native", "backward"): native.backward,
+    **{
+        (name, direction): getattr(backend, direction)
+        for name, backend in _EAGER.items()
+        for direction in ("forward", "backward")
+    },
 }
 
 

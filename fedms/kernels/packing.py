@@ -1,12 +1,8 @@
-"""Per-expert parameters as one matrix, without a copy where their storage is already adjacent.
-
-And per-expert numbers as tensors on the device, sent there once.
-"""
+"""Per-expert parameters as one matrix, without a copy where their storage is already adjacent."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -32,9 +28,11 @@ def stack_columns(parts: Sequence[Tensor]) -> Tensor:
     first = parts[0]
     if len(parts) == 1:
         return first
-    total = sum(part.shape[1] for part in parts)
     itemsize = first.element_size()
     expected = first.data_ptr()
+    if parts[1].data_ptr() != expected + first.shape[1] * itemsize:
+        return torch.cat(tuple(parts), dim=1)  # the usual no, at the least cost
+    total = sum(part.shape[1] for part in parts)
     end = first.untyped_storage().data_ptr() + first.untyped_storage().nbytes()
     for part in parts:
         same = part.dtype == first.dtype and part.stride() == (total, 1)
@@ -46,17 +44,13 @@ def stack_columns(parts: Sequence[Tensor]) -> Tensor:
     return first.as_strided((first.shape[0], total), (total, 1))
 
 
-@lru_cache(maxsize=1024)
-def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A kept 1-D tensor of these values: a copy a call would wait, and forbids CUDA graphs."""
-    return torch.tensor(values, dtype=dtype).to(device)
-
-
 def _adjacent(parts: Sequence[Tensor]) -> bool:
     """True when the contiguous parts lie one behind the other in one storage."""
     first = parts[0]
-    storage = first.untyped_storage().data_ptr()
     expected = first.data_ptr()
+    if parts[1].data_ptr() != expected + first.numel() * first.element_size():
+        return False  # the usual no, at the least cost
+    storage = first.untyped_storage().data_ptr()
     for part in parts:
         if part.data_ptr() != expected or not part.is_contiguous() or part.dtype != first.dtype:
             return False

@@ -24,8 +24,9 @@ from torch.nn import functional as F
 from fedms.kernels.dropout import keep_mask
 from fedms.kernels.experts import expert_ranks, takes_stacks
 from fedms.kernels.ops import define_backend
-from fedms.kernels.packing import constant, stack_columns, stack_rows
+from fedms.kernels.packing import stack_columns, stack_rows
 from fedms.kernels.segments import Run, read_runs, row_width
+from fedms.kernels.tables import constant
 
 
 def _h_like(
@@ -282,9 +283,7 @@ def _result(grad: Tensor | None, like: Tensor, need: bool) -> Tensor:
     return torch.zeros_like(like) if grad is None else grad.to(like.dtype).contiguous()
 
 
+forward, backward = takes_stacks(_forward, _backward)
 define_backend(
-    "stacked",
-    *takes_stacks(_forward, _backward),
-    dispatch_key="CompositeExplicitAutograd",
-    h_like=_h_like,
+    "stacked", forward, backward, dispatch_key="CompositeExplicitAutograd", h_like=_h_like
 )

@@ -9,7 +9,7 @@ calls gated per token; segments, top-k and dropout go by the same row.
 Strategies, for y and for dx alike:
     fused    one kernel: shrink inside the base GEMM's loop (no segments, no dropout, small R)
     extend   shrink, then a GEMM whose accumulator takes the mixture
-    split    torch's GEMM (cuBLAS), then the mixture added by a kernel of its own
+    split    the mixture by a kernel of its own, then torch's GEMM (cuBLAS) adding to it (beta = 1)
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ STRATEGIES = ("fused", "extend", "split")
 
 
 @dataclass(frozen=True)
-class Tiles:
-    """One kernel's launch: block sizes, warps, software-pipeline stages.
+class GemmTiles:
+    """The base GEMM with the mixture in its accumulator: rows, columns and depth of a tile.
 
     tma: load x and w by tensor descriptors (sm_90 and later). persistent: one program a
     multiprocessor instead of one a tile.
@@ -44,23 +44,49 @@ class Tiles:
     persistent: bool = False
 
     def __str__(self) -> str:
-        blocks = "x".join(str(b) for b in (self.block_m, self.block_n, self.block_k) if b)
         flags = " tma" * self.tma + " persistent" * self.persistent
-        return f"{blocks} w{self.warps} s{self.stages}{flags}"
+        return f"{self.block_m}x{self.block_n}x{self.block_k} w{self.warps} s{self.stages}{flags}"
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A kernel that reads or writes a matrix once: its rows and columns in a tile."""
+
+    block_m: int
+    block_c: int
+    warps: int = 4
+    stages: int = 3
+
+    def __str__(self) -> str:
+        return f"{self.block_m}x{self.block_c} w{self.warps} s{self.stages}"
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How one call runs. `linear` is y's kernel, `dx` that of dx; shrink has no block_n."""
+    """How one call runs.
+
+    gemm, dx_gemm: for y and for dx, of the strategies fused and extend. expand: of split, both
+    directions. one_pass: u comes beside dB from one read of dy, not from a shrink of its own.
+    """
 
     backend: str
     forward: str
     backward: str
-    linear: Tiles
-    dx: Tiles
+    gemm: GemmTiles
+    dx_gemm: GemmTiles
     shrink: Tiles
+    expand: Tiles
     outer: Tiles
+    one_pass: bool
     measured: bool = False
+
+    def describe(self, direction: str) -> str:
+        """Strategy and tiles of "forward" or "backward", in words."""
+        if direction == "forward":
+            how = self.expand if self.forward == "split" else self.gemm
+            return f"{self.forward} {how}, shrink {self.shrink}"
+        how = self.expand if self.backward == "split" else self.dx_gemm
+        return f"{self.backward} {how}, outer {self.outer}{' with u' * self.one_pass}"
 
 
 @dataclass(frozen=True)
@@ -92,10 +118,14 @@ def heuristic(shape: Shape) -> Choice:
     wide = shape.x == "float32"  # its base GEMM is cuBLAS's
     amd = torch.version.hip is not None  # 64 KiB of shared memory
     block_m = min(64 if wide and amd else 128, shape.m)
-    gemm = Tiles(block_m, 128, 32 if amd else 64, 8 if block_m == 128 else 4, 2 if amd else 3)
+    gemm = GemmTiles(block_m, 128, 32 if amd else 64, 8 if block_m == 128 else 4, 2 if amd else 3)
     if wide or shape.adapter == "float32":
         gemm = replace(gemm, block_n=64 if block_m >= 64 else 32, block_k=32)
     can_fuse = shape.r <= 64 and shape.adapter == shape.x
+    rows = min(32 if wide else 64, shape.m)
+    outer = Tiles(32, 64, 4, 2) if wide else Tiles(32, 512, 8, 2)
+    if amd and not wide:
+        outer = Tiles(32, 128, 4, 2)
 
     def strategy(out: int) -> str:
         if wide or shape.m <= 64:
@@ -106,11 +136,22 @@ def heuristic(shape: Shape) -> Choice:
         backend="stacked",
         forward=strategy(shape.n),
         backward=strategy(shape.k),
-        linear=gemm,
-        dx=gemm,
-        shrink=Tiles(min(32 if wide else 64, shape.m), 0, 32 if wide else 64, 4, 3),
-        outer=Tiles(32, 64, 0, 4, 2) if wide else Tiles(64, 128, 0, 4 if shape.r <= 64 else 8, 2),
+        gemm=gemm,
+        dx_gemm=gemm,
+        shrink=Tiles(min(32 if wide else 64, shape.m), 32 if wide else 64, 4, 3),
+        expand=Tiles(rows, 64 if wide else 128, 4, 2),
+        outer=outer,
+        one_pass=one_pass_pays(shape.m, shape.n, shape.r, 4 if wide else 2),
     )
+
+
+def one_pass_pays(m: int, n: int, r: int, itemsize: int) -> bool:
+    """Whether the partial sums of u cost less than a second read of dy [M, N].
+
+    One pass writes and reads 8 M R bytes for each 512 columns, and takes one launch more: 2.5 us,
+    in which a GPU moves 7.5 MB.
+    """
+    return m * n * itemsize > 8 * m * r * -(-n // 512) + 7_500_000
 
 
 def lookup(shape: Shape) -> Choice:
@@ -192,8 +233,9 @@ def parse(text: str, where: str) -> dict[Shape, Choice]:
 
 
 def _choice(fields: dict[str, Any]) -> Choice:
-    tiles = ("linear", "dx", "shrink", "outer")
-    launches: dict[str, Any] = {name: Tiles(**fields[name]) for name in tiles}
+    gemms = {name: GemmTiles(**fields[name]) for name in ("gemm", "dx_gemm")}
+    others = {name: Tiles(**fields[name]) for name in ("shrink", "expand", "outer")}
+    launches: dict[str, Any] = gemms | others
     return Choice(**fields | launches)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fedms.kernels import plan
 from fedms.kernels.agreement import BOUND, difference
-from fedms.kernels.tiles import Choice, Shape, Tiles, device_name, heuristic
+from fedms.kernels.tiles import Choice, GemmTiles, Shape, Tiles, device_name, heuristic
 
 Clock = Callable[[Callable[[], object]], float]
 """Median microseconds of a call."""
@@ -43,49 +43,98 @@ class Tuned:
     attempts: list[Attempt]
 
 
-def gemm_tiles(capability: int) -> list[Tiles]:
-    """Tiles worth trying for a GEMM of more than 64 rows (for fewer, torch's GEMM stays).
+def gemm_tiles(capability: int) -> list[GemmTiles]:
+    """Tiles worth trying for a GEMM of more than 64 rows.
 
     capability: 80, 90, ..., and 0 for a GPU that is not NVIDIA's.
     """
     if capability == 0:
-        return [Tiles(128, 128, 32, 8, 2), Tiles(64, 128, 32, 4, 2)]
-    pointers = [Tiles(128, 128, 64, 8, 3), Tiles(64, 128, 64, 4, 4)]
+        return [GemmTiles(128, 128, 32, 8, 2), GemmTiles(64, 128, 32, 4, 2)]
+    pointers = [GemmTiles(128, 128, 64, 8, 3), GemmTiles(64, 128, 64, 4, 4)]
     if capability < 90:
         return pointers
-    described = [Tiles(128, 256, 64, 8, 3, tma=True), Tiles(128, 128, 64, 8, 4, tma=True)]
+    described = [
+        GemmTiles(128, 256, 64, 8, 3, tma=True),
+        GemmTiles(128, 128, 64, 8, 4, tma=True),
+    ]
     return [*pointers, *described, *[replace(t, persistent=True) for t in described]]
+
+
+def few_rows_tiles(m: int) -> list[GemmTiles]:
+    """Tiles worth trying for a GEMM of up to 64 rows, which reads W and little else: deep, narrow,
+    so that W comes in long pieces and every multiprocessor has a column tile."""
+    block_m = _rows(m, 64)
+    return [GemmTiles(block_m, 32, 256, 4, 3), GemmTiles(block_m, 64, 128, 4, 4)]
 
 
 def shrink_tiles(m: int, fp32: bool) -> list[Tiles]:
     """Tiles worth trying for the shrink; fp32: x and adapters are, and three products cost more."""
-    block_m = min(64, max(16, 1 << (m - 1).bit_length()))
+    block_m = _rows(m, 64)
     if fp32:
-        return [Tiles(min(32, block_m), 0, 32, 4, 3)]
+        return [Tiles(min(32, block_m), 32, 4, 3)]
     if block_m < 64:
-        return [Tiles(block_m, 0, 64, 4, 4)]
-    return [Tiles(64, 0, 128, 4, 3), Tiles(64, 0, 64, 4, 4), Tiles(32, 0, 128, 4, 3)]
+        return [Tiles(block_m, 64, 4, 4)]
+    return [Tiles(64, 128, 4, 3), Tiles(64, 64, 4, 4), Tiles(32, 128, 4, 3)]
+
+
+def expand_tiles(m: int, fp32: bool) -> list[Tiles]:
+    """Tiles worth trying for the mixture alone, which writes a matrix: long rows of it at once."""
+    block_m = _rows(m, 64)
+    if fp32:
+        return [Tiles(min(32, block_m), 64, 4, 2), Tiles(min(32, block_m), 128, 4, 2)]
+    if block_m < 64:
+        return [Tiles(block_m, 128, 4, 2), Tiles(block_m, 256, 4, 2)]
+    return [Tiles(64, 128, 4, 2), Tiles(32, 256, 4, 2), Tiles(128, 128, 8, 2), Tiles(64, 256, 8, 2)]
 
 
 def outer_tiles(fp32: bool) -> list[Tiles]:
-    """Tiles worth trying for the weight gradients."""
+    """Tiles worth trying for the weight gradients; the wide ones have fewer partial sums of u."""
     if fp32:
-        return [Tiles(32, 64, 0, 4, 2)]
-    wide = Tiles(32, 256, 0, 8, 3)  # half of the partial sums of u
-    return [Tiles(64, 128, 0, 4, 2), Tiles(64, 64, 0, 4, 3), Tiles(32, 128, 0, 4, 3), wide]
+        return [Tiles(32, 64, 4, 2)]
+    return [Tiles(32, 512, 8, 2), Tiles(32, 256, 8, 3), Tiles(64, 128, 4, 2), Tiles(64, 64, 4, 3)]
 
 
-def launches(capability: int, shape: Shape) -> list[tuple[str, Tiles]]:
-    """Strategies and GEMM tiles worth trying for a shape."""
-    found = [("split", heuristic(shape).linear)]
-    if shape.m <= 64 or shape.x == "float32":
+def launches(capability: int, shape: Shape) -> list[tuple[str, GemmTiles]]:
+    """Strategies and GEMM tiles worth trying for a shape, without those that cannot fit."""
+    found = [("split", heuristic(shape).gemm)]
+    if shape.x == "float32":
         return found
-    for tiles in gemm_tiles(capability):
-        found.append(("extend", tiles))
+    grid = gemm_tiles(capability) if shape.m > 64 else few_rows_tiles(shape.m)
+    limit = SHARED_MEMORY.get(capability, 227) * 1024
+    for tiles in grid:
+        strategies = ["extend"]
         # A second accumulator must fit beside the GEMM's, and fp32 adapters would widen x for it.
         if shape.r <= 64 and shape.adapter == shape.x:
-            found.append(("fused", tiles))
+            strategies.append("fused")
+        found += [(s, tiles) for s in strategies if shared_memory(s, tiles, shape) <= limit]
     return found
+
+
+SHARED_MEMORY = {0: 64, 80: 163, 86: 99, 89: 99, 120: 99}
+"""KiB that a program can have, by capability; 227 where it is not listed."""
+
+
+def shared_memory(strategy: str, tiles: GemmTiles, shape: Shape) -> int:
+    """Bytes of shared memory that the GEMM kernel takes at least.
+
+    The stages hold x and w (fused: and a) of the loop; b, and p without fused, lie beside them, as
+    they are loaded before it and used after it.
+    """
+    x = 2 if shape.x != "float32" else 4
+    c = 4 if "float32" in (shape.x, shape.adapter) else 2
+    r = min(128, shape.r)
+    stage = (tiles.block_m + tiles.block_n) * tiles.block_k * x
+    outside = r * tiles.block_n * c
+    if strategy == "fused":
+        stage += r * tiles.block_k * x
+    else:
+        outside += r * tiles.block_m * c
+    return tiles.stages * stage + outside
+
+
+def _rows(m: int, most: int) -> int:
+    """The power of two of rows, 16 at least, that a tile of a call of m rows has."""
+    return min(most, max(16, 1 << (m - 1).bit_length()))
 
 
 def tune(
@@ -111,12 +160,19 @@ def tune(
     if "triton" in race.backends:
         grid = launches(_capability(device), shape)
         fp32 = shape.x == shape.adapter == "float32"
-        best = race.fastest("forward", [replace(best, forward=s, linear=t) for s, t in grid], best)
+        split = replace(best, forward="split")
+        split = race.fastest(
+            "forward", [replace(split, expand=t) for t in expand_tiles(m, fp32)], split
+        )
+        best = replace(best, expand=split.expand)
+        best = race.fastest("forward", [replace(best, forward=s, gemm=t) for s, t in grid], best)
         tiles = shrink_tiles(m, fp32)
         best = race.fastest("forward", [replace(best, shrink=t) for t in tiles], best)
-        best = race.fastest("backward", [replace(best, backward=s, dx=t) for s, t in grid], best)
-        tiles = outer_tiles(fp32)
-        best = race.fastest("backward", [replace(best, outer=t) for t in tiles], best)
+        choices = [replace(best, backward=s, dx_gemm=t) for s, t in grid]
+        best = race.fastest("backward", choices, best)
+        passes = [(t, one) for t in outer_tiles(fp32) for one in (False, True)]
+        choices = [replace(best, outer=t, one_pass=one) for t, one in passes]
+        best = race.fastest("backward", choices, best)
     totals = {b: race.total(b, best) for b in race.backends}
     right = {backend: t for backend, t in totals.items() if t is not None}
     if "stacked" not in right:
@@ -149,7 +205,7 @@ class _Race:
 
     def _time(self, backend: str, direction: str, choice: Choice) -> float | None:
         chosen = choice if backend == "triton" else None
-        what = backend if chosen is None else f"triton {_describe(direction, choice)}"
+        what = backend if chosen is None else f"triton {choice.describe(direction)}"
         try:
             found = _results(backend, self.args, chosen)
             problem = difference(found, self.truth, self.bound)
@@ -225,12 +281,6 @@ def _results(backend: str, args: dict[str, Any], choice: Choice | None) -> list[
     forward, backward = _steps(backend, args, choice)
     dx, dg, dA, dB = backward()
     return [forward()[0], dx, dg, *dA, *dB]
-
-
-def _describe(direction: str, choice: Choice) -> str:
-    if direction == "forward":
-        return f"{choice.forward} {choice.linear}, shrink {choice.shrink}"
-    return f"{choice.backward} {choice.dx}, outer {choice.outer}"
 
 
 def _capability(device: torch.device) -> int:

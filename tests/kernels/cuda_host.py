@@ -22,7 +22,7 @@ import torch
 from torch.utils.cpp_extension import include_paths  # torch carries pybind11's headers
 
 from fedms.kernels import cuda, functional, plan
-from fedms.kernels.cuda_tables import TableCache
+from fedms.kernels.tables import TableStore
 
 CSRC = Path(__file__).parents[2] / "csrc"
 KERNELS = sorted((CSRC / "cuda").glob("*.cu"))
@@ -95,7 +95,7 @@ def installed(module: Any, multiprocessors: int, *, reverse: bool = False) -> It
     module.set_schedule(reverse)
     with (
         mock.patch.object(cuda, "_load", return_value=(runtime, "")),
-        mock.patch.object(cuda, "_tables", TableCache()),
+        mock.patch.object(cuda, "STORE", TableStore()),
         mock.patch.object(plan, "choose", return_value="cuda"),
         mock.patch.dict(functional._OPS, ops),
     ):

@@ -225,7 +225,7 @@ def _too_wide(module: Any) -> None:
         0, 0, 1, 8, 2**31 - 64, 0, 0, [0], [0], [], [], [1], [1.0], 0, 0, 0, 0, 0, 0, 0, 1,
         [0] * 5, 0.0, 0,
     )  # fmt: skip
-    module.expand(call, 0, 1, 0, 0, True, False)
+    module.expand(call, 0, 1, 0, 0, False, 0, True, False)
 
 
 def test_python_and_the_kernels_agree_on_the_tile(module):

@@ -1,15 +1,13 @@
-"""Segments as the CUDA kernels' tables, and the cache of what was sent."""
+"""Segments as the CUDA kernels' tables."""
 
 from __future__ import annotations
 
 import struct
-import weakref
 
-import pytest
 import torch
 
 from fedms.kernels import Segments
-from fedms.kernels.cuda_tables import TableCache, routes_of
+from fedms.kernels.cuda_tables import routes_of
 from fedms.kernels.segments import read_runs
 
 CPU = torch.device("cpu")
@@ -49,56 +47,3 @@ def test_a_seed_a_segment_counts_from_its_own_rows_and_experts():
 def test_segments_without_experts_are_no_group():
     routes = routes_of(read_runs(*Segments([0, 5], [()]).tensors, None, 5, 1), (8,), 4)
     assert (routes.num_groups, routes.group_tiles) == (0, 0)
-
-
-@pytest.fixture
-def sent() -> list[bytes]:
-    return []
-
-
-@pytest.fixture
-def ask(sent: list[bytes]):
-    cache = TableCache(limit=2)
-
-    def upload(device: int, stream: int, address: int, words: bytes) -> None:
-        sent.append(words)
-
-    def resident(words: bytes, stream: int = 0, capturing: bool = False) -> torch.Tensor:
-        return cache.resident(words, CPU, stream, capturing, upload)
-
-    return resident
-
-
-def test_equal_tables_are_sent_once_a_stream(ask, sent):
-    first = ask(b"12345678")
-    assert first.numel() == 1
-    assert ask(b"123456789").numel() == 2
-    assert ask(bytes(bytearray(b"12345678"))) is first
-    assert ask(b"12345678", stream=7) is not first
-    assert sent == [b"12345678", b"123456789", b"12345678"]
-
-
-def test_the_least_recently_used_is_dropped(ask, sent):
-    first = ask(b"a")
-    ask(b"b")
-    assert ask(b"a") is first
-    ask(b"c")
-    assert ask(b"a") is first
-    ask(b"b")
-    assert sent == [b"a", b"b", b"c", b"b"]
-
-
-def test_a_capture_fills_its_own_table_and_keeps_a_used_one(ask, sent):
-    """A table first seen in a capture is filled by replays alone, so nobody else may find it."""
-    inside = ask(b"a", capturing=True)
-    outside = ask(b"a")
-    assert outside is not inside
-    assert sent == [b"a", b"a"]
-    unused, used = weakref.ref(ask(b"z")), weakref.ref(outside)
-    assert ask(b"a", capturing=True) is outside
-    del outside, inside
-    for word in (b"b", b"c"):
-        ask(word)
-    assert unused() is None  # dropped from the cache
-    assert used() is not None  # dropped too, yet a graph reads it
-    assert ask(b"a") is not used()

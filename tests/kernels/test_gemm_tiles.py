@@ -42,10 +42,10 @@ def choose(tmp_path, monkeypatch):
     """Make these tiles the row of the user's table that the problem reads."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
 
-    def save(strategy: str, gemm: tiles.Tiles, rank: int) -> None:
+    def save(strategy: str, gemm: tiles.GemmTiles, rank: int) -> None:
         shape = tiles.Shape.of(tiles.device_name(DEVICE), BF16, BF16, M, K, N, rank)
         chosen = replace(
-            tiles.heuristic(shape), forward=strategy, backward=strategy, linear=gemm, dx=gemm
+            tiles.heuristic(shape), forward=strategy, backward=strategy, gemm=gemm, dx_gemm=gemm
         )
         tiles.save({shape: chosen}, tiles.user_table())
 

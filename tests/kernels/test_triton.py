@@ -18,12 +18,12 @@ from lora_problem import (
 )
 
 from fedms.kernels import Segments, tiles, triton
-from fedms.kernels.tiles import Choice, Tiles
+from fedms.kernels.tiles import Choice, GemmTiles, Tiles
 
 if not triton.available():
     pytest.skip("triton is not installed", allow_module_level=True)
 
-from fedms.kernels.triton import backend
+from fedms.kernels.triton import backend, launches
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {
@@ -34,12 +34,13 @@ DTYPES = {
 }
 
 
-def choice(strategy: str, *, tma: bool = False, persistent: bool = False) -> Choice:
+def choice(
+    strategy: str, *, one_pass: bool = True, tma: bool = False, persistent: bool = False
+) -> Choice:
     """Small tiles, so that small problems have several of each."""
-    gemm = Tiles(32, 32, 32, 4, 2, tma=tma, persistent=persistent)
-    return Choice(
-        "triton", strategy, strategy, gemm, gemm, Tiles(32, 0, 32, 4, 2), Tiles(16, 32, 0, 4, 2)
-    )
+    gemm = GemmTiles(32, 32, 32, 4, 2, tma=tma, persistent=persistent)
+    other, outer = Tiles(32, 32, 4, 2), Tiles(16, 32, 4, 2)
+    return Choice("triton", strategy, strategy, gemm, gemm, other, other, outer, one_pass)
 
 
 @pytest.fixture
@@ -70,6 +71,7 @@ def test_error_is_not_worse_than_pefts(force, strategy, dtype, shape):
         assert error <= bound, f"{name}: {error:.2e}, peft {theirs[name]:.2e}"
 
 
+@pytest.mark.parametrize("one_pass", [True, False], ids=["one-pass", "two-pass"])
 @pytest.mark.parametrize("strategy", tiles.STRATEGIES)
 @pytest.mark.parametrize(
     "variant",
@@ -83,8 +85,8 @@ def test_error_is_not_worse_than_pefts(force, strategy, dtype, shape):
     ],
     ids=["no-gates", "layer", "dropout", "top-k", "segments", "segments-dropout"],
 )
-def test_routing(force, strategy, variant):
-    force(choice(strategy))
+def test_routing(force, strategy, variant, one_pass):
+    force(choice(strategy, one_pass=one_pass))
     problem = make_problem(70, 40, 56, (8, 3, 16), **variant)
     assert_close(run(problem.to(torch.float32)), problem.truth(), 1e-5)
 
@@ -106,40 +108,51 @@ def test_a_matrix_that_no_descriptor_takes_is_read_by_pointers(force):
     assert max(errors(run(problem), problem.truth()).values()) < 1e-2
 
 
+@pytest.mark.parametrize("one_pass", [True, False], ids=["one-pass", "two-pass"])
 @pytest.mark.parametrize("strategy", tiles.STRATEGIES)
-def test_frozen_experts_are_not_computed(force, strategy, monkeypatch):
-    """dA and dB of the trainable ones alone, and their items span no other rank."""
-    force(choice(strategy))
-    problem = make_problem(40, 40, 56, (8, 8, 8))
-    frozen = replace(
+@pytest.mark.parametrize("trained", ["A", "B", "gates", "x", "A1 and B0"])
+def test_only_what_is_asked_for(force, strategy, trained, one_pass):
+    """Each gradient alone, and A and B of different experts: the launches differ with what is."""
+    force(choice(strategy, one_pass=one_pass))
+    problem = make_problem(40, 40, 56, (8, 4, 8))
+
+    def only(name, t):
+        asked = name in trained or (trained in ("A", "B") and name[0] == trained)
+        return t if asked else t.detach()
+
+    cut = replace(
         problem,
-        A=[problem.A[0].detach(), problem.A[1], problem.A[2].detach()],
-        B=[problem.B[0].detach(), problem.B[1], problem.B[2].detach()],
+        x=only("x", problem.x),
+        gates=only("gates", problem.gates),
+        A=[only(f"A{e}", a) for e, a in enumerate(problem.A)],
+        B=[only(f"B{e}", b) for e, b in enumerate(problem.B)],
     )
-    spans = []
-    outer = backend._outer
-
-    def spy(call, d, p, grads, need, **kwargs):
-        spans.append(call.layout.gradient_items(40, need).items[0, 6:].tolist())
-        return outer(call, d, p, grads, need, **kwargs)
-
-    monkeypatch.setattr(backend, "_outer", spy)
-    assert_close(run(frozen.to(torch.float32)), frozen.truth(), 1e-5)
-    assert spans == [[8, 16], [8, 16]]
+    assert_close(run(cut.to(torch.float32)), cut.truth(), 1e-5)
 
 
 def test_more_ranks_than_a_program_takes(force):
     """R over 128: several rank tiles, an expert that lies in two of them."""
-    force(choice("extend"))
-    problem = make_problem(40, 40, 48, (100, 60, 16))
+    for one_pass in (True, False):
+        force(choice("extend", one_pass=one_pass))
+        problem = make_problem(40, 40, 48, (100, 60, 16))
+        assert_close(run(problem.to(torch.float32)), problem.truth(), 1e-5)
+
+
+def test_more_experts_than_one_launch_writes(force):
+    """10 of 11 are trained: two launches of outer_sum, and dg in the first alone."""
+    force(choice("split", one_pass=False))
+    problem = make_problem(40, 40, 48, (4,) * 11)
+    problem.A[3].requires_grad_(False)
+    problem.B[10].requires_grad_(False)
     assert_close(run(problem.to(torch.float32)), problem.truth(), 1e-5)
 
 
 def test_few_rows_split_the_columns(force, monkeypatch):
     """One row tile and many columns: several programs share them, combine adds their sums."""
-    force(replace(choice("split"), shrink=Tiles(16, 0, 16, 4, 2)))
     monkeypatch.setattr(backend, "_multiprocessors", lambda device: 8)
-    for gates in ("token", None):
+    monkeypatch.setattr(launches, "_SPLIT_PAYS", 1000)
+    for gates, one_pass in (("token", False), (None, False), ("token", True)):
+        force(replace(choice("split", one_pass=one_pass), shrink=Tiles(16, 16, 4, 2)))
         problem = make_problem(5, 300, 280, (8, 3), gates=gates)
         assert_close(run(problem.to(torch.float32)), problem.truth(), 1e-5)
 

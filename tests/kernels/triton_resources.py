@@ -11,6 +11,7 @@ and nothing is run. --tuner adds the tuner's candidates.
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import re
 import subprocess
@@ -21,7 +22,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import triton
@@ -31,7 +32,8 @@ from triton.runtime import driver
 
 from fedms.kernels import Segments, tiles, tune
 from fedms.kernels.tiles import Choice, Shape
-from fedms.kernels.triton import backend
+from fedms.kernels.triton import backend, launches
+from fedms.kernels.triton.launch import Launch
 
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), 80, 163),
@@ -43,7 +45,10 @@ TARGETS = {
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PAIRS = [("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "fp32")]
-KERNELS = ("shrink_kernel", "combine_kernel", "expand_kernel", "outer_kernel", "outer_sum_kernel")
+BLOCKS = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_C", "BLOCK_R", "BLOCK_S_A", "BLOCK_S_B")
+FLAGS = ("TMA", "TOP_K", "SPLIT")
+GIVEN = ("a", "b", "a_ptr", "base_ptr", "dg_ptr", "dropout")
+"""What a row names: a launch's blocks and flags, and the arguments that it may do without."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +68,8 @@ class Row:
             return f"spills {self.spilled} bytes"
         if self.shared > limit:
             return f"wants {self.shared} bytes of shared memory, there are {limit}"
-        gemm = self.kernel == "expand_kernel" and self.launch.startswith("bf16/bf16 128x")
-        if self.target == "sm_90" and gemm and " gemm" in self.launch and not self.wgmma:
+        gemm = self.kernel == "gemm_kernel" and self.launch.startswith("bf16/bf16 128x")
+        if self.target == "sm_90" and gemm and not self.wgmma:
             return "no wgmma"
         return ""
 
@@ -85,27 +90,29 @@ class _Driver:
         return 0
 
 
-class _Recorder:
-    """Takes a kernel's place in the backend: compiles the launch and keeps what came out."""
+class _Recorder(Launch):
+    """Compiles instead of launching, and keeps what came out."""
 
-    def __init__(
-        self, name: str, kernel: Any, found: list[tuple[str, str, Any]], what: str
-    ) -> None:
-        self.name, self.kernel, self.found, self.what = name, kernel, found, what
+    found: ClassVar[dict[tuple[str, str], Any]] = {}
+    pair = ""
 
-    def __getitem__(self, grid: Any) -> Any:
-        def launch(*args: Any, **kwargs: Any) -> None:
-            compiled = self.kernel.warmup(*args, grid=grid, **kwargs)
-            flags = [
-                str(v) if k == "BASE" else k.lower()
-                for k, v in kwargs.items()
-                if k in ("BASE", "SHRINK", "DENSE", "TMA", "DROPOUT", "TOP_K") and v
-            ]
-            blocks = [str(v) for k, v in kwargs.items() if k.startswith("BLOCK")]
-            launch = f"{self.what} {'x'.join(blocks)} w{kwargs['num_warps']} {' '.join(flags)}"
-            self.found.append((self.name, launch, compiled))
+    def __init__(self, kernel: Any, *args: Any, **fixed: Any) -> None:
+        super().__init__(kernel, *args, **fixed)
+        blocks = "x".join(str(v) for k, v in fixed.items() if k in BLOCKS)
+        flags = [f"{k.lower()} {v}" for k, v in fixed.items() if k in FLAGS and v]
+        self.what = f"{self.pair} {blocks} w{args[1]} {' '.join(flags)}"
 
-        return launch
+    def __call__(self, *tensors: Any) -> None:
+        names = self._kernel.arg_names
+        given = dict(zip(names, tensors, strict=False))
+        there = [n.removesuffix("_ptr") for n, t in given.items() if n in GIVEN and t is not None]
+        where = given.get("where")
+        there += ["pieces"] if where is not None and where.table is not None else []
+        for side in (given.get("a"), given.get("b")):
+            there += ["u"] if getattr(side, "b", None) is not None else []
+        compiled = self._kernel.warmup(*tensors, *self._fixed, grid=self._grid, **self._options)
+        key = (self._kernel.fn.__name__, f"{self.what} {' '.join(there)}")
+        self.found[key] = compiled
 
 
 def choices(capability: int, pair: tuple[str, str], tuner: bool) -> Iterator[Choice]:
@@ -122,30 +129,31 @@ def choices(capability: int, pair: tuple[str, str], tuner: bool) -> Iterator[Cho
         if tuner:
             fp32 = pair == ("fp32", "fp32")
             for strategy, gemm in tune.launches(capability, shape):
-                yield replace(start, forward=strategy, backward=strategy, linear=gemm, dx=gemm)
+                yield replace(start, forward=strategy, backward=strategy, gemm=gemm, dx_gemm=gemm)
             for shrink in tune.shrink_tiles(m, fp32):
                 yield replace(start, forward="extend", shrink=shrink)
-            for outer in tune.outer_tiles(fp32):
-                yield replace(start, backward="extend", outer=outer)
+            for expand in tune.expand_tiles(m, fp32):
+                yield replace(start, forward="split", backward="split", expand=expand)
+            for outer, one_pass in itertools.product(tune.outer_tiles(fp32), (False, True)):
+                yield replace(start, backward="extend", outer=outer, one_pass=one_pass)
 
 
 def compiled(target: str, pair: tuple[str, str], tuner: bool) -> list[Row]:
     gpu, capability, _ = TARGETS[target]
     driver.set_active(_Driver(gpu))
     torch.version.hip = "0" if gpu.backend == "hip" else None
-    found: list[tuple[str, str, Any]] = []
-    for name in KERNELS:
-        kernel = getattr(backend, name)
-        original = kernel.kernel if isinstance(kernel, _Recorder) else kernel
-        setattr(backend, name, _Recorder(name, original, found, "/".join(pair)))
+    launches.Launch = _Recorder
+    _Recorder.pair = "/".join(pair)
     for chosen in dict.fromkeys(choices(capability, pair, tuner)):
         _launch_all(chosen, pair)
-    launches = {(name, launch): compiled for name, launch, compiled in found}
-    return [_row(target, name, launch, c) for (name, launch), c in launches.items()]
+    return [_row(target, name, launch, c) for (name, launch), c in _Recorder.found.items()]
+
+
+NONE = (None, None)
 
 
 def _launch_all(chosen: Choice, pair: tuple[str, str]) -> None:
-    """Forward and backward: dense, top-k, and dropout on segments."""
+    """Forward and backward: dense, top-k, and dropout on all rows and on segments."""
     x, adapter = (DTYPES[d] for d in pair)
     m, k, n, ranks = 256, 256, 512, (16, 16)
     A = [torch.empty(r, k, dtype=adapter) for r in ranks]
@@ -153,9 +161,11 @@ def _launch_all(chosen: Choice, pair: tuple[str, str]) -> None:
     weight, gates = torch.empty(n, k, dtype=x), torch.empty(m, 2)
     idxs = torch.zeros(m, 2, dtype=torch.int64)
     x_MK, dy, need = torch.empty(m, k, dtype=x), torch.empty(m, n, dtype=x), [False, True]
-    none, segments = (None, None), Segments([0, 96, m], [0, 1]).tensors
-    for idx, ranges, p in [(None, none, 0.0), (idxs, none, 0.0), (None, segments, 0.1)]:
-        routing = (A, B, gates, idx, *ranges, [1.0, 2.0], p, torch.tensor(7))
+    segments = Segments([0, 96, m], [0, 1]).tensors
+    seed = torch.zeros((), dtype=torch.int64)
+    for idx, runs, p in [(None, NONE, 0.0), (idxs, NONE, 0.0), (None, NONE, 0.1),
+                         (None, segments, 0.1)]:  # fmt: skip
+        routing = (A, B, gates, idx, *runs, [1.0, 2.0], p, seed if p else None)
         _, h = backend.forward(x_MK, weight, None, None, *routing, True, choice=chosen)
         backend.backward(dy, weight, x_MK, h, *routing, True, True, need, need, choice=chosen)
 

@@ -70,9 +70,7 @@ def _h_like(
     return row_width(expert_ranks(A), experts), torch.promote_types(x.dtype, A[0].dtype)
 
 
+forward, backward = takes_stacks(_forward, _backward)
 define_backend(
-    "triton",
-    *takes_stacks(_forward, _backward),
-    dispatch_key="CompositeExplicitAutograd",
-    h_like=_h_like,
+    "triton", forward, backward, dispatch_key="CompositeExplicitAutograd", h_like=_h_like
 )

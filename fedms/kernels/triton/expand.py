@@ -1,25 +1,15 @@
-"""expand: a GEMM whose accumulator also takes the mixture, so that y (or dx) is written once.
+"""expand: the mixture alone, written once: before the base GEMM that adds to it, or over a base.
 
     y[m, o] = base[m, o] + bias[o] + sum over r of p[m, r] b[r, o]
 
-    forward    base = x Wᵀ     p = gated h     b = Bᵀ          x [M, K], y [M, N]
-    backward   base = dy W     p = gated u     b = A           x is dy [M, N], y is dx [M, K]
+    forward    p = gated h   b = Bᵀ   y [M, N]       base: a quantised layer's result, or None
+    backward   p = gated u   b = A    y is dx [M, K]  base: None
 
-In here C is the width that is summed over and N that of y, whichever direction it is.
+The strategy split runs it first and torch's GEMM last, with beta = 1: y is then written here and
+read and written in the GEMM's epilogue, which a compute-bound GEMM hides. Rows without experts get
+base + bias.
 
-BASE says where the base comes from: "gemm" (x [M, C] times w by strides), "add" (what y holds, a
-product of torch's or a quantised layer's), "zero". p comes from shrink or combine, or with SHRINK
-from this kernel itself: a second accumulator, x aᵀ, in the GEMM's own loop over C, gated after it.
-That saves reading x again and a launch, and costs R / BLOCK_N of the GEMM in repeated work, as
-every column tile computes p anew.
-
-Bytes beyond the plain GEMM: M R + R N read; with SHRINK, R C read and M R written. FLOPs beyond it:
-2 M R N, plus 2 M R C N / BLOCK_N with SHRINK.
-
-Programs walk the tiles in groups of GROUP_M rows for the L2 cache; a grid below the number of tiles
-makes the kernel persistent. TMA: x, w and a are tensor descriptors (Hopper and later). Without
-segments and dropout, and with R up to BLOCK_R, p and b are loaded before the loop over C, which
-hides them. Otherwise `piece` lists, for each row tile, the row ranges and ranks that meet it.
+Bytes: M N written, as many read with a base; M R + R N read. FLOPs: 2 M R N. Bound by memory.
 """
 
 from __future__ import annotations
@@ -27,140 +17,31 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fedms.kernels.triton.tile import (
-    coefficients,
-    dot,
-    gated,
-    keep_mask,
-    load_by_rank,
-    load_mask,
-    load_piece,
-    narrow,
-)
+from fedms.kernels.triton.tile import add_pieces, narrow
 
 
-@triton.jit(do_not_specialize=["M", "threshold"])
+@triton.jit(do_not_specialize=["M"])
 def expand_kernel(
-    x_ptr, w_ptr, bias_ptr, y_ptr, a_ptr, b_ptr, raw_ptr, p_ptr,
-    gates_ptr, idxs_ptr, expert_ptr, scale_ptr, piece_ptr, piece_offset_ptr,
-    M, C, N, R, width,
-    stride_xm, stride_wc, stride_wo, stride_ar, stride_ac, stride_br, stride_bo,
-    stride_gm, stride_ge, seed_ptr, threshold, keep_scale,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    GROUP_M: tl.constexpr, BASE: tl.constexpr, SHRINK: tl.constexpr, DENSE: tl.constexpr,
-    BIAS: tl.constexpr, TMA: tl.constexpr, W_BY_ROW: tl.constexpr,
-    A_BY_ROW: tl.constexpr, RAW: tl.constexpr, SAVE_P: tl.constexpr, GATES: tl.constexpr,
-    TOP_K: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    P_PRECISION: tl.constexpr,
+    base_ptr, bias_ptr, y_ptr, p_ptr, b_ptr, dropout, where, offsets_ptr,
+    M, N, R, width, stride_base, stride_br, stride_bo,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    P_DTYPE: tl.constexpr = p_ptr.dtype.element_ty
-    tiles_m, tiles_o = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    for tile in range(tl.program_id(0), tiles_m * tiles_o, tl.num_programs(0)):
-        first_m = tile // (GROUP_M * tiles_o) * GROUP_M
-        height = tl.minimum(tiles_m - first_m, GROUP_M)
-        tile_m = first_m + (tile % (GROUP_M * tiles_o)) % height
-        tile_o = (tile % (GROUP_M * tiles_o)) // height
-
-        row_m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-        row_ok = row_m < M
-        col_o = tile_o * BLOCK_N + tl.arange(0, BLOCK_N)
-        col_ok = col_o < N
-        rank_r = tl.arange(0, BLOCK_R)
-        rank_ok = rank_r < R
-        if DENSE:
-            b_ro = load_by_rank(
-                b_ptr, rank_r, rank_ok, col_o, col_ok, stride_br, stride_bo, P_DTYPE
-            )
-            if not SHRINK:
-                p_mr = tl.load(
-                    p_ptr + row_m[:, None] * width + rank_r[None, :],
-                    mask=row_ok[:, None] & rank_ok[None, :], other=0,
-                )  # fmt: skip
-
-        y_ptrs = y_ptr + row_m[:, None] * N + col_o[None, :]
-        y_ok = row_ok[:, None] & col_ok[None, :]
-        if BASE == "add":
-            acc_mo = tl.load(y_ptrs, mask=y_ok, other=0).to(tl.float32)
-        else:
-            acc_mo = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        if SHRINK:
-            shrunk_mr = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-        if BASE == "gemm":
-            for start in range(0, C, BLOCK_K):
-                col_c = start + tl.arange(0, BLOCK_K)
-                col_c_ok = col_c < C
-                if TMA:
-                    x_mc = x_ptr.load([tile_m * BLOCK_M, start])
-                    if W_BY_ROW:
-                        w_co = w_ptr.load([tile_o * BLOCK_N, start]).T
-                    else:
-                        w_co = w_ptr.load([start, tile_o * BLOCK_N])
-                else:
-                    x_mc = tl.load(
-                        x_ptr + row_m[:, None] * stride_xm + col_c[None, :],
-                        mask=row_ok[:, None] & col_c_ok[None, :], other=0,
-                    )  # fmt: skip
-                    w_co = tl.load(
-                        w_ptr + col_c.to(tl.int64)[:, None] * stride_wc
-                        + col_o.to(tl.int64)[None, :] * stride_wo,
-                        mask=col_c_ok[:, None] & col_ok[None, :], other=0,
-                    )  # fmt: skip
-                acc_mo = dot(x_mc, w_co, acc_mo, PRECISION)
-                if SHRINK:
-                    if TMA and A_BY_ROW:
-                        a_cr = a_ptr.load([0, start]).T.to(P_DTYPE)
-                    elif TMA:
-                        a_cr = a_ptr.load([start, 0]).to(P_DTYPE)
-                    else:
-                        a_rc = load_by_rank(
-                            a_ptr, rank_r, rank_ok, col_c, col_c_ok, stride_ar, stride_ac, P_DTYPE
-                        )
-                        a_cr = tl.trans(a_rc)
-                    shrunk_mr = dot(x_mc.to(P_DTYPE), a_cr, shrunk_mr, P_PRECISION)
-
-        if SHRINK:
-            expert_r = tl.load(expert_ptr + rank_r, mask=rank_ok, other=0)
-            scale_r = tl.load(scale_ptr + rank_r, mask=rank_ok, other=0.0)
-            coef_mr, exists_mr = coefficients(
-                gates_ptr, idxs_ptr, expert_r, scale_r, row_m, row_ok, stride_gm, stride_ge,
-                GATES, TOP_K,
-            )  # fmt: skip
-            gated_mr = narrow(gated(shrunk_mr, coef_mr, exists_mr, TOP_K), P_DTYPE)
-            p_offset_mr = row_m[:, None] * width + rank_r[None, :]
-            p_ok = row_ok[:, None] & rank_ok[None, :] & (tile_o == 0)
-            if RAW:
-                raw_mr = narrow(shrunk_mr, raw_ptr.dtype.element_ty)
-                tl.store(raw_ptr + p_offset_mr, raw_mr, mask=p_ok)
-            if SAVE_P:
-                tl.store(p_ptr + p_offset_mr, gated_mr, mask=p_ok)
-            acc_mo = dot(gated_mr, b_ro, acc_mo, P_PRECISION)
-        elif DENSE:
-            acc_mo = dot(p_mr, b_ro, acc_mo, P_PRECISION)
-        else:
-            first = tl.load(piece_offset_ptr + tile_m)
-            for piece in range(first, tl.load(piece_offset_ptr + tile_m + 1)):
-                row_begin, row_end, rank_begin, rank_end, column, _expert = load_piece(
-                    piece_ptr, piece, 9
-                )
-                piece_ok = rank_begin + rank_r < rank_end
-                inside_m = (row_m >= row_begin) & (row_m < row_end)
-                p_mr = tl.load(
-                    p_ptr + row_m[:, None] * width + (column + rank_r)[None, :],
-                    mask=inside_m[:, None] & piece_ok[None, :], other=0,
-                )  # fmt: skip
-                b_ro = load_by_rank(
-                    b_ptr, rank_begin + rank_r, piece_ok, col_o, col_ok, stride_br, stride_bo,
-                    P_DTYPE,
-                )  # fmt: skip
-                if DROPOUT:
-                    zero_mo = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-                    part_mo = dot(p_mr, b_ro, zero_mo, P_PRECISION)
-                    seed, mask_row, mask_expert = load_mask(piece_ptr, piece, seed_ptr, 9)
-                    keep_mo = keep_mask(seed, mask_expert, row_m - mask_row, col_o, threshold)
-                    acc_mo += tl.where(keep_mo, part_mo * keep_scale, 0.0)
-                else:
-                    acc_mo = dot(p_mr, b_ro, acc_mo, P_PRECISION)
-        if BIAS:
-            bias_o = tl.load(bias_ptr + col_o, mask=col_ok, other=0)
-            acc_mo += bias_o.to(tl.float32)[None, :]
-        tl.store(y_ptrs, narrow(acc_mo, y_ptr.dtype.element_ty), mask=y_ok)
+    tiles_o = tl.cdiv(N, BLOCK_N)  # neighbours share rows, so that DRAM pages are written whole
+    tile_m, tile_o = tl.program_id(0) // tiles_o, tl.program_id(0) % tiles_o
+    row_m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    col_o = tile_o * BLOCK_N + tl.arange(0, BLOCK_N)
+    col_ok = col_o < N
+    ok_mo = (row_m < M)[:, None] & col_ok[None, :]
+    acc_mo = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    acc_mo = add_pieces(
+        acc_mo, p_ptr, b_ptr, where, offsets_ptr, dropout, tile_m, row_m, col_o, col_ok, M, R,
+        width, stride_br, stride_bo, BLOCK_R, PRECISION,
+    )  # fmt: skip
+    if base_ptr is not None:
+        base_mo = tl.load(base_ptr + row_m[:, None] * stride_base + col_o[None, :], mask=ok_mo)
+        acc_mo += base_mo.to(tl.float32)
+    if bias_ptr is not None:
+        bias_o = tl.load(bias_ptr + col_o, mask=col_ok, other=0)
+        acc_mo += bias_o.to(tl.float32)[None, :]
+    y_mo = narrow(acc_mo, y_ptr.dtype.element_ty)
+    tl.store(y_ptr + row_m[:, None] * N + col_o[None, :], y_mo, mask=ok_mo)

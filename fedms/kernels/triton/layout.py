@@ -1,31 +1,34 @@
-"""Where each expert's ranks lie, as small integer tables for the kernels, built once and kept.
+"""Where each expert's ranks lie, as small integer tables for the kernels.
 
-Segments are read on the host (`read_runs`), so no table needs a device value. Tables are
-cached by the values that they hold, never by an address, and are copied to the device the first
-time: a steady training loop copies nothing and can be captured in a CUDA graph.
+A piece is a range of rows that meets a range of ranks: (row_begin, row_end, rank_begin, rank_end,
+column, expert, seed, seed_row). `column` is where the piece begins in the rows of h, which hold
+only the ranks that exist for them, side by side. The last three place its dropout mask, which
+belongs to one expert (fedms.kernels.segments.Run).
 
-A piece is a range of rows that meets a range of ranks. `column` is where the piece begins in the
-rows of h, which hold only the ranks that exist for them, side by side; `expert` is that of its
-first rank. With dropout a piece is one expert's, and the mask of its rows is that of seed number
-`seed`, row `row - mask_row` and expert `mask_expert`. An item is a piece cut to the rows of one
-program.
+Without segments every piece has all rows: the tables then know neither the number of rows nor their
+own (row_begin and row_end are 0), and the kernels make rows by arithmetic. With segments a table
+lists items, pieces cut to the rows of one program. Tables hold values of the call, never addresses;
+fedms.kernels.tables keeps them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from functools import cached_property, lru_cache
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fedms.kernels.packing import constant
 from fedms.kernels.segments import Run
+from fedms.kernels.triton.tile import Where
 
 MAX_RANKS = 128
 """Ranks that one program takes at most."""
+
+Table = Callable[[Sequence[float], torch.dtype], Tensor]
+"""Host values as a tensor on the call's device."""
 
 
 class Piece(NamedTuple):
@@ -36,121 +39,113 @@ class Piece(NamedTuple):
     column: int
     expert: int
     seed: int
-    mask_row: int
-    mask_expert: int
+    seed_row: int
 
 
 class Layout:
-    """The tables of one (ranks, scale, routing, device); all of them are made when first asked for.
+    """The tables of one call signature.
 
-    ranks: r_e of every expert. width: of a row of h. runs: `read_runs`, or None when every row uses
-    every expert.
+    ranks: r_e of every expert. runs: those of segments, or None when every row uses every expert.
     """
 
     def __init__(
         self,
         m: int,
+        width: int,
         ranks: tuple[int, ...],
         scale: tuple[float, ...],
-        width: int,
         runs: tuple[Run, ...] | None,
         dropout: bool,
-        device: torch.device,
+        table: Table,
     ) -> None:
-        self.m, self.ranks, self.runs, self.device = m, ranks, runs, device
+        self.m, self.ranks, self.runs, self._to_device = m, ranks, runs, table
+        self.width = width
         self.offsets = [0, *accumulate(ranks)]
         self.total = self.offsets[-1]
-        self.width = width
         self.dense = runs is None and not dropout and self.total <= MAX_RANKS
         # A dropout mask belongs to one expert, so a program then serves one.
         self.pieces = self._cut(by_expert=dropout)
         self.block_r = rank_block(p.rank_end - p.rank_begin for p in self.pieces)
-        self.by_rank = rank_tables(ranks, scale, device)
-        self._items: dict[tuple[str, int], Tensor] = {}
-        self._gradients: dict[tuple[int, tuple[bool, ...]], GradientItems] = {}
-        self._tiles: dict[int, tuple[Tensor, Tensor]] = {}
+        owners = [e for e, r in enumerate(ranks) for _ in range(r)]
+        self.expert = table(owners, torch.int32)
+        self.scale = table([scale[e] for e in owners], torch.float32)
 
-    def items(self, rows: int) -> Tensor:
-        """[items, 9]: every piece, cut to `rows` rows."""
-        return self._cached("pieces", rows, self.pieces)
+    def where(self, rows: int) -> tuple[Where, int]:
+        """Pieces for programs of `rows` rows, and how many programs."""
+        if self.dense:
+            return Where(None, None), self._programs(1, rows)
+        return self._where(self.pieces, rows)
 
-    def expert_items(self, rows: int) -> Tensor:
-        """[items, 9]: the same with one expert an item, also those of rank 0."""
-        return self._cached("experts", rows, self._by_expert)
+    def by_expert(self, rows: int) -> tuple[Where, int]:
+        """The same with one whole expert an item, also those of rank 0; `expert` is its index."""
+        return self._where(self._experts, rows)
 
     @cached_property
-    def _by_expert(self) -> list[Piece]:
+    def _experts(self) -> list[Piece]:
         return self._cut(by_expert=True, whole=True)
 
-    def gradient_items(self, rows: int, need: Sequence[bool]) -> GradientItems:
-        """What the outer kernel walks for the weight gradients of the experts in `need`."""
-        key = (rows, tuple(need))
-        if key not in self._gradients:
-            self._gradients[key] = GradientItems(self, rows, key[1])
-        return self._gradients[key]
+    def gradient(self, rows: int, need: Sequence[bool]) -> Gradient:
+        """What the outer kernels walk for the weight gradients of the experts in `need`."""
+        return Gradient(self, rows, [e for e, wanted in enumerate(need) if wanted])
 
-    def tiles(self, block_m: int) -> tuple[Tensor, Tensor]:
-        """Pieces [P, 9] that meet each row tile of a GEMM, and offsets [tiles + 1] into them."""
-        if block_m not in self._tiles:
-            per_tile: list[list[Piece]] = [[] for _ in range(-(-self.m // block_m))]
-            for piece in self.pieces:
-                for tile in range(piece.row_begin // block_m, -(-piece.row_end // block_m)):
-                    per_tile[tile].append(piece)
-            offsets = [0, *accumulate(map(len, per_tile))]
-            self._tiles[block_m] = (
-                self._table([piece for tile in per_tile for piece in tile], len(Piece._fields)),
-                torch.tensor(offsets, dtype=torch.int32).to(self.device),
-            )
-        return self._tiles[block_m]
+    def of_tiles(self, block_m: int) -> tuple[Where, Tensor | None]:
+        """Pieces for a row tile of a GEMM, and with segments the offsets [tiles + 1] of each."""
+        if self.dense:
+            return Where(None, None), None
+        if self.runs is None:
+            return Where(self.table(self.pieces), len(self.pieces)), None
+        per_tile: list[list[Piece]] = [[] for _ in range(-(-self.m // block_m))]
+        for piece in self.pieces:
+            for tile in range(piece.row_begin // block_m, -(-piece.row_end // block_m)):
+                per_tile[tile].append(piece)
+        offsets = [0, *accumulate(map(len, per_tile))]
+        pieces = self.table([piece for tile in per_tile for piece in tile])
+        return Where(pieces, None), self._to_device(offsets, torch.int32)
 
-    def _cached(self, kind: str, rows: int, pieces: list[Piece]) -> Tensor:
-        if (kind, rows) not in self._items:
-            self._items[kind, rows] = self._table(
-                [item for piece in pieces for item in _rows(piece, rows)], len(Piece._fields)
-            )
-        return self._items[kind, rows]
+    def _where(self, pieces: list[Piece], rows: int) -> tuple[Where, int]:
+        if self.runs is None:
+            return Where(self.table(pieces), len(pieces)), self._programs(len(pieces), rows)
+        items = [item for piece in pieces for item in _items(piece, rows)]
+        return Where(self.table(items), None), len(items)
+
+    def _programs(self, pieces: int, rows: int) -> int:
+        return pieces * -(-self.m // rows)
 
     def _cut(self, *, by_expert: bool, whole: bool = False) -> list[Piece]:
         """The runs as pieces of up to MAX_RANKS ranks (`whole`: of any), in row and rank order."""
-        whole_call = (Run(0, self.m, 0, len(self.ranks), 0, 0, 0),)
+        everywhere = Run(0, 0, 0, len(self.ranks), 0, 0, 0)
         pieces, column, before = [], 0, (-1, -1)
-        for run in whole_call if self.runs is None else self.runs:
-            begin, end, first, last = run[:4]
-            column = column if before == (begin, end) else 0  # another run of the same segment
-            before = (begin, end)
-            steps = range(first, last) if by_expert else (first,)
-            for e in steps:
-                low, high = self.offsets[e], self.offsets[e + 1 if by_expert else last]
+        for run in (everywhere,) if self.runs is None else self.runs:
+            rows = (run.row_begin, run.row_end)
+            column = column if before == rows else 0  # another run of the same segment
+            before = rows
+            for e in range(run.expert_begin, run.expert_end) if by_expert else (run.expert_begin,):
+                last = e + 1 if by_expert else run.expert_end
+                low, high = self.offsets[e], self.offsets[last]
                 size = max(high - low, 1) if whole else MAX_RANKS
+                owner = e if whole else e - run.expert_begin + run.mask_expert
                 for rank in range(low, max(high, low + whole), size):
                     top = min(rank + size, high)
-                    owner = e if by_expert else self._owner(rank)
-                    mask = (run.seed, run.mask_row, run.mask_expert + e - first)
-                    pieces.append(Piece(begin, end, rank, top, column + rank - low, owner, *mask))
+                    at = column + rank - low
+                    pieces.append(Piece(*rows, rank, top, at, owner, run.seed, run.mask_row))
                 column += high - low
         return pieces
 
-    def _owner(self, rank: int) -> int:
-        return next(e for e in range(len(self.ranks)) if rank < self.offsets[e + 1])
-
-    def _table(self, rows: Sequence[Sequence[int]], width: int) -> Tensor:
-        flat = torch.tensor([list(row) for row in rows], dtype=torch.int32)
-        return flat.reshape(len(rows), width).to(self.device)
+    def table(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        return self._to_device([value for row in rows for value in row], torch.int32)
 
 
-class GradientItems:
+class Gradient:
     """Items with the span of ranks whose gradient is asked for, and where each expert's parts are.
 
-    items [I, 11]: a piece's nine numbers, span_begin, span_end. entries [P, 4]: item, row in the
-    item's span, first and last of the expert's ranks there. entry_offsets [E' + 1] and ranks [E']
-    for the E' experts asked for, in order.
+    where: the items, `count` of them; spans: first and last rank for each of its entries; block_s:
+    of the widest span. max_rank: of the experts asked for.
     """
 
-    def __init__(self, layout: Layout, rows: int, need: tuple[bool, ...]) -> None:
-        wanted = [e for e, n in enumerate(need) if n]
-        items: list[tuple[int, ...]] = []
-        parts: dict[int, list[tuple[int, int, int, int]]] = {e: [] for e in wanted}
-        spans = []
+    def __init__(self, layout: Layout, rows: int, wanted: list[int]) -> None:
+        self._layout, self._parts = layout, {e: [] for e in wanted}
+        entries: list[Piece] = []
+        spans: list[tuple[int, int]] = []
         for piece in layout.pieces:
             inside = []
             for e in wanted:
@@ -160,21 +155,28 @@ class GradientItems:
                     inside.append((e, low, high))
             begin = min((low for _, low, _ in inside), default=piece.rank_begin)
             end = max((high for _, _, high in inside), default=piece.rank_begin)
-            spans.append(end - begin)
-            for item in _rows(piece, rows):
+            for item in [piece] if layout.runs is None else _items(piece, rows):
                 for e, low, high in inside:
                     first = layout.offsets[e]
-                    parts[e].append((len(items), low - begin, low - first, high - first))
-                items.append((*item, begin, end))
-        self.count = len(items)
-        self.block_s = rank_block(spans)
-        self.items = layout._table(items, len(Piece._fields) + 2)
-        self.entries = layout._table([part for e in wanted for part in parts[e]], 4)
-        offsets = [0, *accumulate(len(parts[e]) for e in wanted)]
-        self.entry_offsets = torch.tensor(offsets, dtype=torch.int32).to(layout.device)
-        ranks = [layout.ranks[e] for e in wanted]
-        self.ranks = torch.tensor(ranks, dtype=torch.int32).to(layout.device)
-        self.max_rank = max(ranks, default=0)
+                    self._parts[e].append((len(entries), low - begin, low - first, high - first))
+                entries.append(item)
+                spans.append((begin, end))
+        everywhere = layout.runs is None
+        self.entries = len(entries)
+        self.chunks = -(-layout.m // rows) if everywhere else 1
+        self.count = self.entries * self.chunks
+        self.where = Where(layout.table(entries), self.entries if everywhere else None)
+        self.spans = layout.table(spans)
+        self.block_s = rank_block(end - begin for begin, end in spans)
+        self.wanted = wanted
+        self.max_rank = max((layout.ranks[e] for e in wanted), default=0)
+
+    def sums(self, first: int, last: int) -> Tensor:
+        """The table of the first-th to last-th expert asked for, as outer.py's Sum has it."""
+        experts = self.wanted[first:last]
+        ends = [0, *accumulate(len(self._parts[e]) for e in experts)]
+        heads = [(ends[i], ends[i + 1], self._layout.ranks[e]) for i, e in enumerate(experts)]
+        return self._layout.table([*heads, *(part for e in experts for part in self._parts[e])])
 
 
 def rank_block(sizes: Iterable[int]) -> int:
@@ -182,32 +184,7 @@ def rank_block(sizes: Iterable[int]) -> int:
     return max(16, 1 << (max(sizes, default=1) - 1).bit_length())
 
 
-class RankTables(NamedTuple):
-    """What is the same for any number of rows: expert [R] int32, scale [R] fp32, offset [E + 1]."""
-
-    expert: Tensor
-    scale: Tensor
-    offset: Tensor
-
-
-@lru_cache(maxsize=1024)
-def rank_tables(
-    ranks: tuple[int, ...], scale: tuple[float, ...], device: torch.device
-) -> RankTables:
-    """The kept tables of these ranks and scales."""
-    owners = tuple(e for e, r in enumerate(ranks) for _ in range(r))
-    return RankTables(
-        constant(owners, torch.int32, device),
-        constant(tuple(scale[e] for e in owners), torch.float32, device),
-        constant((0, *accumulate(ranks)), torch.int32, device),
-    )
-
-
-layout = lru_cache(maxsize=4096)(Layout)
-"""The kept Layout of these values."""
-
-
-def _rows(piece: Piece, rows: int) -> list[Piece]:
+def _items(piece: Piece, rows: int) -> list[Piece]:
     return [
         piece._replace(row_begin=begin, row_end=min(begin + rows, piece.row_end))
         for begin in range(piece.row_begin, piece.row_end, rows)

@@ -7,7 +7,7 @@ Forward: x is x and a is A, giving h. Backward: x is dy and a is B read as [R, N
 
 Bytes: M C + R C read (x once for every `BLOCK_R` ranks, and once an expert with dropout), 2 M R
 written. FLOPs: 2 M C R. Bound by x's bandwidth up to R of about 200 in bf16 on an H100.
-Few rows leave multiprocessors idle: SPLIT programs then share a row tile's columns, and combine.py
+Few rows leave multiprocessors idle: SPLIT programs then share a row tile's columns, and combine
 adds what they found.
 """
 
@@ -22,62 +22,50 @@ from fedms.kernels.triton.tile import (
     gated,
     keep_mask,
     load_by_rank,
-    load_mask,
-    load_piece,
+    locate,
     narrow,
 )
 
 
-@triton.jit(do_not_specialize=["M", "threshold"])
+@triton.jit(do_not_specialize=["M"])
 def shrink_kernel(
-    x_ptr, a_ptr, raw_ptr, gated_ptr, partial_ptr,
-    gates_ptr, idxs_ptr, expert_ptr, scale_ptr, items_ptr,
-    M, C, R, width,
-    stride_xm, stride_ar, stride_ac, stride_gm, stride_ge,
-    seed_ptr, threshold, keep_scale,
+    x_ptr, a_ptr, raw_ptr, gated_ptr, partial_ptr, routing, dropout, where,
+    M, C, R, width, stride_xm, stride_ar, stride_ac,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT: tl.constexpr,
-    DENSE: tl.constexpr, RAW: tl.constexpr,
-    GATES: tl.constexpr, TOP_K: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    TOP_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     item, split = tl.program_id(0), tl.program_id(1)
-    if DENSE:
-        row_begin, row_end = item.to(tl.int64) * BLOCK_M, M
-        rank_begin, rank_end, column, _expert = 0, R, 0, 0
-    else:
-        row_begin, row_end, rank_begin, rank_end, column, _expert = load_piece(items_ptr, item, 9)
+    P_DTYPE: tl.constexpr = gated_ptr.dtype.element_ty
+    row_begin, row_end, rank_begin, rank_end, column, expert, seed, seed_row = locate(
+        where, item, M, R, BLOCK_M
+    )
     row_m = row_begin + tl.arange(0, BLOCK_M)
     row_ok = row_m < row_end
     rank_r = rank_begin + tl.arange(0, BLOCK_R)
     rank_ok = rank_r < rank_end
-    expert_r = tl.load(expert_ptr + rank_r, mask=rank_ok, other=0)
-    scale_r = tl.load(scale_ptr + rank_r, mask=rank_ok, other=0.0)
-    coef_mr, exists_mr = coefficients(
-        gates_ptr, idxs_ptr, expert_r, scale_r, row_m, row_ok, stride_gm, stride_ge, GATES, TOP_K
-    )
+    coef_mr, exists_mr = coefficients(routing, rank_r, rank_ok, row_m, row_ok, TOP_K)
 
     end = C
     if TOP_K > 0:  # no row of the tile lists any expert of these ranks
         wanted = exists_mr & row_ok[:, None] & rank_ok[None, :]
         end = tl.where(tl.max(tl.max(wanted.to(tl.int32), 1), 0) > 0, C, 0)
     acc_mr = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-    if DROPOUT:
-        seed, mask_row, mask_expert = load_mask(items_ptr, item, seed_ptr, 9)
     for start in range(split * BLOCK_C, end, BLOCK_C * SPLIT):
         col_c = start + tl.arange(0, BLOCK_C)
         col_ok = col_c < C
         x_mc = tl.load(
             x_ptr + row_m[:, None] * stride_xm + col_c[None, :],
             mask=row_ok[:, None] & col_ok[None, :], other=0,
-        ).to(gated_ptr.dtype.element_ty)  # fmt: skip
-        if DROPOUT:
-            keep_mc = keep_mask(seed, mask_expert, row_m - mask_row, col_c, threshold)
+        ).to(P_DTYPE)  # fmt: skip
+        if dropout is not None:
+            keep_mc = keep_mask(dropout, seed, expert, row_m - seed_row, col_c)
             x_mc = tl.where(keep_mc, x_mc, 0.0)
         a_rc = load_by_rank(
-            a_ptr, rank_r, rank_ok, col_c, col_ok, stride_ar, stride_ac, gated_ptr.dtype.element_ty
-        )
+            a_ptr, rank_r, rank_ok, col_c, col_ok, stride_ar, stride_ac, P_DTYPE
+        )  # fmt: skip
         acc_mr = dot(x_mc, tl.trans(a_rc), acc_mr, PRECISION)
-    if DROPOUT:
-        acc_mr = acc_mr * keep_scale
+    if dropout is not None:
+        acc_mr = acc_mr * dropout.keep_scale
 
     offset_mr = row_m[:, None] * width + (column + tl.arange(0, BLOCK_R))[None, :]
     ok_mr = row_ok[:, None] & rank_ok[None, :]
@@ -85,9 +73,8 @@ def shrink_kernel(
         offset_mr += split.to(tl.int64) * M * width
         tl.store(partial_ptr + offset_mr, acc_mr, mask=ok_mr)
     else:
-        if RAW:
+        if raw_ptr is not None:
             raw_mr = narrow(acc_mr, raw_ptr.dtype.element_ty)
             tl.store(raw_ptr + offset_mr, raw_mr, mask=ok_mr)
-        gated_mr = gated(acc_mr, coef_mr, exists_mr, TOP_K)
-        gated_mr = narrow(gated_mr, gated_ptr.dtype.element_ty)
+        gated_mr = narrow(gated(acc_mr, coef_mr, exists_mr, TOP_K), P_DTYPE)
         tl.store(gated_ptr + offset_mr, gated_mr, mask=ok_mr)
