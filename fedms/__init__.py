@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fedms.peft import restore as restore
     from fedms.peft import set_adapter_names as set_adapter_names
     from fedms.peft import set_gates as set_gates
+    from fedms.peft import stats as stats
     from fedms.peft.routers import LayerRouters as LayerRouters
     from fedms.peft.routers import RoutedModel as RoutedModel
     from fedms.peft.routers import Router as Router
@@ -41,6 +42,7 @@ _PUBLIC = {
     "restore": "fedms.peft",
     "set_adapter_names": "fedms.peft",
     "set_gates": "fedms.peft",
+    "stats": "fedms.peft",
 }
 
 __all__ = [
@@ -58,6 +60,7 @@ __all__ = [
     "restore",
     "set_adapter_names",
     "set_gates",
+    "stats",
 ]
 
 

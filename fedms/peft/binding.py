@@ -62,9 +62,10 @@ class Gateable:
     _fedms_open: dict[int, Binding] | None = None  # by thread
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the open blocks, which are not for a copy: it is another model."""
+        """Without the open blocks and counts, which are not for a copy: it is another model."""
         state = self.__dict__.copy()
         state.pop("_fedms_open", None)
+        state.pop("_fedms_counts", None)
         return state
 
 

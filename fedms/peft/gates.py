@@ -15,15 +15,18 @@ Shape suffixes: B samples, T tokens, E adapters, k adapters a token.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
+import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from fedms.peft.binding import Binding, Gateable, bound_on, set_on
-from fedms.peft.layer import FusedLayer
-from fedms.peft.routing import BASE, AdapterRouting, Gates
+from fedms.peft.layer import FusedLayer, why_not_taken
+from fedms.peft.routing import AdapterRouting, Gates, of_samples
 
 LayerGates = Gates | Callable[[Tensor], Gates]
 
@@ -103,6 +106,7 @@ def gate_bindings(
         adapters = _active({name: layers[name] for name in chosen})
     names = tuple(adapters)
     _check_known(layers, names)
+    _warn_of_frozen(model, layers, names)
     shared: dict[int, Binding] = {}
     bindings: dict[Gateable, Binding] = dict.fromkeys(layers.values(), ungated)
     for name, value in chosen.items():
@@ -118,14 +122,13 @@ def _name_bindings(
     layers = _fused_layers(model)
     if names is None:
         return dict.fromkeys(layers.values(), Binding(None))
-    samples = tuple(
-        tuple(one for one in ([name] if isinstance(name, str) else name) if one != BASE)
-        for name in names
-    )
-    listed = tuple(dict.fromkeys(one for sample in samples for one in sample))
-    _check_known(layers, listed)
-    _check_all_gateable(model, listed)
-    return dict.fromkeys(layers.values(), Binding(AdapterRouting(samples=samples)))
+    _check_known(layers, of_samples(names).adapters)
+    # in the layers' order, so that a compiled graph depends on who is listed, not on who is first
+    order = dict.fromkeys(name for layer in layers.values() for name in layer.lora_A)
+    routing = of_samples(names, order=[*order])
+    _check_all_gateable(model, routing.adapters)
+    _warn_of_frozen(model, layers, routing.adapters)
+    return dict.fromkeys(layers.values(), Binding(routing))
 
 
 def _routing(gates: LayerGates | None, names: tuple[str, ...]) -> AdapterRouting:
@@ -147,9 +150,11 @@ def _routing(gates: LayerGates | None, names: tuple[str, ...]) -> AdapterRouting
 def _fused_layers(model: nn.Module) -> dict[str, FusedLayer]:
     layers = {n: m for n, m in model.named_modules() if isinstance(m, FusedLayer)}
     if not layers:
+        why = {why_not_taken(m) for m in model.modules() if isinstance(m, LoraLayer)}
         raise ValueError(
             f"model must have fused layers (fedms.accelerate(model) makes them), got a "
             f"{type(model).__name__} without any"
+            + "".join(f"; {reason}" for reason in sorted(filter(None, why)))
         )
     return layers
 
@@ -171,17 +176,59 @@ def _check_known(layers: Mapping[str, FusedLayer], names: Sequence[str]) -> None
         raise ValueError(f"adapters must be distinct, got {list(names)}")
 
 
+# model -> gated adapters that were named in a warning
+_WARNED: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+
+
+def _warn_of_frozen(
+    model: nn.Module, layers: Mapping[str, FusedLayer], names: Sequence[str]
+) -> None:
+    """Name, once, the adapters that will not learn as nobody has made them trainable.
+
+    peft freezes an adapter that is added while another is active. One that is active and frozen,
+    or loaded for inference, is meant to be, and where no adapter learns none is missed.
+    """
+    if not model.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return
+    holding = {name: layer for layer in layers.values() for name in layer.lora_A}
+    trained = {
+        name
+        for name in names
+        if any(p.requires_grad for p in holding[name].lora_A[name].parameters())
+    }
+    configs, warned = getattr(model, "peft_config", {}), _WARNED.setdefault(model, set())
+    forgotten = [
+        name
+        for name in names
+        if name not in trained | warned | {*holding[name].active_adapters}
+        and not _for_inference(configs.get(name))
+    ]
+    if forgotten and trained:
+        warned.update(forgotten)
+        warnings.warn(
+            f"adapters {forgotten} are gated but frozen, as peft's add_adapter leaves them, so "
+            f"they get no gradient; model.set_requires_grad({forgotten}) lets them learn",
+            stacklevel=5,
+        )
+
+
+def _for_inference(config: object) -> bool:
+    return bool(getattr(config, "inference_mode", False))
+
+
 def _check_all_gateable(model: nn.Module, names: Sequence[str]) -> None:
     """No adapter may also act where gates do not reach: that part would go on ungated."""
     for where, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
-        fused = isinstance(module, FusedLayer) and "forward" not in module.__dict__
         held = [n for n in names if n in module.lora_A or n in module.lora_embedding_A]
-        if held and not fused:
+        reason = why_not_taken(module) or (
+            None if isinstance(module, FusedLayer) else "fedms.accelerate was not called since"
+        )
+        if held and reason is not None:
             raise ValueError(
                 f"gates reach fused layers only, but {where} ({type(module).__name__}) also holds "
-                f"{held}; name the layers to gate in a mapping to leave it ungated"
+                f"{held}: {reason}; name the layers to gate in a mapping to leave it ungated"
             )
 
 

@@ -72,7 +72,7 @@ class Call:
         if routing.samples is not None:
             repeats = self._repeats(len(routing.samples), "adapter names")
             samples = tuple(sample for sample in routing.samples for _ in range(repeats))
-            return replace(routing, samples=samples)
+            return replace(routing, samples=samples, sample_idxs=None)
         gates, idxs = routing.gates, routing.expert_idxs
         if not isinstance(gates, Tensor) or gates.dim() == 1:
             return routing

@@ -7,10 +7,11 @@ hand. Shape suffixes: B samples, T tokens, E adapters, k adapters a token.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from fedms.kernels import Segments
@@ -38,12 +39,15 @@ class AdapterRouting:
             function of the layer's input that gives gates or (gates, expert_idxs).
         expert_idxs: None, or int64 with the shape of gates: only these pairs exist.
         samples: None, or for each sample the adapters of its rows; it replaces gates.
+        sample_idxs: the samples as int64 [B, W] of positions in `adapters`, -1 for none: what a
+            compiled graph takes, so that another batch's names are no other graph.
     """
 
     adapters: tuple[str, ...] = ()
     gates: Tensor | Callable[[Tensor], Gates] | None = None
     expert_idxs: Tensor | None = None
     samples: tuple[tuple[str, ...], ...] | None = None
+    sample_idxs: Tensor | None = None
 
     def by_row(self) -> bool:
         """Whether it tells rows of x apart: by sample or token, not for a layer as a whole."""
@@ -53,31 +57,37 @@ class AdapterRouting:
 
     def named(self, there: Container[str]) -> list[str]:
         """The adapters that take part, of those that are there."""
-        if self.samples is None:
-            return [name for name in self.adapters if name in there]
-        listed = dict.fromkeys(name for names in self.samples for name in names)
-        return [name for name in listed if name in there]
+        return [name for name in self.adapters if name in there]
+
+    def resolved(self, x: Tensor) -> AdapterRouting:
+        """With the gates that a function gives for x in the function's place."""
+        if isinstance(self.gates, Tensor) or self.gates is None:
+            return self
+        found = self.gates(x)
+        gates, idxs = found if isinstance(found, tuple) else (found, None)
+        return replace(self, gates=gates, expert_idxs=idxs)
 
     def fit(self, x: Tensor, names: list[str]) -> Experts:
         """The op's routing arguments for x [B, ..., K] on a layer that has the adapters `names`.
 
         Raises ValueError when the gates or the list of samples do not fit x.
         """
+        if self.sample_idxs is not None and torch.compiler.is_compiling():
+            return Experts(segments=self._traced_segments(x, names))  # no guard on the samples
         if self.samples is not None:
             return Experts(segments=_segments(self.samples, x, names))
+        if self.gates is not None and not isinstance(self.gates, Tensor):
+            return self.resolved(x).fit(x, names)
         gates, idxs = self.gates, self.expert_idxs
-        if callable(gates):
-            found = gates(x)
-            gates, idxs = found if isinstance(found, tuple) else (found, None)
-        if idxs is not None:
-            if len(names) != len(self.adapters):
-                missing = [name for name in self.adapters if name not in names]
-                raise ValueError(
-                    f"expert_idxs must count adapters that the layer has, it lacks {missing}"
-                )
-            return Experts(_to_rows("gates", gates, x), _to_rows("expert_idxs", idxs, x))
         if gates is None:
             return Experts()
+        if idxs is not None:
+            gates, idxs = _to_rows("gates", gates, x), _to_rows("expert_idxs", idxs, x)
+            if len(names) != len(self.adapters):
+                # pairs with an adapter that the layer, or the call, lacks add nothing
+                there = self._positions(names).to(x.device)[idxs]
+                gates, idxs = gates * (there >= 0), there.clamp(min=0)
+            return Experts(gates, idxs)
         if gates.shape[-1] != len(self.adapters):
             raise ValueError(
                 f"gates must have one column for each of the adapters {list(self.adapters)}, got "
@@ -87,11 +97,55 @@ class AdapterRouting:
             gates = gates[..., [self.adapters.index(name) for name in names]]
         return Experts(gates if gates.dim() == 1 else _to_rows("gates", gates, x))
 
+    def weights(self, x: Tensor, names: list[str]) -> Tensor | None:
+        """How much of each of the adapters a row of x gets: None (ones), [E] or [..., E]."""
+        if self.samples is not None:
+            held = [[float(name in sample) for name in names] for sample in self.samples]
+            return _to_rows("adapter names", torch.tensor(held, device=x.device), x)
+        gates, idxs, _ = self.fit(x, names)
+        if gates is None or idxs is None:
+            return gates
+        return gates.new_zeros(*gates.shape[:-1], len(names)).scatter_add(-1, idxs, gates)
 
-def _to_rows(what: str, values: Tensor | None, x: Tensor) -> Tensor | None:
+    def _positions(self, names: list[str]) -> Tensor:
+        """For each of `adapters` its position in `names`, -1 where it is not there; [E] int64."""
+        return torch.tensor([names.index(n) if n in names else -1 for n in self.adapters])
+
+    def _traced_segments(self, x: Tensor, names: list[str]) -> Segments:
+        """A segment a sample, as tensors."""
+        idxs = self.sample_idxs
+        assert idxs is not None
+        if x.dim() < 2 or x.shape[0] != idxs.shape[0]:
+            raise _wrong_samples(x, idxs.shape[0])
+        if len(names) != len(self.adapters):
+            idxs = torch.where(idxs < 0, idxs, self._positions(names)[idxs])
+        offsets = torch.arange(idxs.shape[0] + 1) * math.prod(x.shape[1:-1])
+        return Segments(offsets, idxs)
+
+
+def of_samples(
+    names: Sequence[str | Sequence[str]], order: Sequence[str] | None = None
+) -> AdapterRouting:
+    """The routing that gives each sample an adapter of its own, several, or "__base__" for none.
+
+    order: the adapters in an order that does not change with the batch: then the routing has
+        `sample_idxs` too.
+    """
+    samples = tuple(
+        tuple(one for one in ([name] if isinstance(name, str) else name) if one != BASE)
+        for name in names
+    )
+    listed = dict.fromkeys(one for sample in samples for one in sample)
+    if order is None:
+        return AdapterRouting(tuple(listed), samples=samples)
+    adapters = tuple(name for name in order if name in listed)
+    width = max(1, *(len(sample) for sample in samples)) if samples else 1
+    idxs = [[*map(adapters.index, s), *[-1] * (width - len(s))] for s in samples]
+    return AdapterRouting(adapters, samples=samples, sample_idxs=torch.tensor(idxs))
+
+
+def _to_rows(what: str, values: Tensor, x: Tensor) -> Tensor:
     """values [..., C] with x's leading dims: as they are, per sample (a view), or reshaped."""
-    if values is None:
-        return None
     lead, width = x.shape[:-1], values.shape[-1]
     if values.shape[:-1] == lead:
         return values
@@ -109,10 +163,7 @@ def _to_rows(what: str, values: Tensor | None, x: Tensor) -> Tensor | None:
 def _segments(samples: tuple[tuple[str, ...], ...], x: Tensor, names: list[str]) -> Segments:
     """Row ranges of x [B, ..., K], one for each run of samples with the same adapters."""
     if x.dim() < 2 or x.shape[0] != len(samples):
-        raise ValueError(
-            f"the adapter names must be one entry for each of the layer's {x.shape[0]} samples, "
-            f"got {len(samples)}"
-        )
+        raise _wrong_samples(x, len(samples))
     index = {name: i for i, name in enumerate(names)}
     rows = math.prod(x.shape[1:-1])
     offsets, experts = [0], []
@@ -124,3 +175,10 @@ def _segments(samples: tuple[tuple[str, ...], ...], x: Tensor, names: list[str])
         experts.append(chosen)
         offsets.append((i + 1) * rows)
     return Segments(offsets, experts)
+
+
+def _wrong_samples(x: Tensor, count: int) -> ValueError:
+    return ValueError(
+        f"the adapter names must be one entry for each of the layer's {x.shape[0]} samples, got "
+        f"{count}"
+    )

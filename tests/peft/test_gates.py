@@ -131,9 +131,59 @@ def test_a_layer_without_an_adapter_takes_the_other_columns():
     stock.base_model.set_adapter(["one", "two"])
     x = torch.randn(6, IN, dtype=DOUBLE)
     fedms.accelerate(model)
+    model.eval()
     gates = torch.tensor([-2.0, 3.0], dtype=DOUBLE)
     with fedms.gated(model, gates, adapters=["two", "one"]):
         torch.testing.assert_close(model(x), stock(x))
+    wide = gates.expand(6, 2)
+    pairs = wide.flip(1), torch.tensor([1, 0]).expand(6, 2)
+    with fedms.gated(model, pairs, adapters=["two", "one"]):
+        torch.testing.assert_close(model(x), stock(x))
+
+
+FORMS = ["none", "adapter", "sample", "token", "listed", "function", "names"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_adapters_of_other_dropout_and_with_biases(model, form):
+    """Each in its own call of the op: dropout on A's input alone, the bias gated and scaled."""
+    layer = model.base_model.model.b
+    layer.lora_dropout["two"] = nn.Dropout(0.999999)  # drops all, but not its bias
+    for name in ("two", "three"):
+        layer.lora_B[name].bias = nn.Parameter(torch.randn(OUT, dtype=DOUBLE))
+    x = torch.randn(2, 5, IN, dtype=DOUBLE)
+    parts, base = _deltas(model, x)
+    scale = torch.tensor([layer.scaling[name] for name in ("one", "two", "three")], dtype=DOUBLE)
+    bias = torch.stack([torch.zeros(OUT, dtype=DOUBLE), *(
+        layer.lora_B[name].bias for name in ("two", "three"))])  # fmt: skip
+    parts = parts.detach().clone()
+    parts[:, :, 1] = bias[1] * scale[1]
+    wide = torch.randn(2, 5, 3, dtype=DOUBLE)
+    pairs = wide[..., :2], torch.tensor([2, 1]).expand(2, 5, 2)
+    gates, names = {
+        "none": (None, None), "adapter": (wide[0, 0], None), "sample": (wide[:, 0], None),
+        "token": (wide, None), "listed": (pairs, None),
+        "function": (lambda h: wide, None), "names": (None, ["two", ["three", "one"]]),
+    }[form]  # fmt: skip
+    weights = {
+        "none": torch.ones(3, dtype=DOUBLE), "adapter": wide[0, 0],
+        "sample": wide[:, :1].expand(2, 5, 3), "token": wide, "function": wide,
+        "listed": torch.stack([0 * wide[..., 0], wide[..., 1], wide[..., 0]], -1),
+        "names": torch.tensor([[0.0, 1, 0], [1, 0, 1]], dtype=DOUBLE)[:, None].expand(2, 5, 3),
+    }[form]  # fmt: skip
+    want = base + (parts * weights.unsqueeze(-1)).sum(-2)
+    adapters = ["one", "two", "three"]
+    if names is not None:
+        block = fedms.mixed_adapters(model, names)
+    else:
+        block = fedms.gated(model, gates, adapters=adapters)
+    with block, fused_calls() as calls:
+        y = model(x)
+    assert len(calls) == 2
+    torch.testing.assert_close(y, want)
+    (grad,) = torch.autograd.grad(y.sum(), layer.lora_B["three"].bias)
+    total = weights[..., 2].sum() * (10 if weights.dim() == 1 else 1)
+    torch.testing.assert_close(grad, total * scale[2] * torch.ones_like(grad))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -234,3 +284,32 @@ def test_gates_do_not_pass_over_layers_they_cannot_reach():
         fedms.set_gates(model, torch.ones(1))
     fedms.set_gates(model, {"1": torch.ones(1)})
     assert isinstance(model.base_model.model[1], FusedLinear)
+
+
+def test_compiled_graphs_draw_masks_and_take_any_order_of_names():
+    """One fused graph in training with dropout: other masks each call, other names as data."""
+    torch.compiler.reset()
+    model = mlp("one", "two", dtype=DOUBLE, lora_dropout=0.01)
+    model.set_requires_grad(["one", "two"], True)
+    fedms.accelerate(model)
+    graphs, x = [], torch.randn(4, 3, IN, dtype=DOUBLE)
+
+    def backend(graph, example):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    names = ["one", "two", "__base__", "two"]
+    for shift in range(4):
+        with fedms.mixed_adapters(model, names[shift:] + names[:shift]):
+            y = compiled(x)
+            assert not torch.equal(y, compiled(x))
+            y.sum().backward()
+            model.eval()
+            want = model(x)
+            assert (y - want).norm() < 0.3 * want.norm()
+            model.train()
+    assert len(graphs) == 1
+    assert "fwd_body_0" in repr(graphs[0])  # the op's autograd.Function is in it
+    with fedms.gated(model, torch.ones(2, dtype=DOUBLE), adapters=["one", "two"]):
+        assert not torch.equal(compiled(x), compiled(x))

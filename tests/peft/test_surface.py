@@ -101,7 +101,7 @@ CASES = {
     "weighted cat": Case(_weighted("cat"), 2),
     "weighted svd": Case(_weighted("svd"), 2),
     "hot-swapped": Case(_hotswap, 2),
-    "lora_bias": Case(lambda m: None, 0, {"lora_bias": True}),
+    "lora_bias": Case(lambda m: None, 2, {"lora_bias": True}),
     "dora": Case(lambda m: None, 0, {"use_dora": True}),
     "pissa": Case(lambda m: None, 2, {"init_lora_weights": "pissa"}),
     "olora": Case(lambda m: None, 2, {"init_lora_weights": "olora"}),
@@ -169,14 +169,19 @@ def test_merge_and_unload_gives_the_same_linears():
     torch.testing.assert_close(merged(x), want, rtol=1e-5, atol=1e-5)
 
 
-def test_mixed_batch_in_eval_is_pefts_own():
-    model, x = mlp("one", "two").eval(), torch.randn(4, IN)
-    names = ["two", "__base__", "one", "two"]
+@pytest.mark.parametrize("names", [["two", "__base__", "one", "two"], ["__base__"] * 4])
+def test_adapter_names_in_evaluation(names):
+    model, x = mlp("one", "two", lora_bias=True).eval(), torch.randn(4, 3, IN)
     want = model(x, adapter_names=names)
     fedms.accelerate(model)
     with fused_calls() as calls:
-        assert torch.equal(model(x, adapter_names=names), want)
-    assert not calls
+        torch.testing.assert_close(model(x, adapter_names=names), want, rtol=1e-5, atol=1e-5)
+    assert len(calls) == (2 if "one" in names else 0)
+    with pytest.raises(ValueError, match="should be the same as the number of inputs"):
+        model(x, adapter_names=names[:3])
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="merged"):
+        model(x, adapter_names=names)
 
 
 def test_checkpoints_go_both_ways(tmp_path):

@@ -1,0 +1,163 @@
+"""What a fused call of a peft layer computes, read anew on every call, or why it cannot be fused.
+
+Anything about a live model may have changed since the last call: what is merged, which adapters are
+active, what their factors are made of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from fedms.peft.routing import AdapterRouting
+
+if TYPE_CHECKING:
+    from peft.tuners.lora.layer import LoraLayer
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Adapters(NamedTuple):
+    """What a fused call computes: the adapters in use, in order, as they are now.
+
+    dropouts: each adapter's probability, 0 in evaluation. biases: each adapter's `lora_bias`, empty
+    where none has one.
+    """
+
+    names: list[str]
+    A: list[Tensor]
+    B: list[Tensor]
+    scaling: list[float | Tensor]
+    dropouts: list[float]
+    biases: list[Tensor | None]
+
+    def only(self, p: float) -> Adapters:
+        """Those with dropout p, without their biases."""
+        keep = [i for i, own in enumerate(self.dropouts) if own == p]
+        parts = [[part[i] for i in keep] for part in self[:5]]
+        return Adapters(*parts, biases=[])  # type: ignore[arg-type]
+
+
+class Undecided(str):
+    """A reason that says nothing about the calls to come."""
+
+    __slots__ = ()
+
+
+def read(
+    layer: LoraLayer,
+    routing: AdapterRouting | None,
+    x: Any,
+    args: Iterable[Any],
+    kwargs: dict[str, Any] | None,
+    *,
+    disabled: bool,
+) -> Adapters | str:
+    """The layer's adapters in use, or why this call cannot be fused.
+
+    x None: whether the layer can run fused at all, whatever the input.
+    """
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return "the model is being traced"
+    if disabled:
+        return "adapters are disabled"
+    if layer.merged:
+        return "adapters are merged"
+    if args or kwargs:
+        return f"the call has more arguments than x: {[*map(type, args), *(kwargs or ())]}"
+    if not layer.cast_input_dtype_enabled:
+        return "casting of the input is switched off"
+    there = cast(nn.Module, layer._modules["lora_A"])._modules  # type: ignore[attr-defined]
+    if routing is not None:
+        names = routing.named(there)
+    else:
+        names = [name for name in layer.active_adapters if name in there]
+        if not names:
+            return Undecided("no active adapter")
+    found = read_adapters(layer, names)
+    if isinstance(found, str) or x is None:
+        return found
+    return why_not_input(x) or found
+
+
+def read_adapters(layer: LoraLayer, names: list[str]) -> Adapters | str:
+    """The named adapters of the layer, or why the op cannot compute them."""
+    if _has_any_global_hook():
+        return "global module hooks are registered"
+    # `layer.lora_A[name].weight` is three searches by nn.Module.__getattr__: too slow for what
+    # every call does several times an adapter
+    modules = layer._modules  # type: ignore[attr-defined]
+    all_A, all_B, dropouts = (
+        cast(nn.Module, modules[key])._modules for key in ("lora_A", "lora_B", "lora_dropout")
+    )
+    found = Adapters(names, [], [], [], [], [])
+    dtype = None
+    for name in names:
+        if name in layer.lora_variant:
+            return f"adapter {name!r} is a variant ({type(layer.lora_variant[name]).__name__})"
+        A, B, dropout = all_A[name], all_B[name], cast(nn.Module, dropouts[name])
+        if type(A) is not nn.Linear or type(B) is not nn.Linear or A.bias is not None:
+            return f"adapter {name!r} is made of {type(A).__name__} and {type(B).__name__}"
+        if type(dropout) not in (nn.Identity, nn.Dropout):
+            return f"adapter {name!r} drops out with {type(dropout).__name__}"
+        if not (unobserved(A) and unobserved(B) and unobserved(dropout)):
+            return f"a module of adapter {name!r} has hooks or a forward of its own"
+        weights = weight_of(A), weight_of(B)
+        for weight in weights:
+            if type(weight) not in (nn.Parameter, Tensor) or weight.dtype not in _FLOATS:
+                kind = f"a {type(weight).__name__} {weight.dtype}"
+                if hasattr(weight, "placements"):  # a DTensor, which FSDP2 gathers for the call
+                    return Undecided(f"a weight of adapter {name!r} is sharded ({kind})")
+                return f"a weight of adapter {name!r} is {kind}"
+            if weight.is_meta or not weight.numel():
+                return Undecided(f"a weight of adapter {name!r} has no data here")
+            if dtype is not None and weight.dtype != dtype:
+                return f"the adapters mix {dtype} and {weight.dtype}"
+            dtype = weight.dtype
+        scale = layer.scaling[name]
+        if isinstance(scale, Tensor) and scale.dim():
+            return f"the scaling of adapter {name!r} is no scalar"
+        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        if p >= 1.0:
+            return "dropout is 1"
+        if B.bias is not None and not found.biases:
+            found.biases.extend([None] * len(found.A))
+        if B.bias is not None or found.biases:
+            found.biases.append(cast("Tensor | None", B.bias))
+        found.A.append(weights[0])
+        found.B.append(weights[1])
+        found.scaling.append(scale)
+        found.dropouts.append(p)
+    return found
+
+
+def why_not_input(x: Any) -> str | None:
+    """Why the op cannot take this input, or be called at all here."""
+    if not isinstance(x, Tensor) or not x.is_floating_point() or not x.dim():
+        return f"the input is a {type(x).__name__} {getattr(x, 'dtype', '')}".rstrip()
+    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+        return "a torch.func transform or forward-mode differentiation is active"
+    if torch.compiler.is_compiling() and torch.compiler.is_exporting():
+        return "torch.export, whose programs should hold no op that only fedms knows"
+    return None
+
+
+def weight_of(linear: nn.Module) -> Tensor:
+    """`linear.weight`, at once where it is a parameter."""
+    weight = linear._parameters.get("weight")
+    return cast(Tensor, linear.weight) if weight is None else weight
+
+
+def unobserved(module: nn.Module) -> bool:
+    """True when nobody would notice that the module is not called."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )

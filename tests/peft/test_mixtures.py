@@ -1,0 +1,126 @@
+"""peft's X-LoRA and Arrow on the op give what peft's loops give, and skip what is not picked."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import ArrowConfig, XLoraConfig, get_peft_model
+from peft.tuners.lora import create_arrow_model
+from peft_models import fused_calls, small_llama, with_adapters
+
+import fedms
+
+TARGETS = ["q_proj", "down_proj"]
+IDS = torch.arange(12).reshape(2, 6)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Three adapters of one shape, saved."""
+    found = []
+    for i in range(3):
+        folder = tmp_path_factory.mktemp(f"adapter{i}")
+        torch.manual_seed(i)
+        model = with_adapters(small_llama(), target_modules=TARGETS)
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(p, std=0.3, generator=torch.Generator().manual_seed(i))
+        model.save_pretrained(folder)
+        found.append(str(folder))
+    return found
+
+
+def _xlora(folders, **config):
+    torch.manual_seed(0)
+    model = get_peft_model(
+        small_llama(use_cache=False),
+        XLoraConfig(
+            task_type="CAUSAL_LM", hidden_size=32, xlora_depth=2, xlora_size=16,
+            adapters={str(i): folder for i, folder in enumerate(folders)}, **config,
+        ),
+    )  # fmt: skip
+    for p in model.internal_xlora_classifier.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    return model
+
+
+def _step(model):
+    model.zero_grad()
+    loss = model(input_ids=IDS, labels=IDS).loss
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {}, {"top_k_lora": 2}, {"layerwise_scalings": True},
+        {"top_k_lora": 2, "enable_softmax_topk": True, "enable_softmax": False},
+        {"use_trainable_adapters": True, "global_scaling_weight": 0.5},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_xlora(folders, config):
+    model = _xlora(folders, **config)
+    want = _step(model)
+    assert len(want) > 4
+    assert len(fedms.accelerate(model).fused) == 4
+    with fused_calls() as calls:
+        got = _step(model)
+    assert len(calls) == 8  # the scaling pass too
+    width = config.get("top_k_lora")
+    assert all((c["expert_idxs"] is None) == (width is None) for c in calls)
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    fedms.restore(model)
+    with fused_calls() as calls:
+        assert all(map(torch.equal, _step(model), want))
+    assert not calls
+
+
+def test_xlora_computes_what_is_picked(folders):
+    """NaN in an adapter that no token picks reaches nothing; peft's zero times NaN does."""
+    model = _xlora(folders, top_k_lora=1)
+    layer = model.base_model.lora_model.model.model.layers[0].mlp.down_proj
+    x, scalings = torch.randn(2, 6, 48), torch.tensor([5.0, 0.0, 1.0]).expand(2, 6, 4, 3)
+    want = layer(x, scalings=scalings)
+    fedms.accelerate(model)
+    layer.lora_A["1"].weight.data.fill_(torch.nan)
+    torch.testing.assert_close(layer(x, scalings=scalings), want)
+
+
+def test_xlora_generates_and_is_switched_off(folders):
+    model, asked = _xlora(folders), {"max_new_tokens": 2, "pad_token_id": 0, "do_sample": False}
+    want = model.generate(input_ids=IDS, **asked)
+    fedms.accelerate(model)
+    assert torch.equal(model.generate(input_ids=IDS, **asked), want)
+    assert not fedms.stats(model, reset=True).fallback
+    with model.disable_adapter():
+        model(input_ids=IDS)
+    assert fedms.stats(model).fallback == {"adapters are disabled": 4}
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("use_gks", [False, True])
+def test_arrow(folders, top_k, use_gks):
+    config = ArrowConfig(top_k=top_k, router_temperature=0.7, rng_seed=1, use_gks=use_gks)
+    general = folders[2:] if use_gks else None
+    model = create_arrow_model(small_llama(), folders[:2], config, general).eval()
+    stock = copy.deepcopy(model)
+    assert len(fedms.accelerate(model).fused) == 4
+    inputs = []
+    for one in (stock, model):
+        embeddings = stock.get_input_embeddings()(IDS).detach().requires_grad_()
+        with fused_calls() as calls:
+            logits = one(inputs_embeds=embeddings).logits
+        logits.square().sum().backward()
+        inputs.append((logits.detach(), embeddings.grad))
+    assert len(calls) == 4
+    assert all(c["expert_idxs"].shape[-1] == top_k for c in calls)
+    for ours, theirs in zip(*inputs, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    model.set_adapter("task_0")
+    stock.set_adapter("task_0")
+    torch.testing.assert_close(model(IDS).logits, stock(IDS).logits, rtol=1e-4, atol=1e-5)
