@@ -94,8 +94,10 @@ FL_ROOMS = (
     {"fl.cli"},
 )
 # On their way to their rooms: config's sections go to the rooms that read them, then config stands
-# between engines and round; these two of runs are handed to the round, not imported by it.
-UNDER_WAY = {"fl.config": 1, "fl.runs.checkpoint": 2, "fl.runs.progress": 5}
+# between engines and round; these of runs are handed to the round, not imported by it.
+UNDER_WAY = {
+    "fl.config": 1, "fl.runs.states": 2, "fl.runs.checkpoint": 3, "fl.runs.progress": 5,
+}  # fmt: skip
 BELOW_FL = {"", "kernels", "peft", "doctor", "tuning"}
 
 

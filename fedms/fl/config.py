@@ -242,8 +242,12 @@ class EvalConfig(Section):
     """Examples in one forward of an evaluation."""
     every: Count = 1
     """Rounds between two evaluations; the last round of each stage is always evaluated."""
+    clients: Natural = 200
+    """Clients whose models are scored, and unseen ones, drawn once for the run; 0 for all."""
     pooled_examples: Natural = 200
     """Everyone's test examples that each client's model is scored on; 0 for all of them."""
+    val_examples: Natural = 2000
+    """Everyone's validation examples that SAL watches; 0 for all of them."""
 
 
 class EngineConfig(Section):
@@ -257,7 +261,10 @@ class EngineConfig(Section):
     Sums are split by threads: another number changes the last digits.
     """
     prefix_cache_mb: Natural = 1024
-    """Memory for hidden states below the lowest awake block; 0 computes them anew every time."""
+    """Memory for hidden states below the lowest awake block; 0 computes them anew every time.
+
+    What ``cache_global`` keeps may take as much again.
+    """
     cache_global: bool = True
     """Keep the frozen global expert's output per example in stage 2."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2

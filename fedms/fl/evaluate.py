@@ -38,16 +38,39 @@ def spread(values: Sequence[float]) -> Spread | None:
     ordered = np.sort(np.asarray(values, dtype=np.float64))
     worst = ordered[: max(1, math.ceil(len(ordered) / 10))]
     return Spread(
-        float(ordered.mean()), float(ordered.std()), float(worst.mean()), float(ordered[0])
+        mean=float(ordered.mean()),
+        std=float(ordered.std()),
+        worst10=float(worst.mean()),
+        min=float(ordered[0]),
+        clients=len(ordered),
     )
 
 
 def pooled_sample(federation: Federation, size: int, seed: int) -> np.ndarray:
     """Everyone's test examples, or ``size`` of them drawn once for the whole run."""
-    everyone = np.sort(np.concatenate([client.test for client in federation.clients]))
-    if not size or size >= len(everyone):
-        return everyone
-    return np.sort(generator(seed, "pooled").choice(everyone, size=size, replace=False))
+    return _sample([client.test for client in federation.clients], size, seed, "pooled")
+
+
+def val_sample(federation: Federation, size: int, seed: int) -> np.ndarray:
+    """Everyone's validation examples, or ``size`` of them drawn once for the whole run."""
+    return _sample([client.val for client in federation.clients], size, seed, "validation")
+
+
+def scored_sample(federation: Federation, size: int, seed: int) -> list[ClientData]:
+    """The clients that are scored, then unseen ones: all, or ``size`` of each drawn once."""
+    found: list[ClientData] = []
+    for clients, name in ((federation.clients, "scored"), (federation.unseen, "scored unseen")):
+        if clients:
+            found += [clients[i] for i in _sample([np.arange(len(clients))], size, seed, name)]
+    return found
+
+
+def _sample(parts: Sequence[np.ndarray], size: int, seed: int, name: str) -> np.ndarray:
+    """``size`` of all the indices, sorted; all of them for 0."""
+    everything = np.sort(np.concatenate(parts))
+    if not size or size >= len(everything):
+        return everything
+    return np.sort(generator(seed, name).choice(everything, size=size, replace=False))
 
 
 @torch.no_grad()
@@ -105,12 +128,13 @@ def evaluate(
 
 
 @torch.no_grad()
-def common_score(model: Model, stage: Stage, server: State, federation: Federation) -> float | None:
-    """What SAL watches: the common model's score on all clients' validation examples.
+def common_score(
+    model: Model, stage: Stage, server: State, federation: Federation, examples: np.ndarray
+) -> float | None:
+    """What SAL watches: the common model's score on the clients' validation ``examples``.
 
     None where there is no such model or no such example.
     """
-    examples = np.concatenate([client.val for client in federation.clients])
     if not len(examples) or stage.common is None:
         return None
     model.slots.load([stage.start(received(model, stage, server), {})])

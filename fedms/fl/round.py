@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from safetensors.torch import save
@@ -20,14 +20,23 @@ from fedms.fl.client import Visit, received, visit
 from fedms.fl.config import Config, SalConfig
 from fedms.fl.data.sampling import draw_cohort
 from fedms.fl.engines.world import Outcome, World
-from fedms.fl.evaluate import Scores, common_score, evaluate, pooled_sample, spread
+from fedms.fl.evaluate import (
+    Scores,
+    common_score,
+    evaluate,
+    pooled_sample,
+    scored_sample,
+    spread,
+    val_sample,
+)
 from fedms.fl.runs.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fedms.fl.runs.files import replace_file
 from fedms.fl.runs.progress import Progress
 from fedms.fl.runs.records import RoundRecord, peak_memory_mb
+from fedms.fl.runs.states import ClientStates
 from fedms.fl.sal import Activation, block_importance, wake_order
 from fedms.fl.server import Totals, check_update, require_quorum
-from fedms.fl.types import Failure, Patterns, State, Update, matches, select
+from fedms.fl.types import CheckpointError, Failure, Patterns, State, Update, matches, select
 
 LINE_FILES = ("metrics.jsonl", "clients.jsonl")
 
@@ -47,16 +56,19 @@ class Run:
         self.world, self.federation, self.model = world, world.federation, world.model
         self.stages = stages_of(config)
         self.total_rounds = sum(stage.settings.rounds for stage in self.stages)
+        self.scored = scored_sample(self.federation, config.eval.clients, config.seed)
         self.pooled = pooled_sample(self.federation, config.eval.pooled_examples, config.seed)
+        self.validation = val_sample(self.federation, config.eval.val_examples, config.seed)
         self.server: State = {}
-        self.kept: dict[str, State] = {}
-        self.visited: tuple[str, ...] = ()
+        self.clients = ClientStates(folder / "clients")
+        self.ids = [client.client_id for client in self.federation.clients]
         self.done = 0
-        found = load_checkpoint(folder / "checkpoints", progress.warn) or self._adopt()
+        checkpoints = folder / "checkpoints"
+        found = load_checkpoint(checkpoints, self.clients, progress.warn) or self._adopt()
         self.activation = self._activation(found)
         if found is not None:
-            self.done, self.visited = found.round, found.visited
-            self.server, self.kept = found.server, found.kept
+            self.done, self.server = found.round, found.server
+        self.clients.forget_after(self.done)
         self._drop_metrics_after(self.done)
 
     def execute(self) -> None:
@@ -67,44 +79,54 @@ class Run:
             last = first + stage.settings.rounds - 1
             if self.done < last:
                 self._enter(stage)
+            visited = {
+                client_id
+                for round in range(first, min(self.done, last) + 1)
+                for client_id in self._cohort(stage, round)
+            }
             for round in range(max(first, self.done + 1), last + 1):
-                if round == first:
-                    self.visited = ()
                 self._round(
-                    stage, round, score=round == last or round % self.config.eval.every == 0
+                    stage, round, visited, round == last or round % self.config.eval.every == 0
                 )
-            if stage is self.stages[0] and self.done == last:
+            keeps_nothing = not (self.folder / "clients").exists()
+            if stage is self.stages[0] and self.done == last and keeps_nothing:
                 lines = {name: (self.folder / name).read_text("utf-8") for name in LINE_FILES}
-                self.world.outcomes[self._first_stage_key] = Outcome(self._checkpoint(), lines)
+                self.world.outcomes[self._first_stage_key] = Outcome(self._checkpoint([]), lines)
             first = last + 1
 
     # One round ------------------------------------------------------------------------------------
 
-    def _round(self, stage: Stage, round: int, *, score: bool) -> None:
+    def _round(self, stage: Stage, round: int, visited: set[str], score: bool) -> None:
+        """One round; ``visited`` are the clients of the stage's earlier ones, and then of this."""
         started = time.perf_counter()
         config, awake = self.config, self.activation.awake
-        ids = [client.client_id for client in self.federation.clients]
-        fraction = config.server.fraction_train
-        cohort = draw_cohort(ids, fraction, config.seed, round) if stage.phases else []
-        units = len(cohort) + (len(ids) + len(self.federation.unseen) if score else 0)
+        cohort = self._cohort(stage, round)
+        units = len(cohort) + (len(self.scored) if score else 0)
         self.progress.round(config.method, stage.name, round, self.total_rounds, units)
         failed: list[Failure] = []
         returned: list[Update] = []
+        written: list[str] = []
         totals = Totals(stage.aggregate)
+        bytes_up = 0
         for update in self._visits(stage, cohort, round, failed):
             totals.add(update)
-            returned.append(update)
+            bytes_up += encoded_size(update.shared)
+            if update.kept:
+                self.clients.write(update.client_id, round, update.kept)
+            returned.append(replace(update, shared={}, kept={}))
+            written += [update.client_id] if update.kept else []
         require_quorum(len(cohort), failed, config.server.quorum)
-        bytes_down = self._bytes_down(stage, cohort)
+        bytes_down = self._bytes_down(stage, cohort, visited)
         self.server = totals.finish(self.server)
-        self.kept.update({update.client_id: update.kept for update in returned if update.kept})
-        self.visited = tuple(sorted({*self.visited, *cohort}))
+        visited.update(cohort)
         trainable = self._awake(stage.start(self.received(stage), {}), stage.trains)
         if stage.wakes:
-            val_score = common_score(self.model, stage, self.server, self.federation)
+            val_score = common_score(
+                self.model, stage, self.server, self.federation, self.validation
+            )
             if self.activation.observe(val_score):
                 self._wake()
-        scores = self._score(stage) if score else None
+        scores = self._score(stage, round) if score else None
         seen = [client for client in scores.clients if client.seen] if scores else []
         unseen = [client for client in scores.clients if not client.seen] if scores else []
         gates = [client.gate_local for client in seen if client.gate_local is not None]
@@ -118,7 +140,7 @@ class Run:
             awake_blocks=list(awake) if stage.experts else [],
             trainable_parameters=count,
             trainable_share=count / self.model.backbone.parameter_count,
-            bytes_up=sum(encoded_size(update.shared) for update in returned),
+            bytes_up=bytes_up,
             bytes_down=bytes_down,
             train_loss=_mean_loss(returned),
             global_accuracy=scores.global_accuracy if scores else None,
@@ -130,9 +152,8 @@ class Run:
         )
         self._write(record, scores)
         self.done = round
-        save_checkpoint(
-            self.folder / "checkpoints", self._checkpoint(), config.engine.keep_checkpoints
-        )
+        checkpoints, keep = self.folder / "checkpoints", config.engine.keep_checkpoints
+        save_checkpoint(checkpoints, self._checkpoint(written), self.clients, keep)
         self.progress.scored(config.method, record, self.model.task.metric)
 
     def _visits(
@@ -145,7 +166,7 @@ class Run:
             visits = [
                 Visit(
                     self.federation.client(client_id),
-                    self.kept.get(client_id, {}),
+                    self._kept(client_id, round - 1),
                     self.activation.client_blocks(client_id, self.config.seed),
                 )
                 for client_id in cohort[start : start + size]
@@ -175,18 +196,37 @@ class Run:
     def _side_by_side(self, stage: Stage) -> int:
         return self.config.engine.cohort or 1
 
-    def _score(self, stage: Stage) -> Scores:
+    def _cohort(self, stage: Stage, round: int) -> list[str]:
+        config = self.config
+        if not stage.phases:
+            return []
+        return draw_cohort(self.ids, config.server.fraction_train, config.seed, round)
+
+    def _kept(self, client_id: str, round: int) -> State:
+        """What a client holds of its own after a round; nothing before its first visit."""
+        try:
+            return self.clients.read(client_id, round) or {}
+        except CheckpointError as error:  # one damaged file must not stop everybody
+            self.progress.warn(f"{error}; the client begins anew")
+            return {}
+
+    def _score(self, stage: Stage, round: int) -> Scores:
         return evaluate(
             self.model,
             stage,
             self.server,
-            lambda client_id: self.kept.get(client_id, {}),
+            lambda client_id: self._kept(client_id, round),
             self.federation,
-            [*self.federation.everyone.values()],
+            self.scored,
             self.pooled,
             self._side_by_side(stage),
             self.progress.advance,
         )
+
+    @property
+    def experts(self) -> list[str]:
+        """Every expert that takes part in a stage."""
+        return [*dict.fromkeys(name for stage in self.stages for name in stage.experts)]
 
     def received(self, stage: Stage) -> State:
         """What a client of a stage has from the server now."""
@@ -204,20 +244,18 @@ class Run:
         start = stage.start(self.received(stage), {})
         return self._awake(stage.leaves(start, start), stage.shares)
 
-    def _bytes_down(self, stage: Stage, cohort: list[str]) -> int:
+    def _bytes_down(self, stage: Stage, cohort: list[str], visited: set[str]) -> int:
         """What the cohort was sent: every round's part, and frozen ones to whoever lacked them."""
         every_time, once = (
             encoded_size(self._awake(self.received(stage), patterns))
             for patterns in (stage.sends_every_round, stage.frozen)
         )
-        return every_time * len(cohort) + once * len(set(cohort) - set(self.visited))
+        return every_time * len(cohort) + once * len(set(cohort) - visited)
 
     # State ----------------------------------------------------------------------------------------
 
-    def _checkpoint(self) -> Checkpoint:
-        return Checkpoint(
-            self.done, self.server, dict(self.kept), self.visited, self.activation.state()
-        )
+    def _checkpoint(self, written: list[str]) -> Checkpoint:
+        return Checkpoint(self.done, self.server, tuple(written), self.activation.state())
 
     @property
     def _sal(self) -> SalConfig:

@@ -17,13 +17,15 @@ from safetensors.torch import load_file
 from fedms import __version__
 from fedms.fl.cli import main
 from fedms.fl.config import load_config
-from fedms.fl.runs.folder import folder_name
+from fedms.fl.runs.export import folder_name
+from fedms.fl.runs.states import ClientStates
 
 ARGUMENTS = {
     "run": ["CONFIG.toml", "key=value", "--out DIR", "--quiet", "--settings", "fedms resume DIR"],
     "resume": ["DIR", "--quiet"],
     "report": ["DIR"],
     "predict": ["DIR", "--client ID", "TEXT"],
+    "export": ["DIR", "ID", "--all"],
     "fetch": ["NAME", "fedms fetch dinov2-small emoji"],
     "doctor": ["--shape M K N R"],
     "tune": ["M", "K", "N", "--ranks", "--dtype", "--adapter-dtype"],
@@ -131,21 +133,58 @@ def test_what_a_run_leaves_on_the_disk(finished, config, read_lines):
         assert len(read_lines(place / "metrics.jsonl")) == 4
         assert len(list((place / "checkpoints").iterdir())) == 2
         assert load_config(place / "config.toml").method == method
-        clients = sorted(path.name for path in (place / "adapters" / "clients").iterdir())
-        assert clients == [f"client-0{k}" for k in range(4)]
-        for folder in (place / "adapters" / "global", place / "adapters" / "clients" / "client-02"):
-            weights = load_file(folder / "adapter_model.safetensors")
-            assert len(weights) == 2 * 3 * 2
-            assert json.loads((folder / "adapter_config.json").read_text())["r"] == 2
+        assert len(list((place / "clients").glob("*/*"))) == 2 * 4  # a file a client and checkpoint
+        assert [path.name for path in (place / "adapters").iterdir()] == ["global"]
+        weights = load_file(place / "adapters" / "global" / "adapter_model.safetensors")
+        assert len(weights) == 2 * 3 * 2
     assert [path.name for path in (finished / "rivals").iterdir()] == ["fedavg_ft"]
     gates = load_file(finished / "gate.safetensors")
-    assert len(gates) == 4 + 4 * 2
-    assert "clients/client-03/gate.linear.bias" in gates
+    assert sorted({name.rpartition(".")[0] for name in gates}) == [
+        "gate.adapter.0",
+        "gate.adapter.2",
+    ]
     assert not (finished / "rivals" / "fedavg_ft" / "gate.safetensors").exists()
     assert list(finished.rglob(".*")) == []
     counts = json.loads((finished / "label_counts.json").read_text())
     assert counts["class_names"] == ["bone", "heart", "lung", "skin"]
     assert len(counts["clients"]) == 5
+
+
+def test_export_writes_the_clients_that_are_asked_for(finished, tmp_path, capsys):
+    run = shutil.copytree(finished, tmp_path / "run")
+    assert main(["export", str(run), "client-02", "client-03"]) == 0
+    places = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    assert places == [run / "adapters" / "clients" / f"client-0{k}" for k in (2, 3)]
+    assert sorted((run / "adapters" / "clients").iterdir()) == places
+    states = ClientStates(run / "clients")
+    for place in places:
+        kept = states.read(place.name, 99)
+        weights = load_file(place / "local" / "adapter_model.safetensors")
+        assert len(weights) == 2 * 3 * 2
+        for name, tensor in weights.items():
+            layer = name.removeprefix("base_model.model.").removesuffix(".weight")
+            assert torch.equal(tensor, kept[f"local.{layer}"])
+        assert json.loads((place / "local" / "adapter_config.json").read_text())["r"] == 2
+        gate = load_file(place / "gate.safetensors")
+        assert torch.equal(gate["gate.linear.bias"], kept["gate.linear.bias"])
+        assert "gate.adapter.0.weight" in gate
+    assert main(["export", str(run), "--all"]) == 0
+    assert (
+        len(capsys.readouterr().out.splitlines()) == 5
+    )  # an unseen one too: what it would receive
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "name the clients to export, or give --all"),
+        (["client-00", "--all"], "name the clients to export, or give --all"),
+        (["client-99"], "has no client 'client-99'; its clients are client-00, "),
+    ],
+)
+def test_export_of_nobody(finished, capsys, arguments, said):
+    assert main(["export", str(finished), *arguments]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_resume_of_a_finished_run_changes_nothing(finished, capsys):

@@ -103,5 +103,5 @@ def load_model(config: Config, federation: Federation) -> Model:
         for client in federation.everyone.values()
     ]
     prefix = Prefix(backbone, task, own, config.engine.prefix_cache_mb * 2**20)
-    outputs = Outputs(config.engine.cache_global)
+    outputs = Outputs(config.engine.cache_global, config.engine.prefix_cache_mb * 2**20)
     return Model(task, backbone, slots, prefix, outputs, config.eval.batch_size)

@@ -91,28 +91,36 @@ class Outputs:
 
     Args:
         enabled: False computes them every time.
+        max_bytes: past it, all are forgotten and the next are kept.
     """
 
-    def __init__(self, enabled: bool = True) -> None:
-        self._enabled = enabled
+    def __init__(self, enabled: bool = True, max_bytes: int = 2**30) -> None:
+        self._enabled, self._max_bytes, self._bytes = enabled, max_bytes, 0
         self._frozen: frozenset[tuple[str, ...]] = frozenset()
         self._known: dict[tuple[str, ...], dict[int, Tensor]] = {}
 
     def keep(self, paths: Sequence[tuple[str, ...]]) -> None:
         """Forget all, and from now on keep what these paths give."""
         self._frozen = frozenset(paths) if self._enabled else frozenset()
-        self._known = {path: {} for path in self._frozen}
+        self._forget()
 
     def missing(self, path: tuple[str, ...], indices: np.ndarray) -> np.ndarray | None:
         """Which of these examples are not known; None if this path is not kept at all."""
         if path not in self._frozen:
             return None
+        if self._bytes > self._max_bytes:
+            self._forget()
         known = self._known[path]
         return np.array([i for i in indices.tolist() if i not in known], dtype=np.int64)
 
     def put(self, path: tuple[str, ...], indices: np.ndarray, features: Sequence[Tensor]) -> None:
         """Keep each example's features [answers, D]."""
         self._known[path].update(zip(indices.tolist(), features, strict=True))
+        self._bytes += sum(each.nbytes for each in features)
+
+    def _forget(self) -> None:
+        self._known = {path: {} for path in self._frozen}
+        self._bytes = 0
 
     def get(self, path: tuple[str, ...], indices: np.ndarray) -> Tensor:
         """Features [P, D] of examples, in their order."""

@@ -1,9 +1,9 @@
 """Checkpoints that survive a kill at any moment.
 
-They are written under a temporary name, synced, renamed, and verified when read. A checkpoint is a
-folder ``round-0007`` with ``server.safetensors``, ``clients.safetensors`` (``<i>/<name>`` for the
-i-th client of ``state.json``) and ``state.json``, which holds the digests of the other two. Never
-pickle.
+A checkpoint is a folder ``round-0007`` with ``server.safetensors`` and ``state.json``, which holds
+the first one's digest and names the clients that the round has written
+(:mod:`fedms.fl.runs.states`). It is written under a temporary name and synced after them, so its
+renaming is what commits the round. It is verified when read. Never pickle.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,78 +21,75 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from fedms.fl.runs.files import sync_folder, write_synced
+from fedms.fl.runs.states import ClientStates
 from fedms.fl.types import CheckpointError, State
+
+_DAMAGE = (OSError, ValueError, LookupError, TypeError, SafetensorError, CheckpointError)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Everything that a run needs to go on after ``round``.
+    """What a run needs to go on after ``round``, beside the clients' states.
 
     Attributes:
         server: what the server holds.
-        kept: by client id, what each client holds of its own.
-        visited: clients that have been visited in the current stage.
+        written: clients whose states are of this very round.
         sal: :meth:`fedms.fl.sal.Activation.state`.
     """
 
     round: int
     server: State
-    kept: dict[str, State]
-    visited: tuple[str, ...]
+    written: tuple[str, ...]
     sal: dict[str, Any]
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> None:
-    """Write ``folder/round-NNNN`` atomically and delete all but the newest ``keep``.
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, states: ClientStates, keep: int) -> None:
+    """Commit a round: write ``folder/round-NNNN`` atomically, then delete what nobody needs.
+
+    The newest ``keep`` checkpoints stay, and of every client the states that they refer to.
 
     Raises:
         CheckpointError: the folder cannot be written or the disk is full. Older checkpoints are
             untouched.
     """
-    clients = sorted(checkpoint.kept)
-    kept = {
-        # clients may hold the very same tensor, e.g. an untrained part of their first expert
-        f"{i}/{name}": tensor.clone()
-        for i, client in enumerate(clients)
-        for name, tensor in checkpoint.kept[client].items()
-    }
-    files = {
-        "server.safetensors": save(
-            {name: tensor.contiguous() for name, tensor in checkpoint.server.items()}
-        ),
-        "clients.safetensors": save({name: tensor.contiguous() for name, tensor in kept.items()}),
-    }
+    server = save({name: tensor.contiguous() for name, tensor in checkpoint.server.items()})
     record = {
         "round": checkpoint.round,
-        "clients": clients,
-        "visited": list(checkpoint.visited),
+        "written": list(checkpoint.written),
         "sal": checkpoint.sal,
-        "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+        "sha256": hashlib.sha256(server).hexdigest(),
     }
-    files["state.json"] = json.dumps(record, indent=1).encode()
     final = folder / f"round-{checkpoint.round:04d}"
     temporary = folder / f".{final.name}"
     try:
+        states.sync()
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        for name, content in files.items():
-            write_synced(temporary / name, content)
+        write_synced(temporary / "server.safetensors", server)
+        write_synced(temporary / "state.json", json.dumps(record, indent=1).encode())
         if final.exists():
             shutil.rmtree(final)
         temporary.rename(final)
         sync_folder(folder)
-        for old in _folders(folder)[keep:]:
+        kept = _folders(folder)
+        for old in kept[keep:]:
             shutil.rmtree(old)
+        with suppress(ValueError, LookupError, TypeError):  # damaged, its states stay
+            oldest = json.loads((kept[:keep][-1] / "state.json").read_bytes())
+            states.forget_before(oldest["round"], oldest["written"])
     except OSError as error:
         raise CheckpointError(
             f"the checkpoint {final} cannot be written: {error.strerror}"
         ) from error
 
 
-def load_checkpoint(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+def load_checkpoint(
+    folder: Path, states: ClientStates, warn: Callable[[str], None]
+) -> Checkpoint | None:
     """The newest checkpoint that is whole, or None where there is none at all.
 
-    ``warn`` hears of each damaged one that was passed over.
+    It is whole if the states that its round has written are, too. ``warn`` hears of each damaged
+    one that was passed over.
 
     Raises:
         CheckpointError: there are checkpoints, and every one of them is damaged.
@@ -99,8 +97,15 @@ def load_checkpoint(folder: Path, warn: Callable[[str], None]) -> Checkpoint | N
     folders = _folders(folder)
     for candidate in folders:
         try:
-            return _read(candidate)
-        except (OSError, ValueError, KeyError, IndexError, TypeError, SafetensorError) as error:
+            return _read(candidate, states)
+        except (
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            SafetensorError,
+            CheckpointError,
+        ) as error:
             warn(f"checkpoint {candidate.name} is damaged ({error}); trying the one before")
     if folders:
         raise CheckpointError(
@@ -116,24 +121,13 @@ def _folders(folder: Path) -> list[Path]:
     )
 
 
-def _read(folder: Path) -> Checkpoint:
+def _read(folder: Path, states: ClientStates) -> Checkpoint:
     record = json.loads((folder / "state.json").read_bytes())
-    tensors: dict[str, State] = {}
-    for name, digest in record["sha256"].items():
-        content = (folder / name).read_bytes()
-        if hashlib.sha256(content).hexdigest() != digest:
-            raise ValueError(
-                f"{name} is not what was written: {len(content)} bytes with another digest"
-            )
-        tensors[name] = load(content)
-    kept: dict[str, State] = {client: {} for client in record["clients"]}
-    for key, tensor in tensors["clients.safetensors"].items():
-        number, _, name = key.partition("/")
-        kept[record["clients"][int(number)]][name] = tensor
-    return Checkpoint(
-        record["round"],
-        tensors["server.safetensors"],
-        kept,
-        tuple(record["visited"]),
-        record["sal"],
-    )
+    content = (folder / "server.safetensors").read_bytes()
+    if hashlib.sha256(content).hexdigest() != record["sha256"]:
+        raise ValueError(
+            f"server.safetensors is not what was written: {len(content)} bytes with another digest"
+        )
+    for client_id in record["written"]:
+        states.verify(client_id, record["round"])
+    return Checkpoint(record["round"], load(content), tuple(record["written"]), record["sal"])

@@ -1,14 +1,22 @@
-"""What a run has trained, in formats that others read: experts as peft adapters."""
+"""What a run has trained, in formats that others read: experts as peft adapters.
+
+Small networks beside the backbone (the gate) are safetensors of the network's name.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 from safetensors.torch import save
 
 from fedms.fl.model.slots import Slots
-from fedms.fl.types import State, renamed
+from fedms.fl.runs.files import replace_file
+from fedms.fl.runs.opened import open_run
+from fedms.fl.runs.progress import Progress
+from fedms.fl.types import FedMSError, State, matches, renamed, select
 
 PEFT_PREFIX = "base_model.model."
 
@@ -48,3 +56,49 @@ def save_adapter(
     (folder / "adapter_model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
     if head is not None:
         (folder / "head.safetensors").write_bytes(save({"weight": head.contiguous()}))
+
+
+def export_common(slots: Slots, state: State, folder: Path, base_model: str) -> None:
+    """Write what the server holds: experts below ``adapters/``, small networks beside it."""
+    for part in sorted({name.partition(".")[0] for name in state}):
+        if any(".lora_" in name for name in select(state, (f"{part}.*",))):
+            save_adapter(slots, state, part, folder / "adapters" / part, base_model=base_model)
+        else:
+            _save_module(state, part, folder)
+
+
+def export_clients(folder: Path, client_ids: Sequence[str], progress: Progress) -> Iterator[Path]:
+    """Write clients' own experts and small networks to ``adapters/clients/<id>/``.
+
+    Each expert that is not frozen for everybody has a folder of its name there. Yields the folder
+    of each client. ``client_ids`` empty: all that took part, and the unseen ones.
+
+    Raises:
+        FedMSError: no such run or client, or nothing of it is trained.
+    """
+    run = open_run(folder, client_ids, progress)
+    own = [name for name in run.stage.experts if not matches(f"{name}.", run.stage.frozen)]
+    if not own:
+        raise FedMSError(f"the clients of {folder} have no expert of their own to export")
+    for client_id in client_ids or run.counts:
+        place = folder / "adapters" / "clients" / folder_name(client_id)
+        state, base = run.client(client_id), run.config.model.path
+        for expert in own:
+            save_adapter(run.model.slots, state, expert, place / expert, base_model=base)
+        for module in run.model.modules:
+            _save_module(state, module, place)
+        yield place
+
+
+def folder_name(client_id: str) -> str:
+    """A client's id as a file name.
+
+    Whatever a table may call a client, nothing leaves the run's folder.
+    """
+    name = quote(client_id, safe=" ")
+    return name.replace(".", "%2E") if name.startswith(".") else name
+
+
+def _save_module(state: State, module: str, folder: Path) -> None:
+    tensors = {name: t.contiguous() for name, t in select(state, (f"{module}.*",)).items()}
+    replace_file(folder / f"{module}.safetensors", save(tensors))

@@ -6,7 +6,9 @@ DIR/label_counts.json     classes, clients and each client's number of training 
 DIR/metrics.jsonl         one RoundRecord a round
 DIR/clients.jsonl         one line per client per evaluation
 DIR/checkpoints/          see fedms.fl.runs.checkpoint
-DIR/adapters/             global and clients/<id>, in peft's format; DIR/gate.safetensors
+DIR/clients/              see fedms.fl.runs.states
+DIR/adapters/             the server's experts in peft's format; DIR/gate.safetensors
+DIR/adapters/clients/<id>/   a client's own, written by `fedms export`
 DIR/rivals/<method>/      the same for each rival
 """
 
@@ -15,17 +17,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
-from safetensors.torch import save
 
 from fedms.fl.config import Config, load_config, to_toml
 from fedms.fl.data.federation import Federation
 from fedms.fl.engines.world import World
 from fedms.fl.fetch import RECIPES
 from fedms.fl.round import Run
-from fedms.fl.runs.export import save_adapter
+from fedms.fl.runs.export import export_common
 from fedms.fl.runs.files import locked, replace_file
 from fedms.fl.runs.origin import Origin, frozen_weights
 from fedms.fl.runs.progress import Progress
@@ -111,38 +111,17 @@ def _carry_on(config: Config, folder: Path, progress: Progress, source: Any) -> 
             _write_label_counts(world.federation, place / "label_counts.json")
             run = Run(settings, world, place, progress)
             run.execute()
-            export(run, place)
+            _export(run, place)
             replace_file(place / "finished", b"")
 
 
-def export(run: Run, folder: Path) -> None:
-    """Write what was trained: all experts as peft adapters, the gates as safetensors."""
-    slots, stage, base = run.model.slots, run.stages[-1], run.config.model.path
-    trained = {pattern for stage in run.stages for pattern in stage.trains}
-    received = run.received(stage)
-    if "global.*" in trained:
-        save_adapter(slots, received, "global", folder / "adapters" / "global", base_model=base)
-    gates = select(run.server, ("gate.*",))
-    for client_id, kept in run.kept.items():
-        if "local.*" in trained:
-            own = folder / "adapters" / "clients" / folder_name(client_id)
-            save_adapter(slots, stage.start(received, kept), "local", own, base_model=base)
-        mine = select(kept, ("gate.*",))
-        gates.update({f"clients/{client_id}/{name}": tensor for name, tensor in mine.items()})
-    if "gate.*" in trained:
-        replace_file(
-            folder / "gate.safetensors",
-            save({name: tensor.contiguous() for name, tensor in gates.items()}),
-        )
-
-
-def folder_name(client_id: str) -> str:
-    """A client's id as a file name.
-
-    Whatever a table may call a client, nothing leaves the run's folder.
-    """
-    name = quote(client_id, safe=" ")
-    return name.replace(".", "%2E") if name.startswith(".") else name
+def _export(run: Run, folder: Path) -> None:
+    """Write what everybody shares; clients' own parts wait until they are asked for."""
+    state = dict(run.server)
+    for expert in run.experts:  # what nobody trains, e.g. a frozen lora_A, belongs to an adapter
+        if select(state, (f"{expert}.*",)):
+            state = {**run.model.slots.fresh(expert), **state}
+    export_common(run.model.slots, state, folder, run.config.model.path)
 
 
 def _prepare(config: Config, folder: Path) -> None:

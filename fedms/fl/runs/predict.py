@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,20 +10,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fedms.fl.algorithms import Stage, stages_of
-from fedms.fl.client import received
-from fedms.fl.config import Config, load_config
-from fedms.fl.data.federation import Dataset, Federation
-from fedms.fl.data.images import Images
-from fedms.fl.engines.texts import windows_of
-from fedms.fl.engines.world import load_federation, load_model
+from fedms.fl.algorithms import Stage
+from fedms.fl.data.federation import Dataset
+from fedms.fl.engines.world import load_federation
 from fedms.fl.model.view import View
-from fedms.fl.runs.checkpoint import load_checkpoint
-from fedms.fl.runs.origin import check_model, frozen_weights
+from fedms.fl.runs.opened import open_run
 from fedms.fl.runs.progress import Progress
-from fedms.fl.sal import Activation
 from fedms.fl.tasks.causal_lm import predicted_tokens
-from fedms.fl.types import FedMSError
 
 
 @dataclass(frozen=True)
@@ -62,61 +54,23 @@ def predict(
     Raises:
         FedMSError: no such run or client, or no round of it has ended.
     """
-    if not (folder / "config.toml").is_file():
-        raise FedMSError(f"{folder} holds no run: it has no config.toml")
-    config = load_config(folder / "config.toml")
-    checkpoint = load_checkpoint(folder / "checkpoints", progress.warn)
-    if checkpoint is None:
-        raise FedMSError(f"no round of {folder} has ended yet; there is nothing to predict with")
-    record = json.loads((folder / "label_counts.json").read_bytes())
-    if client_id not in record["clients"]:
-        raise FedMSError(
-            f"{folder} has no client {client_id!r}; "
-            f"its clients are {', '.join(record['clients'][:8])} ..."
-        )
-    dataset = _dataset(config, examples, tuple(record["class_names"]))
-    model = load_model(config, Federation(dataset, ()))
-    check_model(folder, frozen_weights(model.backbone.model), config.model.path)
-    activation = Activation(config.sal, checkpoint.sal["order"])
-    activation.restore(checkpoint.sal)
-    model.slots.set_awake(activation.awake)
-    stage = _stage_of(config, checkpoint.round)
-    model.build(dict(stage.modules))
-    kept = checkpoint.kept.get(client_id, {})
-    model.slots.load([stage.start(received(model, stage, checkpoint.server), kept)])
-    if config.task.kind == "causal_lm":
-        own = load_federation(config)
+    run = open_run(folder, [client_id], progress, examples)
+    model, stage, dataset = run.model, run.stage, run.dataset
+    model.slots.load([run.client(client_id)])
+    if run.config.task.kind == "causal_lm":
+        own = load_federation(run.config)
         tokens = predicted_tokens(own.dataset.inputs, own.client(client_id).own)
         counts = torch.from_numpy(np.bincount(tokens, minlength=model.task.num_classes))
     else:
-        counts = torch.tensor(record["counts"][record["clients"].index(client_id)])
+        counts = torch.tensor(run.counts[client_id])
     counts = counts.to(model.backbone.device)
     views = [View(model, [np.array([i])], counts[None]) for i in range(len(dataset))]
-    if config.task.kind == "causal_lm":
+    if run.config.task.kind == "causal_lm":
         return _bits(stage, views, examples, dataset)
     return [
         _class_of(stage, view, example, dataset.class_names)
         for view, example in zip(views, examples, strict=True)
     ]
-
-
-def _dataset(config: Config, examples: Sequence[str], class_names: tuple[str, ...]) -> Dataset:
-    labels = np.zeros(len(examples), dtype=np.int64)
-    if config.task.kind == "images":
-        images = Images(lambda i: Path(examples[i]), lambda i: examples[i], len(examples))
-        return Dataset(images, labels, class_names)
-    dataset = Dataset(tuple(examples), labels, class_names)
-    return windows_of(config, dataset) if config.task.kind == "causal_lm" else dataset
-
-
-def _stage_of(config: Config, round: int) -> Stage:
-    """The stage whose rounds hold this one."""
-    stages, ended = stages_of(config), 0
-    for stage in stages:
-        ended += stage.settings.rounds
-        if round <= ended:
-            return stage
-    return stages[-1]
 
 
 def _class_of(stage: Stage, view: View, example: str, names: Sequence[str]) -> Prediction:

@@ -11,12 +11,13 @@ from fedms.fl.types import Failure
 
 @dataclass(frozen=True)
 class Spread:
-    """A score over clients: mean, standard deviation, mean of the worst tenth, minimum."""
+    """A score over ``clients``, their number: mean, deviation, mean of the worst tenth, minimum."""
 
     mean: float
     std: float
     worst10: float
     min: float
+    clients: int
 
 
 @dataclass(frozen=True)

@@ -47,9 +47,11 @@ COLUMNS = (
     "share\ntrained", "MB\nup", "MB\ndown", "time\n(s)",
 )  # fmt: skip
 LEGEND = (
-    "{scores}, mean over clients (own data: ± standard deviation), after the last scored "
+    "{scores}, mean over {clients} clients (own data: ± standard deviation), after the last scored "
     "round. Share trained: the largest of any round, in %. MB: 10⁶ bytes, all clients and rounds."
 )
+MOST_ROWS = 250
+"""Clients and failures that the page lists; all of them are in the .jsonl files."""
 ROUND_COLUMNS = (
     "round", "stage", "seconds", "clients", "awake blocks", "trainable, %", "MB up", "MB down",
     "loss", "own, {unit}", "worst tenth, {unit}", "everyone's, {unit}", "unseen, {unit}",
@@ -245,7 +247,8 @@ def _legend(runs: Sequence[MethodRun]) -> str:
     metric = runs[0].metric
     in_percent = metric.unit == "%"
     scores = f"{metric.name.capitalize()}{' in %' if in_percent else ', less is better'}"
-    return LEGEND.format(scores=scores)
+    clients = {own.clients for run in runs if (own := _scored(run).personalized_accuracy)}
+    return LEGEND.format(scores=scores, clients=" or ".join(map(str, sorted(clients))) or "no")
 
 
 def _percent(share: float | None, digits: int = 1) -> str:
@@ -279,11 +282,19 @@ def _page(
         _details(run.label, _html_table(_named(ROUND_COLUMNS, run), _round_rows(run)), run is first)
         for run in runs
     )
-    clients = _html_table(_named(CLIENT_COLUMNS, first), _client_rows(first, labels))
-    failures = "".join(
-        f"<li>{escape(f'{run.name}, round {r.round}: {f.client_id}: {f.reason}')}</li>"
+    shown = first.final_clients
+    some = ""
+    if len(shown) > MOST_ROWS:
+        shown = sorted(shown, key=lambda client: client.accuracy)[:MOST_ROWS]
+        some = f": the lowest {MOST_ROWS} of {len(first.final_clients)} clients"
+    clients = _html_table(_named(CLIENT_COLUMNS, first), _client_rows(first, shown, labels))
+    failed = [
+        f"{run.name}, round {r.round}: {f.client_id}: {f.reason}"
         for run in runs for r in run.rounds for f in r.failed
-    )  # fmt: skip
+    ]  # fmt: skip
+    failures = "".join(f"<li>{escape(text)}</li>" for text in failed[:MOST_ROWS])
+    if len(failed) > MOST_ROWS:
+        failures += f"<li>and {len(failed) - MOST_ROWS} more, in metrics.jsonl</li>"
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>
@@ -292,7 +303,7 @@ def _page(
 <h2>Pictures</h2>{figures}
 <h2>Round by round</h2>{rounds}
 {f"<h2>Clients that were dropped</h2><ul>{failures}</ul>" if failures else ""}
-<h2>Clients</h2>{_details(f"{first.label}, after the last scored round", clients)}
+<h2>Clients</h2>{_details(f"{first.label}, after the last scored round{some}", clients)}
 <h2>Settings</h2>{_details("config.toml", f"<pre>{escape(config)}</pre>")}
 </body></html>
 """
@@ -325,7 +336,9 @@ def _round_cells(record: RoundRecord, metric: Metric) -> list[Cell]:
     return [(text, False) for text in texts]
 
 
-def _client_rows(run: MethodRun, labels: LabelCounts | None) -> list[list[Cell]]:
+def _client_rows(
+    run: MethodRun, clients: Sequence[ClientRecord], labels: LabelCounts | None
+) -> list[list[Cell]]:
     largest: dict[str, str] = {}
     if labels is not None:
         for client_id, counts in zip(labels.clients, labels.counts, strict=True):
@@ -344,7 +357,7 @@ def _client_rows(run: MethodRun, labels: LabelCounts | None) -> list[list[Cell]]
                 largest.get(client.client_id, "–"),
             )
         ]
-        for client in run.final_clients
+        for client in clients
     ]
 
 

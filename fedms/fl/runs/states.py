@@ -69,7 +69,21 @@ class ClientStates:
         versions = [v for v in self._versions(stem) if v.round <= at_most_round]
         if not versions:
             return None
-        path = max(versions).path
+        return self._load(client_id, max(versions).path)
+
+    def verify(self, client_id: str, round: int) -> None:
+        """Make sure that a state of this very round is there and whole.
+
+        Raises:
+            CheckpointError: it is not.
+        """
+        for version in self._versions(self._stem(client_id)):
+            if version.round == round:
+                self._load(client_id, version.path)
+                return
+        raise CheckpointError(f"the state of client {client_id} after round {round} is missing")
+
+    def _load(self, client_id: str, path: Path) -> State:
         try:
             content = path.read_bytes()
             if _digest(content) != path.name.removesuffix(ENDING).rpartition(".")[2]:

@@ -82,3 +82,17 @@ def test_outputs_are_kept_for_the_paths_that_are_frozen():
     off = Outputs(enabled=False)
     off.keep([("global",)])
     assert off.missing(("global",), indices) is None
+
+
+def test_outputs_past_their_bound_make_room():
+    """What is held never exceeds the bound by more than one batch."""
+    outputs, path, every = Outputs(max_bytes=100), ("global",), np.arange(30)
+    outputs.keep([path])
+    known = []
+    for start in range(0, 30, 5):
+        batch = every[start : start + 5]
+        assert outputs.missing(path, batch).tolist() == batch.tolist()
+        outputs.put(path, batch, [torch.full((1, 2), float(i)) for i in batch])  # 40 bytes
+        assert outputs.get(path, batch)[:, 0].tolist() == batch.tolist()
+        known.append(30 - len(outputs.missing(path, every)))
+    assert known == [5, 10, 0, 5, 10, 0]

@@ -25,7 +25,7 @@ ALL = ["accuracy.png", "bytes.png", "clients.png", "labels.png", "blocks_and_gat
 
 
 def spread(mean: float, worst10: float = 0.0) -> Spread:
-    return Spread(mean, 0.05, worst10, 0.0)
+    return Spread(mean, 0.05, worst10, 0.0, 2)
 
 
 def record(round: int, own: Spread | None, **changes: object) -> RoundRecord:
@@ -278,3 +278,26 @@ def test_without_matplotlib_the_error_says_what_to_install(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(FedMSError, match=r'pip install "fedms\[demo\]"'):
         write_report(run)
+
+
+def test_a_page_of_ten_thousand_clients_lists_the_lowest(run):
+    """With a failure for each of them, and their classes: still a page to read."""
+    names = tuple(f"client-{k:05d}" for k in range(10_000))
+    failed = [Failure(name, "away") for name in names]
+    write(run, [record(1, Spread(0.5, 0.1, 0.1, 0.0, 10_000), failed=failed)], names)
+    lines = (run / "clients.jsonl").read_text(encoding="utf-8").splitlines()
+    scores = [json.loads(line) for line in lines]
+    for k, score in enumerate(scores):
+        score["accuracy"] = (k * 7919 % 10_000) / 10_000
+    text = "".join(json.dumps(score) + "\n" for score in scores)
+    (run / "clients.jsonl").write_text(text, encoding="utf-8")
+    record_of = {"class_names": ["x", "y"], "clients": names, "counts": [[6, 6]] * 10_000}
+    (run / "label_counts.json").write_text(json.dumps(record_of), encoding="utf-8")
+    write_report(run)
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "the lowest 250 of 10000 clients" in page
+    assert "and 9750 more, in metrics.jsonl" in page
+    assert "mean over 10000 clients" in page
+    assert page.count("<tr>") < 300
+    lowest = min(scores, key=lambda score: score["accuracy"])
+    assert lowest["client_id"] in page

@@ -21,6 +21,7 @@ from fedms.fl.runs import folder as experiment
 from fedms.fl.runs.checkpoint import load_checkpoint
 from fedms.fl.runs.folder import resume, start
 from fedms.fl.runs.progress import Progress
+from fedms.fl.runs.states import ClientStates
 
 # Imports once, then forks a child for every leg of a run: one that nobody stops, then one that is
 # killed a moment after so and so many visits. Prints how each leg ended and how many lines of
@@ -93,14 +94,24 @@ def assert_same_run(read_lines):
         for place in places:
             for name in ("metrics.jsonl", "clients.jsonl"):
                 assert read_lines(found / place / name) == read_lines(wanted / place / name), place
-            one, other = (
-                load_checkpoint(folder / place / "checkpoints", pytest.fail)
-                for folder in (found, wanted)
+            (one, ours), (other, theirs) = (
+                (load_checkpoint(run / "checkpoints", states, pytest.fail), states)
+                for run in (found / place, wanted / place)
+                for states in (ClientStates(run / "clients"),)
             )
             assert one is not None
             assert other is not None
-            assert (one.round, one.visited, one.sal) == (other.round, other.visited, other.sal)
+            assert (one.round, one.written, one.sal) == (other.round, other.written, other.sal)
             assert all(torch.equal(one.server[n], t) for n, t in other.server.items())
+            for k in range(4):
+                for round in (one.round - 1, one.round):
+                    kept, same = (s.read(f"client-0{k}", round) or {} for s in (ours, theirs))
+                    assert kept.keys() == same.keys()
+                    assert all(torch.equal(kept[name], t) for name, t in same.items())
+            files = [
+                sorted(p.name for p in (r / place / "clients").rglob("*")) for r in (found, wanted)
+            ]
+            assert files[0] == files[1]
         ours, theirs = tensors(found), tensors(wanted)
         assert ours.keys() == theirs.keys()
         for path, state in theirs.items():
@@ -180,7 +191,7 @@ def stop_at(monkeypatch, place: object, name: str, nth: int, *, after: bool = Fa
         (engine, "save_checkpoint", 3, True),  # all rounds are done, nothing is exported
         (engine, "visit", 6, False),  # in the middle of a cohort
         (engine, "evaluate", 1, True),  # scored, not written
-        (experiment, "save_adapter", 2, True),  # in the middle of the export
+        (experiment, "export_common", 0, True),  # in the middle of the export
         (experiment, "replace_file", 0, False),  # config.toml and nothing more
     ],
 )
@@ -214,14 +225,17 @@ def test_torn_last_lines(whole, tmp_path, quiet, monkeypatch, assert_same_run):
     assert_same_run(folder, wanted)
 
 
-def test_a_truncated_newest_checkpoint(whole, tmp_path, quiet, monkeypatch, assert_same_run):
+@pytest.mark.parametrize(
+    "file", ["checkpoints/round-0003/server.safetensors", "clients/*/client-02-*.3.*"]
+)
+def test_a_truncated_newest_checkpoint(whole, tmp_path, quiet, monkeypatch, assert_same_run, file):
     settings, wanted = whole()
     folder = tmp_path / "stopped"
     with monkeypatch.context() as patch:
         stop_at(patch, engine, "save_checkpoint", 2, after=True)
         with pytest.raises(Killed):
             start(settings, folder, quiet)
-    path = folder / "checkpoints" / "round-0003" / "clients.safetensors"
+    path = next(iter(folder.glob(file)))
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     warnings: list[str] = []
     monkeypatch.setattr(quiet, "warn", warnings.append)

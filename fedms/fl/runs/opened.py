@@ -1,0 +1,108 @@
+"""A run's folder, opened to ask it something: its model as it was after the last finished round."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fedms.fl.algorithms import Stage, stages_of
+from fedms.fl.client import received
+from fedms.fl.config import Config, load_config
+from fedms.fl.data.federation import Dataset, Federation
+from fedms.fl.data.images import Images
+from fedms.fl.engines.texts import windows_of
+from fedms.fl.engines.world import load_model
+from fedms.fl.model.view import Model
+from fedms.fl.runs.checkpoint import load_checkpoint
+from fedms.fl.runs.origin import check_model, frozen_weights
+from fedms.fl.runs.progress import Progress
+from fedms.fl.runs.states import ClientStates
+from fedms.fl.sal import Activation
+from fedms.fl.types import FedMSError, State
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A run between its rounds.
+
+    Attributes:
+        stage: the stage of the last finished round.
+        model: at its awake blocks, with the stage's small networks, on the given examples.
+        dataset: the examples, with the task's class names.
+        counts: by client id, its training examples by class.
+    """
+
+    config: Config
+    stage: Stage
+    model: Model
+    dataset: Dataset
+    counts: dict[str, list[int]]
+    _server: State
+    _states: ClientStates
+    _round: int
+
+    def client(self, client_id: str) -> State:
+        """Everything that a client's model is made of, also where it was never visited.
+
+        Raises:
+            CheckpointError: its file is damaged.
+        """
+        kept = self._states.read(client_id, self._round) or {}
+        return self.stage.start(received(self.model, self.stage, self._server), kept)
+
+
+def open_run(
+    folder: Path, clients: Sequence[str], progress: Progress, examples: Sequence[str] = ()
+) -> Opened:
+    """Open a run for some of its clients, on ``examples``: texts, or files of images.
+
+    Raises:
+        FedMSError: no such run or client, no round of it has ended, or its model is another one.
+    """
+    if not (folder / "config.toml").is_file():
+        raise FedMSError(f"{folder} holds no run: it has no config.toml")
+    config = load_config(folder / "config.toml")
+    states = ClientStates(folder / "clients")
+    checkpoint = load_checkpoint(folder / "checkpoints", states, progress.warn)
+    if checkpoint is None:
+        raise FedMSError(f"no round of {folder} has ended yet; there is nothing to ask")
+    record = json.loads((folder / "label_counts.json").read_bytes())
+    counts = dict(zip(record["clients"], record["counts"], strict=True))
+    for client_id in clients:
+        if client_id not in counts:
+            known = ", ".join(record["clients"][:8])
+            raise FedMSError(f"{folder} has no client {client_id!r}; its clients are {known} ...")
+    dataset = _dataset(config, examples, tuple(record["class_names"]))
+    model = load_model(config, Federation(dataset, ()))
+    check_model(folder, frozen_weights(model.backbone.model), config.model.path)
+    activation = Activation(config.sal, checkpoint.sal["order"])
+    activation.restore(checkpoint.sal)
+    model.slots.set_awake(activation.awake)
+    stage = _stage_of(config, checkpoint.round)
+    model.build(dict(stage.modules))
+    server, round = checkpoint.server, checkpoint.round
+    return Opened(config, stage, model, dataset, counts, server, states, round)
+
+
+def _dataset(config: Config, examples: Sequence[str], class_names: tuple[str, ...]) -> Dataset:
+    if config.task.kind == "images":
+        labels = np.zeros(len(examples), dtype=np.int64)
+        images = Images(lambda i: Path(examples[i]), lambda i: examples[i], len(examples))
+        return Dataset(images, labels, class_names)
+    texts = tuple(examples) or ("no example is asked for",)  # tokenizers take no empty list
+    dataset = Dataset(texts, np.zeros(len(texts), dtype=np.int64), class_names)
+    return windows_of(config, dataset) if config.task.kind == "causal_lm" else dataset
+
+
+def _stage_of(config: Config, round: int) -> Stage:
+    """The stage whose rounds hold this one."""
+    stages, ended = stages_of(config), 0
+    for stage in stages:
+        ended += stage.settings.rounds
+        if round <= ended:
+            return stage
+    return stages[-1]
