@@ -88,16 +88,14 @@ FL_ROOMS = (
     {"fl.algorithms"},
     {"fl.server", "fl.client"},
     {"fl.sal", "fl.evaluate"},
+    {"fl.config"},
     {"fl.engines"},
     {"fl.round"},
     {"fl.runs"},
     {"fl.cli"},
 )
-# On their way to their rooms: config's sections go to the rooms that read them, then config stands
-# between engines and round; these of runs are handed to the round, not imported by it.
-UNDER_WAY = {
-    "fl.config": 1, "fl.runs.states": 2, "fl.runs.checkpoint": 3, "fl.runs.progress": 5,
-}  # fmt: skip
+# These of runs stand lower than their room: the round writes through them.
+UNDER_WAY = {"fl.runs.states": 2, "fl.runs.checkpoint": 3, "fl.runs.progress": 5}
 BELOW_FL = {"", "kernels", "peft", "doctor", "tuning"}
 
 

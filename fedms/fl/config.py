@@ -12,7 +12,7 @@ import textwrap
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args, get_origin
 
 import tomli_w
 from annotated_types import Ge, Gt, Le, Lt
@@ -20,11 +20,15 @@ from pydantic import Field, Strict, ValidationError, field_validator, model_vali
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from fedms.fl.algorithms import ALGORITHMS, StageConfig
+from fedms.fl.algorithms.ditto import Settings as DittoConfig
+from fedms.fl.algorithms.fedms import Settings as MofmConfig
+from fedms.fl.algorithms.fedprox import Settings as FedProxConfig
+from fedms.fl.sal import SalConfig
 from fedms.fl.settings import (
     Count,
     Names,
     Natural,
-    NotNegative,
     Positive,
     PositiveShare,
     Section,
@@ -32,7 +36,10 @@ from fedms.fl.settings import (
 )
 from fedms.fl.types import ConfigError
 
-Method = Literal["fedms", "fedavg", "fedavg_ft", "local_only", "zero_shot"]
+if TYPE_CHECKING:
+    Method = str
+else:
+    Method = Literal[tuple(ALGORITHMS)]
 
 
 class DataConfig(Section):
@@ -138,98 +145,6 @@ class LoraConfig(Section):
         return targets
 
 
-class StageConfig(Section):
-    rounds: Natural
-    """Rounds of the stage; 0 leaves it out."""
-    local_steps: Count
-    """Mini-batches that a client trains on in one visit."""
-    batch_size: Count = 32
-    """Examples in a mini-batch."""
-    lr: Positive = 0.002
-    """AdamW's learning rate on the client."""
-    weight_decay: NotNegative = 0.0
-    """AdamW's decoupled weight decay."""
-
-
-class SalConfig(Section):
-    """Sparsely Activated LoRA: which blocks are awake."""
-
-    enabled: bool = True
-    """False: ``max_blocks`` blocks are awake from the first round."""
-    order: Literal["deep_to_shallow", "shallow_to_deep", "random", "importance"] = "deep_to_shallow"
-    """Which block wakes next; "importance": by the gradient norm of its fresh expert."""
-    trigger: Literal["capability_queue", "every", "all_at_once"] = "capability_queue"
-    """When blocks wake; "capability_queue": when the global expert stops getting better."""
-    start_blocks: Count = 1
-    """Blocks awake in the first round."""
-    wake_blocks: Count = 2
-    """Blocks woken at a time."""
-    max_blocks: Count = 3
-    """Blocks awake at most."""
-    queue_length: Annotated[int, Field(ge=2)] = 2
-    """Rounds whose scores the capability queue compares."""
-    threshold: float = 0.2
-    """The next blocks wake when the queue's last score is less than this above its first."""
-    every: Count = 3
-    """With ``trigger = "every"``: rounds between two wakings."""
-    scope: Literal["global", "client"] = "global"
-    """"client": a client trains no more awake blocks than its budget."""
-    min_budget: Count = 1
-    """With ``scope = "client"``: the least budget of a client.
-
-    Client k trains at most b_k awake blocks, b_k drawn from min_budget..max_blocks.
-    """
-
-    @model_validator(mode="after")
-    def _does_not_shrink(self) -> Self:
-        if self.max_blocks < self.start_blocks:
-            raise ValueError(
-                f"max_blocks must be at least {self.start_blocks}, got {self.max_blocks}"
-            )
-        return self
-
-
-class MofmConfig(Section):
-    """The Mixture of Foundation Models and its gate network."""
-
-    combine: Literal["probabilities", "features", "logits", "layer"] = "probabilities"
-    """What of the two experts is mixed; "layer": both inside every linear."""
-    gate_input: Literal["experts", "base", "both"] = "experts"
-    """What the gate reads: what the experts say, the frozen base's feature, or both."""
-    gate_data: Literal["held_out", "train"] = "held_out"
-    """Whether the gate trains on ``data.gate``'s examples or on the experts' own."""
-    gate: Literal["learned", "fixed"] = "learned"
-    """"fixed": both experts weigh one half."""
-    share_adapter: bool = True
-    """False: the gate adapter stays on its client (an ablation)."""
-    local_from: Literal["global", "zero"] = "global"
-    """What a local expert starts from."""
-    local_loss: Literal["own", "mixture"] = "own"
-    """Whether the local expert trains on its own loss or on the mixture's."""
-    bottleneck: Count = 16
-    """Width of the gate adapter."""
-    gate_steps: Natural = 30
-    """Full-batch steps of the gate in one visit."""
-    gate_lr: Positive = 0.01
-    """Adam's learning rate for the gate."""
-    balance: NotNegative = 1.0
-    """Exponent of the class weights of the gate's loss: 0 weighs examples alike, 1 classes."""
-    anchor: NotNegative = 3.0
-    """Weight of KL(one half || weights) in the gate's loss.
-
-    A client's own data alone always asks for the local expert.
-    """
-
-    @model_validator(mode="after")
-    def _gate_can_read_its_inputs(self) -> Self:
-        if self.combine == "layer" and self.gate_input != "base":
-            raise ValueError(
-                'combine = "layer" mixes the experts inside every linear, before either has said '
-                f'anything: mofm.gate_input must be "base", got "{self.gate_input}"'
-            )
-        return self
-
-
 class ServerConfig(Section):
     fraction_train: PositiveShare = 1.0
     """Share of the clients drawn into each round's cohort."""
@@ -286,6 +201,8 @@ class Config(Section):
     stage2: StageConfig = StageConfig(rounds=2, local_steps=5, lr=0.002)
     sal: SalConfig = SalConfig()
     mofm: MofmConfig = MofmConfig()
+    fedprox: FedProxConfig = FedProxConfig()
+    ditto: DittoConfig = DittoConfig()
     server: ServerConfig = ServerConfig()
     eval: EvalConfig = EvalConfig()
     engine: EngineConfig = EngineConfig()

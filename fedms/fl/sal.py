@@ -9,15 +9,55 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal, Self
 
 import torch
+from pydantic import Field, model_validator
 
 from fedms.fl.client import class_counts, learning
-from fedms.fl.config import SalConfig
 from fedms.fl.data.federation import Federation
 from fedms.fl.data.sampling import generator
 from fedms.fl.model.view import Model, View
+from fedms.fl.settings import Count, Section
+
+
+class SalConfig(Section):
+    """Sparsely Activated LoRA: which blocks are awake."""
+
+    enabled: bool = True
+    """False: ``max_blocks`` blocks are awake from the first round."""
+    order: Literal["deep_to_shallow", "shallow_to_deep", "random", "importance"] = "deep_to_shallow"
+    """Which block wakes next; "importance": by the gradient norm of its fresh expert."""
+    trigger: Literal["capability_queue", "every", "all_at_once"] = "capability_queue"
+    """When blocks wake; "capability_queue": when the global expert stops getting better."""
+    start_blocks: Count = 1
+    """Blocks awake in the first round."""
+    wake_blocks: Count = 2
+    """Blocks woken at a time."""
+    max_blocks: Count = 3
+    """Blocks awake at most."""
+    queue_length: Annotated[int, Field(ge=2)] = 2
+    """Rounds whose scores the capability queue compares."""
+    threshold: float = 0.2
+    """The next blocks wake when the queue's last score is less than this above its first."""
+    every: Count = 3
+    """With ``trigger = "every"``: rounds between two wakings."""
+    scope: Literal["global", "client"] = "global"
+    """"client": a client trains no more awake blocks than its budget."""
+    min_budget: Count = 1
+    """With ``scope = "client"``: the least budget of a client.
+
+    Client k trains at most b_k awake blocks, b_k drawn from min_budget..max_blocks.
+    """
+
+    @model_validator(mode="after")
+    def _does_not_shrink(self) -> Self:
+        if self.max_blocks < self.start_blocks:
+            raise ValueError(
+                f"max_blocks must be at least {self.start_blocks}, got {self.max_blocks}"
+            )
+        return self
+
 
 PROBE_CLIENTS = 8
 PROBE_EXAMPLES = 32

@@ -6,8 +6,7 @@ import json
 
 import pytest
 
-from fedms.fl.config import SalConfig
-from fedms.fl.sal import Activation, wake_order
+from fedms.fl.sal import Activation, SalConfig, wake_order
 
 
 def never() -> list[float]:

@@ -1,22 +1,51 @@
 """The federated algorithms by name.
 
-Each is a file with the paper as its docstring and ``stages(...)`` as its declaration.
+Each is a file with the paper as its docstring and ``stages(rounds)`` as its declaration, or
+``stages(settings, rounds)`` where it has settings of its own. This is the one list of them.
 """
 
-from fedms.fl.algorithms import fedavg, fedavg_ft, fedms, local_only, zero_shot
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from fedms.fl.algorithms import (
+    ditto,
+    fedavg,
+    fedavg_ft,
+    fedex_lora,
+    fedms,
+    fedprox,
+    fedsa_lora,
+    ffa_lora,
+    local_only,
+    zero_shot,
+)
 from fedms.fl.algorithms.stage import Phase as Phase
 from fedms.fl.algorithms.stage import Stage as Stage
-from fedms.fl.config import Config
+from fedms.fl.algorithms.stage import StageConfig as StageConfig
+
+ALGORITHMS: dict[str, tuple[ModuleType, str | None]] = {
+    "fedms": (fedms, "mofm"),
+    "fedavg": (fedavg, None),
+    "fedavg_ft": (fedavg_ft, None),
+    "fedprox": (fedprox, "fedprox"),
+    "ffa_lora": (ffa_lora, None),
+    "fedsa_lora": (fedsa_lora, None),
+    "fedex_lora": (fedex_lora, None),
+    "ditto": (ditto, "ditto"),
+    "local_only": (local_only, None),
+    "zero_shot": (zero_shot, None),
+}
+"""By name: the file, and the section of the configuration that holds its settings."""
 
 
-def stages_of(config: Config) -> tuple[Stage, ...]:
-    """The stages of ``config.method`` that have rounds."""
+def stages_of(config: Any) -> tuple[Stage, ...]:
+    """The stages of ``config.method`` that have rounds.
+
+    ``config`` has ``method``, ``stage1``, ``stage2`` and the sections named in :data:`ALGORITHMS`.
+    """
+    module, section = ALGORITHMS[config.method]
     rounds = (("stage1", config.stage1), ("stage2", config.stage2))
-    stages = {
-        "fedms": lambda: fedms.stages(config.mofm, rounds),
-        "fedavg": lambda: fedavg.stages(rounds),
-        "fedavg_ft": lambda: fedavg_ft.stages(rounds),
-        "local_only": lambda: local_only.stages(rounds),
-        "zero_shot": lambda: zero_shot.stages(rounds),
-    }[config.method]()
+    build: Callable[..., tuple[Stage, ...]] = module.stages
+    stages = build(rounds) if section is None else build(getattr(config, section), rounds)
     return tuple(stage for stage in stages if stage.settings.rounds)

@@ -7,11 +7,8 @@ Averaging the factors is inexact: the mean of B times the mean of A is not the m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from fedms.fl.algorithms.losses import CrossEntropy
-from fedms.fl.algorithms.stage import Phase, Stage
-from fedms.fl.config import StageConfig
+from fedms.fl.algorithms.stage import Phase, Rounds, Stage, StageConfig
 
 
 def global_expert(name: str, settings: StageConfig) -> Stage:
@@ -25,5 +22,5 @@ def global_expert(name: str, settings: StageConfig) -> Stage:
     )
 
 
-def stages(rounds: Sequence[tuple[str, StageConfig]]) -> tuple[Stage, ...]:
+def stages(rounds: Rounds) -> tuple[Stage, ...]:
     return tuple(global_expert(name, settings) for name, settings in rounds)

@@ -5,12 +5,9 @@ The strong simple rival.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from fedms.fl.algorithms.fedavg import global_expert
 from fedms.fl.algorithms.losses import CrossEntropy, Expert
-from fedms.fl.algorithms.stage import Phase, Stage
-from fedms.fl.config import StageConfig
+from fedms.fl.algorithms.stage import Phase, Rounds, Stage, StageConfig
 from fedms.fl.types import State, renamed
 
 
@@ -32,6 +29,6 @@ def local_expert(name: str, settings: StageConfig) -> Stage:
     )
 
 
-def stages(rounds: Sequence[tuple[str, StageConfig]]) -> tuple[Stage, ...]:
+def stages(rounds: Rounds) -> tuple[Stage, ...]:
     first, second = rounds
     return global_expert(*first), local_expert(*second)

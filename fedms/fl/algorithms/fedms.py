@@ -7,17 +7,17 @@ only the gate adapter is sent and averaged. What is this library's reading of it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal, Self
 
 import torch
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from fedms.fl.algorithms.fedavg import global_expert
 from fedms.fl.algorithms.fedavg_ft import from_global
 from fedms.fl.algorithms.losses import CrossEntropy
-from fedms.fl.algorithms.stage import Phase, Stage, received_and_kept
-from fedms.fl.config import MofmConfig, StageConfig
+from fedms.fl.algorithms.stage import Phase, Rounds, Stage, received_and_kept
 from fedms.fl.model.gate import (
     Gate,
     gate_width,
@@ -27,6 +27,48 @@ from fedms.fl.model.gate import (
     statistics,
 )
 from fedms.fl.model.view import View
+from fedms.fl.settings import Count, Natural, NotNegative, Positive, Section
+
+
+class Settings(Section):
+    """The Mixture of Foundation Models and its gate network."""
+
+    combine: Literal["probabilities", "features", "logits", "layer"] = "probabilities"
+    """What of the two experts is mixed; "layer": both inside every linear."""
+    gate_input: Literal["experts", "base", "both"] = "experts"
+    """What the gate reads: what the experts say, the frozen base's feature, or both."""
+    gate_data: Literal["held_out", "train"] = "held_out"
+    """Whether the gate trains on ``data.gate``'s examples or on the experts' own."""
+    gate: Literal["learned", "fixed"] = "learned"
+    """"fixed": both experts weigh one half."""
+    share_adapter: bool = True
+    """False: the gate adapter stays on its client (an ablation)."""
+    local_from: Literal["global", "zero"] = "global"
+    """What a local expert starts from."""
+    local_loss: Literal["own", "mixture"] = "own"
+    """Whether the local expert trains on its own loss or on the mixture's."""
+    bottleneck: Count = 16
+    """Width of the gate adapter."""
+    gate_steps: Natural = 30
+    """Full-batch steps of the gate in one visit."""
+    gate_lr: Positive = 0.01
+    """Adam's learning rate for the gate."""
+    balance: NotNegative = 1.0
+    """Exponent of the class weights of the gate's loss: 0 weighs examples alike, 1 classes."""
+    anchor: NotNegative = 3.0
+    """Weight of KL(one half || weights) in the gate's loss.
+
+    A client's own data alone always asks for the local expert.
+    """
+
+    @model_validator(mode="after")
+    def _gate_can_read_its_inputs(self) -> Self:
+        if self.combine == "layer" and self.gate_input != "base":
+            raise ValueError(
+                'combine = "layer" mixes the experts inside every linear, before either has said '
+                f'anything: mofm.gate_input must be "base", got "{self.gate_input}"'
+            )
+        return self
 
 
 def _what_they_say(view: View, slot: int, targets: Tensor, log_g: Tensor, log_l: Tensor) -> Tensor:
@@ -38,7 +80,7 @@ def _what_they_say(view: View, slot: int, targets: Tensor, log_g: Tensor, log_l:
 class Weights:
     """What the gate says: weights [P, 2] of the global and the local expert."""
 
-    settings: MofmConfig
+    settings: Settings
 
     def __call__(self, view: View) -> Tensor:
         if self.settings.gate == "fixed":
@@ -55,7 +97,7 @@ class Weights:
 class Mixture:
     """The mixture's log-probabilities [P, C]."""
 
-    settings: MofmConfig
+    settings: Settings
 
     def __call__(self, view: View) -> Tensor:
         weights, how = Weights(self.settings)(view), self.settings.combine
@@ -80,7 +122,7 @@ class Mixture:
 class MixtureLoss:
     """The mean negative log-probability of the right answers by the mixture, [S]."""
 
-    settings: MofmConfig
+    settings: Settings
 
     def __call__(self, view: View) -> Tensor:
         return view.mean(Mixture(self.settings).nll(view))
@@ -90,7 +132,7 @@ class MixtureLoss:
 class GateLoss:
     """The mixture's loss with classes weighing frequency ** -balance, plus the anchor, [S]."""
 
-    settings: MofmConfig
+    settings: Settings
 
     def __call__(self, view: View) -> Tensor:
         balance = view.class_counts() ** -self.settings.balance
@@ -103,13 +145,13 @@ class GateLoss:
 class BuildGate:
     """The gate network for a backbone of some width."""
 
-    settings: MofmConfig
+    settings: Settings
 
     def __call__(self, width: int) -> nn.Module:
         return Gate(gate_width(self.settings.gate_input, width), self.settings.bottleneck)
 
 
-def stages(settings: MofmConfig, rounds: Sequence[tuple[str, StageConfig]]) -> tuple[Stage, ...]:
+def stages(settings: Settings, rounds: Rounds) -> tuple[Stage, ...]:
     first, (name, second) = rounds
     learned, in_layers = settings.gate == "learned", settings.combine == "layer"
     examples = "train" if learned and settings.gate_data == "held_out" else "own"

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from fedms.fl.algorithms.losses import CrossEntropy, Expert
-from fedms.fl.algorithms.stage import Phase, Stage
-from fedms.fl.config import StageConfig
+from fedms.fl.algorithms.stage import Phase, Rounds, Stage
 
 
-def stages(rounds: Sequence[tuple[str, StageConfig]]) -> tuple[Stage, ...]:
+def stages(rounds: Rounds) -> tuple[Stage, ...]:
     return tuple(
         Stage(
             name=name,

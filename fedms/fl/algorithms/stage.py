@@ -6,15 +6,15 @@ know no algorithm by name; an algorithm that needs an `if` outside its file lack
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor, nn
 
 from fedms.fl.algorithms.losses import Expert
-from fedms.fl.config import StageConfig
 from fedms.fl.model.view import View
+from fedms.fl.settings import Count, Natural, NotNegative, Positive, Section
 from fedms.fl.types import Patterns, State, select
 
 Loss = Callable[[View], Tensor]
@@ -26,6 +26,23 @@ Start = Callable[[State, State], State]
 End = Callable[[State, State], State]
 Build = Callable[[int], nn.Module]
 """The backbone's width D -> a small network."""
+
+
+class StageConfig(Section):
+    rounds: Natural
+    """Rounds of the stage; 0 leaves it out."""
+    local_steps: Count
+    """Mini-batches that a client trains on in one visit."""
+    batch_size: Count = 32
+    """Examples in a mini-batch."""
+    lr: Positive = 0.002
+    """AdamW's learning rate on the client."""
+    weight_decay: NotNegative = 0.0
+    """AdamW's decoupled weight decay."""
+
+
+Rounds = Sequence[tuple[str, StageConfig]]
+"""The names and settings of a run's stages, in order."""
 
 
 @dataclass(frozen=True)

@@ -236,13 +236,18 @@ class Slots:
         """
         self.count, live = len(states), {}
         place = {"device": self.backbone.device, "non_blocking": True}
+        apart = {  # an expert's A and B in a layer are stacked alike
+            name.partition(".lora_")[0]
+            for name, first in states[0].items()
+            if matches(name, trains) or any(state[name] is not first for state in states)
+        }
         for name, first in states[0].items():
             if not self.is_awake(name):
                 continue
-            if not matches(name, trains) and all(state[name] is first for state in states):
-                live[name] = first.to(**place)[None]
-            else:
+            if name.partition(".lora_")[0] in apart:
                 live[name] = torch.stack([state[name] for state in states]).to(**place)
+            else:
+                live[name] = first.to(**place)[None]
         self._shared.live = live
 
     def of(self, slot: int, state: State | None = None) -> State:

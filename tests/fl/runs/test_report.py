@@ -16,7 +16,8 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from fedms.fl.config import Config, StageConfig, to_toml
+from fedms.fl.algorithms import StageConfig
+from fedms.fl.config import Config, to_toml
 from fedms.fl.runs.records import RoundRecord, Spread
 from fedms.fl.runs.report import comparison_table, read_clients, read_rounds, write_report
 from fedms.fl.types import Failure, FedMSError
