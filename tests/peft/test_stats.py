@@ -53,7 +53,7 @@ def test_a_layer_that_a_later_adapter_uses_is_not_idle():
 
 
 def test_weights_without_data_now_are_decided_at_each_call():
-    """As FSDP leaves them between calls: empty, or DTensors (see test_sharded)."""
+    """As FSDP leaves them between calls: empty, or DTensors."""
     model = mlp(target_modules=["a"])
     weight = model.base_model.model.a.lora_A["default"].weight
     whole, weight.data = weight.data, weight.data[:0]
