@@ -19,6 +19,7 @@ from fedms.fl.algorithms import Stage, stages_of
 from fedms.fl.client import Visit, received, visit
 from fedms.fl.config import Config, SalConfig
 from fedms.fl.data.sampling import draw_cohort
+from fedms.fl.engines.cohort import side_by_side
 from fedms.fl.engines.world import Outcome, World
 from fedms.fl.evaluate import (
     Scores,
@@ -194,7 +195,8 @@ class Run:
             return [self._visit(stage, [each], round)[0] for each in visits]
 
     def _side_by_side(self, stage: Stage) -> int:
-        return self.config.engine.cohort or 1
+        wanted, batch = self.config.engine.cohort, stage.settings.batch_size
+        return side_by_side(self.model, wanted, batch)
 
     def _cohort(self, stage: Stage, round: int) -> list[str]:
         config = self.config
