@@ -224,7 +224,7 @@ class Outer:
         self._a, self._b = a, b
         one = a or b
         assert one is not None
-        blocks = {f"BLOCK_S_{n}": 16 if p is None else p.gradient.block_s
+        blocks = {f"BLOCK_S_{n}": 0 if p is None else p.gradient.block_s
                   for n, p in (("A", a), ("B", b))}  # fmt: skip
         programs = [0 if p is None else p.programs for p in (a, b)]
         self._launch = Launch(

@@ -139,18 +139,23 @@ def outer_kernel(
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_S_A: tl.constexpr, BLOCK_S_B: tl.constexpr, TOP_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The first `programs_a` programs are side A's. A side that is not wanted is None."""
+    """The first `programs_a` programs are side A's. A side that is not wanted has BLOCK_S 0.
+
+    (Triton 3.6 cannot ask whether a tuple that holds None is None, nor stop at the first `and`.)
+    """
     program = tl.program_id(0)
-    if a is not None and program < programs_a:
-        _outer_side(
-            a, program, routing, dropout, M, width, BLOCK_M, BLOCK_C, BLOCK_R, BLOCK_S_A,
-            False, TOP_K, PRECISION,
-        )  # fmt: skip
-    if b is not None and program >= programs_a:
-        _outer_side(
-            b, program - programs_a, routing, None, M, width, BLOCK_M, BLOCK_C, BLOCK_R,
-            BLOCK_S_B, True, TOP_K, PRECISION,
-        )  # fmt: skip
+    if BLOCK_S_A > 0:  # noqa: SIM102
+        if program < programs_a:
+            _outer_side(
+                a, program, routing, dropout, M, width, BLOCK_M, BLOCK_C, BLOCK_R, BLOCK_S_A,
+                False, TOP_K, PRECISION,
+            )  # fmt: skip
+    if BLOCK_S_B > 0:  # noqa: SIM102
+        if program >= programs_a:
+            _outer_side(
+                b, program - programs_a, routing, None, M, width, BLOCK_M, BLOCK_C, BLOCK_R,
+                BLOCK_S_B, True, TOP_K, PRECISION,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -196,19 +201,23 @@ def outer_sum_kernel(
     BLOCK_S_A: tl.constexpr, BLOCK_S_B: tl.constexpr, COUNT_A: tl.constexpr,
     COUNT_B: tl.constexpr, TOP_K: tl.constexpr,
 ):  # fmt: skip
-    """dA, dB and dg: programs of side A, then of side B, then items of combine. None: not wanted.
+    """dA, dB and dg: programs of side A, then of side B, then items of combine.
 
-    A gradient whose expert has no rows gets zeros.
+    A side that is not wanted has COUNT 0; without dg its pointer is None. A gradient whose expert
+    has no rows gets zeros.
     """
     program = tl.program_id(0)
-    if a is not None and program < programs_a:
-        _sum_side(a, program, BLOCK_S_A, BLOCK_R, BLOCK_C, COUNT_A, False)
+    if COUNT_A > 0:  # noqa: SIM102
+        if program < programs_a:
+            _sum_side(a, program, BLOCK_S_A, BLOCK_R, BLOCK_C, COUNT_A, False)
     program -= programs_a
-    if b is not None and (program >= 0) & (program < programs_b):
-        _sum_side(b, program, BLOCK_S_B, BLOCK_R, BLOCK_C, COUNT_B, True)
+    if COUNT_B > 0:  # noqa: SIM102
+        if (program >= 0) & (program < programs_b):
+            _sum_side(b, program, BLOCK_S_B, BLOCK_R, BLOCK_C, COUNT_B, True)
     program -= programs_b
-    if dg_ptr is not None and program >= 0:
-        combine_item(
-            program, u_ptr, None, None, h_ptr, dg_ptr, routing, where, M, width, 1, stride_dg,
-            BLOCK_M, BLOCK_R, TOP_K,
-        )  # fmt: skip
+    if dg_ptr is not None:  # noqa: SIM102
+        if program >= 0:
+            combine_item(
+                program, u_ptr, None, None, h_ptr, dg_ptr, routing, where, M, width, 1, stride_dg,
+                BLOCK_M, BLOCK_R, TOP_K,
+            )  # fmt: skip
