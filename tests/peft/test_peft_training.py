@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 from accelerate import Accelerator
+from peft import LoraConfig
 from peft_models import fused_calls, small_llama, with_adapters
 from ranks import run_ranks
+from torch._dynamo.utils import counters
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import fedms
 
@@ -136,6 +139,42 @@ def test_transformers_trainer(tmp_path):
         assert (tmp_path / str(fused) / "checkpoint-8" / "adapter_model.safetensors").exists()
     assert len(histories[0]) == 8
     torch.testing.assert_close(*map(torch.tensor, histories), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("routing", ["plain", "gated", "mixed"])
+def test_trainer_compiles_fused_dropout(tmp_path, routing):
+    """`Trainer(torch_compile=True)`: one graph, in which every layer is the op."""
+    model = _model(lora_dropout=0.05)
+    model.add_adapter("second", LoraConfig(r=4, target_modules=TARGETS, lora_dropout=0.05))
+    model.base_model.set_adapter(["default", "second"])
+    fedms.accelerate(model)
+    block = {
+        "plain": nullcontext(),
+        "gated": fedms.gated(model, torch.tensor([0.3, 0.7]), adapters=["default", "second"]),
+        "mixed": fedms.mixed_adapters(model, ["default", "second"] * 4),
+    }[routing]
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=3, per_device_train_batch_size=8, report_to=[], use_cpu=True,
+        disable_tqdm=True, save_strategy="no", torch_compile=True, dataloader_pin_memory=False,
+        torch_compile_backend="aot_eager",
+    )  # fmt: skip
+    torch._dynamo.reset()
+    counters.clear()
+    profile = torch.profiler.profile()
+
+    class AfterCompiling(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                profile.start()
+
+    with block:
+        Trainer(model, arguments, train_dataset=Texts(), callbacks=[AfterCompiling()]).train()
+    profile.stop()
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    ran = {event.key: event.count for event in profile.key_averages()}
+    assert ran.get("fedms::native_forward", 0) + ran.get("fedms::stacked_forward", 0) == 2 * 14
 
 
 def _gradients_by_accelerate() -> list[torch.Tensor]:
