@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import importlib.metadata
 import os
 import re
 import shutil
@@ -88,7 +88,8 @@ class Package:
         if self.client == "npm":
             what = f"{self.name}@{self.version}"
             return ["npm", "pack", "--silent", "--pack-destination", str(downloads), what]
-        own = importlib.util.find_spec("pip") is not None
+        # not by find_spec, at which setuptools puts a distutils of its own in place
+        own = any(importlib.metadata.distributions(name="pip"))
         return [
             *([sys.executable, "-m", "pip"] if own else ["pip"]),
             *("download", "--quiet", "--disable-pip-version-check", "--no-deps"),
