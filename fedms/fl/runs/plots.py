@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedms.fl.runs.records import RoundRecord
+from fedms.fl.runs.records import ClientRecord, RoundRecord
 from fedms.fl.tasks.task import Metric
 from fedms.fl.types import FedMSError
 
@@ -35,20 +35,6 @@ _LOOKS = {
 }
 _OTHER = ("#D55E00", "P")
 _GREY, _PALE, _DARK = "#666666", "#e4e4e4", "#003a5d"
-
-
-@dataclass(frozen=True)
-class ClientRecord:
-    """One line of ``clients.jsonl``: a client's scores after a round."""
-
-    round: int
-    stage: str
-    client_id: str
-    seen: bool
-    num_test: int
-    accuracy: float
-    pooled_accuracy: float
-    gate_local: float | None
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class ClientScore:
-    """One line of ``clients.jsonl``, with accuracies in [0, 1].
+    """A client's scores, accuracies in [0, 1].
 
     ``gate_local`` is the mean weight of the local expert or None.
     """
@@ -33,6 +33,14 @@ class ClientScore:
     accuracy: float
     pooled_accuracy: float
     gate_local: float | None
+
+
+@dataclass(frozen=True)
+class ClientRecord(ClientScore):
+    """One line of ``clients.jsonl``: a client's scores after a round."""
+
+    round: int
+    stage: str
 
 
 @dataclass(frozen=True)
