@@ -157,6 +157,8 @@ class EvalConfig(Section):
     """Examples in one forward of an evaluation."""
     every: Count = 1
     """Rounds between two evaluations; the last round of each stage is always evaluated."""
+    split: Literal["test", "val"] = "test"
+    """What clients are scored on; "val": their validation examples, while settings are chosen."""
     clients: Natural = 200
     """Clients whose models are scored, and unseen ones, drawn once for the run; 0 for all."""
     pooled_examples: Natural = 200

@@ -5,11 +5,14 @@ from __future__ import annotations
 from contextlib import suppress
 
 import numpy as np
+import pytest
 
 from fedms.fl.data.federation import ClientData, Dataset, Federation
+from fedms.fl.engines.world import load_federation
 from fedms.fl.evaluate import scored_sample, val_sample
 from fedms.fl.runs.folder import resume, start
 from fedms.fl.runs.progress import Progress
+from fedms.fl.types import DataError
 
 
 def federation(clients: int, unseen: int) -> Federation:
@@ -67,6 +70,24 @@ class StopAfterThree(Progress):
     def scored(self, method, record, metric) -> None:
         if record.round == 3:
             raise KeyboardInterrupt
+
+
+def test_while_settings_are_chosen_no_test_example_is_scored(config, execute, tmp_path, read_lines):
+    usual = load_federation(config())
+    execute(config("eval.split=val", "eval.pooled_examples=0", "eval.every=9"), tmp_path)
+    lines = read_lines(tmp_path / "clients.jsonl")
+    sizes = {id: len(client.val) for id, client in usual.everyone.items()}
+    assert {line["client_id"]: line["num_test"] for line in lines} == sizes
+    for id, chosen in load_federation(config("eval.split=val")).everyone.items():
+        assert chosen.test.tolist() == usual.client(id).val.tolist()
+        assert chosen.own.tolist() == usual.client(id).own.tolist()
+
+
+def test_a_client_without_validation_examples_is_named(config):
+    none = ("data.val=0.0", "data.train=0.6")
+    load_federation(config(*none))
+    with pytest.raises(DataError, match="client-0.*data.val must be larger"):
+        load_federation(config(*none, "eval.split=val"))
 
 
 def test_a_damaged_file_costs_one_client(config, tmp_path, read_lines, monkeypatch, quiet):

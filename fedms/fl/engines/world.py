@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from fedms.fl.model.slots import Slots
 from fedms.fl.model.view import Model
 from fedms.fl.runs.checkpoint import Checkpoint
 from fedms.fl.runs.progress import Progress
+from fedms.fl.types import DataError
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def load_federation(config: Config, source: Any = None) -> Federation:
         max_per_category=data.max_per_category,
         seed=config.seed,
     )
-    return make_federation(
+    federation = make_federation(
         windows_of(config, dataset) if kind == "causal_lm" else dataset,
         partitioner=data.partitioner,
         num_clients=data.num_clients,
@@ -81,6 +82,26 @@ def load_federation(config: Config, source: Any = None) -> Federation:
         unseen_clients=data.unseen_clients,
         fractions=Fractions(train=data.train, gate=data.gate, val=data.val, test=data.test),
         seed=config.seed,
+    )
+    return federation if config.eval.split == "test" else _scored_on_validation(federation)
+
+
+def _scored_on_validation(federation: Federation) -> Federation:
+    """The same clients without their test examples, so that no setting is chosen on them.
+
+    Raises:
+        DataError: a client has no validation example.
+    """
+    for client in federation.everyone.values():
+        if not len(client.val):
+            raise DataError(
+                'eval.split = "val" needs a validation example of every client, got none of '
+                f"{client.client_id}; data.val must be larger"
+            )
+    groups = (federation.clients, federation.unseen)
+    return Federation(
+        federation.dataset,
+        *(tuple(replace(client, test=client.val) for client in group) for group in groups),
     )
 
 
