@@ -22,11 +22,13 @@ from pydantic_core import ErrorDetails
 
 from fedms.fl.algorithms import ALGORITHMS, StageConfig
 from fedms.fl.algorithms.ditto import Settings as DittoConfig
+from fedms.fl.algorithms.fedavg_prior import Settings as FedAvgPriorConfig
 from fedms.fl.algorithms.fedms import Settings as MofmConfig
 from fedms.fl.algorithms.fedprox import Settings as FedProxConfig
 from fedms.fl.sal import SalConfig
 from fedms.fl.settings import (
     Count,
+    Finite,
     Names,
     Natural,
     Positive,
@@ -165,6 +167,8 @@ class EvalConfig(Section):
     """Everyone's test examples that each client's model is scored on; 0 for all of them."""
     val_examples: Natural = 2000
     """Everyone's validation examples that SAL watches; 0 for all of them."""
+    priors: Annotated[tuple[Finite, ...], Strict(False)] = ()
+    """More values of ``prior`` at which clients' models are scored, in ``clients.jsonl``."""
 
 
 class EngineConfig(Section):
@@ -193,6 +197,14 @@ class Config(Section):
     """The algorithm that is trained."""
     rivals: Annotated[tuple[Method, ...], Strict(False)] = ("zero_shot", "fedavg", "fedavg_ft")
     """Run after the method, on the same clients with as many local steps, for the final table."""
+    prior: Finite = 0.0
+    """Own data against everyone's, by any method: a client's answers are moved by this times the
+    log of its own label frequencies over everyone's.
+
+    0: as the method answers. Above it, better on a client's own data and worse on everyone's; below
+    it the other way round. What differs from 0 lets the server know the clients' mean label
+    frequencies.
+    """
     seed: Natural = 0
     """Of every random draw; the same seed and settings give the same run."""
     data: DataConfig = DataConfig()
@@ -203,6 +215,7 @@ class Config(Section):
     stage2: StageConfig = StageConfig(rounds=2, local_steps=5, lr=0.002)
     sal: SalConfig = SalConfig()
     mofm: MofmConfig = MofmConfig()
+    fedavg_prior: FedAvgPriorConfig = FedAvgPriorConfig()
     fedprox: FedProxConfig = FedProxConfig()
     ditto: DittoConfig = DittoConfig()
     server: ServerConfig = ServerConfig()
@@ -338,7 +351,9 @@ def _limits(setting: FieldInfo) -> str:
     """The range of a number, as a sentence goes on after "must be"."""
     low = next((limit for limit in setting.metadata if isinstance(limit, Ge | Gt)), None)
     high = next((limit for limit in setting.metadata if isinstance(limit, Le | Lt)), None)
-    least = low.ge if isinstance(low, Ge) else low.gt if low else None
+    if low is None:
+        return "a finite number"
+    least = low.ge if isinstance(low, Ge) else low.gt
     if high is not None:
         most = f"{high.le:g}]" if isinstance(high, Le) else f"{high.lt:g})"
         return f"in {'[' if isinstance(low, Ge) else '('}{least:g}, {most}"

@@ -102,17 +102,19 @@ def evaluate(
     if stage.common is not None:
         examples = np.unique(np.concatenate([*(client.test for client in clients), pooled]))
         model.slots.load([stage.start(sent, {})])
-        common, _ = _score(model, stage.common, None, [clients[0]], [examples])[0]
+        common = _score(model, stage.common, None, [clients[0]], [examples])[0][0][0]
+    alike = stage.predict is None and stage.prior == 0.0 and not stage.priors
     scores: list[ClientScore] = []
     for start in range(0, len(clients), cohort):
         side_by_side = clients[start : start + cohort]
-        if stage.predict is None:
-            found = [(common, {})] * len(side_by_side)
+        if alike:
+            found = [([common], {})] * len(side_by_side)
         else:
             model.slots.load([stage.start(sent, kept(c.client_id)) for c in side_by_side])
             examples = [np.union1d(client.test, pooled) for client in side_by_side]
-            found = _score(model, stage.predict, stage.weights, side_by_side, examples)
-        for client, (own, weights) in zip(side_by_side, found, strict=True):
+            priors = stage.prior, *stage.priors
+            found = _score(model, stage.answer, stage.weights, side_by_side, examples, priors)
+        for client, ((own, *others), weights) in zip(side_by_side, found, strict=True):
             scores.append(
                 ClientScore(
                     client_id=client.client_id,
@@ -121,6 +123,10 @@ def evaluate(
                     accuracy=_mean(own, client.test),
                     pooled_accuracy=_mean(own, pooled),
                     gate_local=_mean(weights, client.test) if weights else None,
+                    by_prior={
+                        str(prior): (_mean(other, client.test), _mean(other, pooled))
+                        for prior, other in zip(stage.priors, others, strict=True)
+                    },
                 )
             )
         advance(len(side_by_side))
@@ -138,7 +144,7 @@ def common_score(
     if not len(examples) or stage.common is None:
         return None
     model.slots.load([stage.start(received(model, stage, server), {})])
-    scores, _ = _score(model, stage.common, None, federation.clients[:1], [examples])[0]
+    (scores,), _ = _score(model, stage.common, None, federation.clients[:1], [examples])[0]
     return _mean(scores, examples)
 
 
@@ -155,26 +161,35 @@ def _score(
     weigh: Predict | None,
     clients: Sequence[ClientData],
     examples: Sequence[np.ndarray],
-) -> list[tuple[ByExample, ByExample]]:
-    """For each client, the score and the local expert's weight by example, means over answers."""
+    priors: Sequence[float] = (0.0,),
+) -> list[tuple[list[ByExample], ByExample]]:
+    """For each client, means over answers by example.
+
+    Of the score, once for each of ``priors``; and of the local expert's weight.
+    """
     counts = class_counts(model, clients)
     most = max(1, MOST_LOGITS // (model.task.num_classes * int(model.task.lengths.max())))
     size = min(model.rows, most)
     by_length = [own[np.argsort(model.task.lengths[own], kind="stable")] for own in examples]
-    scores: list[list[Tensor]] = [[] for _ in clients]
+    scores: list[list[Tensor]] = [[] for _ in clients]  # [len(priors), n] each
     weights: list[list[Tensor]] = [[] for _ in clients]
     for start in range(0, max(map(len, examples)), size):
         rows = [own[start : start + size] for own in by_length]
         view = View(model, rows, counts)
-        values = view.by_example(model.task.score(predict(view), view.targets))
+        log_p = predict(view)
+        each = [model.task.score(view.adjusted(log_p, a), view.targets) for a in priors]
+        values = zip(*map(view.by_example, each), strict=True)
         for own, found in zip(scores, values, strict=True):
-            own.append(found)
+            own.append(torch.stack(found))
         if weigh is not None:
             for own, found in zip(weights, view.by_example(weigh(view)[:, 1]), strict=True):
                 own.append(found)
     return [
         (
-            dict(zip(indices.tolist(), torch.cat(own).tolist(), strict=True)),
+            [
+                dict(zip(indices.tolist(), values, strict=True))
+                for values in torch.cat(own, dim=1).tolist()
+            ],
             dict(zip(indices.tolist(), torch.cat(local).tolist(), strict=True)) if local else {},
         )
         for indices, own, local in zip(by_length, scores, weights, strict=True)

@@ -5,6 +5,7 @@ Each is a file with the paper as its docstring and ``stages(rounds)`` as its dec
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -12,6 +13,7 @@ from fedms.fl.algorithms import (
     ditto,
     fedavg,
     fedavg_ft,
+    fedavg_prior,
     fedex_lora,
     fedms,
     fedprox,
@@ -28,6 +30,7 @@ ALGORITHMS: dict[str, tuple[ModuleType, str | None]] = {
     "fedms": (fedms, "mofm"),
     "fedavg": (fedavg, None),
     "fedavg_ft": (fedavg_ft, None),
+    "fedavg_prior": (fedavg_prior, "fedavg_prior"),
     "fedprox": (fedprox, "fedprox"),
     "ffa_lora": (ffa_lora, None),
     "fedsa_lora": (fedsa_lora, None),
@@ -42,10 +45,12 @@ ALGORITHMS: dict[str, tuple[ModuleType, str | None]] = {
 def stages_of(config: Any) -> tuple[Stage, ...]:
     """The stages of ``config.method`` that have rounds.
 
-    ``config`` has ``method``, ``stage1``, ``stage2`` and the sections named in :data:`ALGORITHMS`.
+    ``config`` has ``method``, ``prior``, ``eval``, ``stage1``, ``stage2`` and the sections named in
+    :data:`ALGORITHMS`.
     """
     module, section = ALGORITHMS[config.method]
     rounds = (("stage1", config.stage1), ("stage2", config.stage2))
     build: Callable[..., tuple[Stage, ...]] = module.stages
     stages = build(rounds) if section is None else build(getattr(config, section), rounds)
-    return tuple(stage for stage in stages if stage.settings.rounds)
+    knob = {"prior": config.prior, "priors": config.eval.priors}
+    return tuple(replace(stage, **knob) for stage in stages if stage.settings.rounds)

@@ -121,6 +121,8 @@ class Stage:
         aggregate: how the server puts the updates together.
         common: the model that all clients share; None where there is none.
         predict: a client's own model; None: the common one.
+        prior: how far its answers are moved towards its own labels; see :meth:`View.adjusted`.
+        priors: more such numbers, at which the clients' models are scored too.
         weights: [P, 2], how much the global and the local expert weigh in ``predict``, for records.
         wakes: whether SAL watches the common model in these rounds; without such a stage all its
             blocks are awake from the start.
@@ -139,6 +141,8 @@ class Stage:
     aggregate: Aggregate = field(default_factory=Aggregate)
     common: Predict | None = GLOBAL
     predict: Predict | None = None
+    prior: float = 0.0
+    priors: tuple[float, ...] = ()
     weights: Predict | None = None
     wakes: bool = False
 
@@ -151,6 +155,13 @@ class Stage:
     def sends_every_round(self) -> Patterns:
         """What the cohort is sent every round."""
         return self.shares if self.receives is None else self.receives
+
+    @property
+    def answer(self) -> Predict:
+        """A client's own model before ``prior``: :attr:`predict`, else the common one."""
+        found = self.predict or self.common
+        assert found is not None, f"stage {self.name} has neither a common model nor clients' own"
+        return found
 
     def leaves(self, now: State, began: State) -> State:
         """What a visit leaves, by :attr:`end`."""

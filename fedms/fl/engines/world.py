@@ -15,6 +15,7 @@ from fedms.fl.data.federation import Federation
 from fedms.fl.data.partition import Fractions, make_federation
 from fedms.fl.engines.texts import causal_lm_task, text_task, windows_of
 from fedms.fl.engines.vision import image_task
+from fedms.fl.model.gate import mean_frequencies
 from fedms.fl.model.prefix import Outputs, Prefix
 from fedms.fl.model.slots import Slots
 from fedms.fl.model.view import Model
@@ -125,4 +126,11 @@ def load_model(config: Config, federation: Federation) -> Model:
     ]
     prefix = Prefix(backbone, task, own, config.engine.prefix_cache_mb * 2**20)
     outputs = Outputs(config.engine.cache_global, config.engine.prefix_cache_mb * 2**20)
-    return Model(task, backbone, slots, prefix, outputs, config.eval.batch_size)
+    model = Model(task, backbone, slots, prefix, outputs, config.eval.batch_size)
+    if federation.clients:
+        counts = (
+            np.bincount(task.targets(client.own), minlength=task.num_classes)
+            for client in federation.clients
+        )
+        model.frequencies = mean_frequencies(counts).to(backbone.device)
+    return model

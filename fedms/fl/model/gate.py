@@ -11,7 +11,9 @@ the local one.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -74,9 +76,22 @@ def statistics(log_g: Tensor, log_l: Tensor, log_prior: Tensor) -> Tensor:
 
 
 def log_prior_of_counts(counts: Tensor) -> Tensor:
-    """Log label frequencies from a client's examples per class [C], with one more for each."""
+    """Log label frequencies [..., C] of examples per class [..., C], with one more for each."""
     smoothed = counts + 1.0
-    return (smoothed / smoothed.sum()).log()
+    return (smoothed / smoothed.sum(-1, keepdim=True)).log()
+
+
+def mean_frequencies(counts: Iterable[np.ndarray]) -> Tensor:
+    """float64 [C], sum 1: the mean over clients of their label frequencies.
+
+    Args:
+        counts: each client's examples per class [C]; smoothed as by :func:`log_prior_of_counts`.
+    """
+    total, number = torch.zeros(()), 0
+    for own in counts:
+        total = total + log_prior_of_counts(torch.from_numpy(own).double()).exp()
+        number += 1
+    return total / number
 
 
 def mixed_log_p(how: str, weights: Tensor, log_g: Tensor, log_l: Tensor) -> Tensor:

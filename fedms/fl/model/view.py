@@ -18,6 +18,7 @@ from torch.func import functional_call, vmap
 from torch.utils.checkpoint import checkpoint
 
 from fedms.fl.model.backbone import Backbone
+from fedms.fl.model.gate import log_prior_of_counts
 from fedms.fl.model.prefix import Outputs, Prefix
 from fedms.fl.model.slots import Path, Slots
 from fedms.fl.tasks.task import Batch, Task
@@ -42,6 +43,8 @@ class Model:
         outputs: features of frozen paths.
         rows: examples of a forward that needs no gradient.
         modules: small networks beside the backbone, as templates; their parameters are in states.
+        frequencies: of everyone's labels [C], by :func:`fedms.fl.model.gate.mean_frequencies`;
+            None: unknown.
     """
 
     task: Task
@@ -51,6 +54,7 @@ class Model:
     outputs: Outputs
     rows: int = 64
     modules: dict[str, nn.Module] = field(default_factory=dict)
+    frequencies: Tensor | None = None
 
     def build(self, modules: Mapping[str, Callable[[int], nn.Module]]) -> None:
         """Make the small networks of a stage; each is built from D."""
@@ -192,6 +196,21 @@ class View:
         padded = nn.utils.rnn.pad_sequence(self.split(inputs), batch_first=True)
         output = vmap(lambda own, rows: functional_call(network, own, (rows,)))(stacked, padded)
         return torch.cat([rows[:n] for rows, n in zip(output, self._sizes, strict=True)])
+
+    def adjusted(self, log_p: Tensor, strength: float) -> Tensor:
+        """Log-probabilities [P, C] moved towards what each client's own labels are.
+
+        log p + strength * (log of the client's label frequencies - log of everyone's), normalised.
+        For a model that everyone's examples trained, 1 is Bayes' rule for a client whose classes
+        are as likely as its labels say (Saerens et al., 2002; logit adjustment, arXiv 2007.07314).
+        Frequencies are smoothed by one example a class.
+        """
+        if strength == 0.0:
+            return log_p
+        everyone = self._model.frequencies
+        assert everyone is not None, "whoever made the model did not say what everyone's labels are"
+        shift = log_prior_of_counts(self.counts.to(log_p.dtype)) - everyone.to(log_p.dtype).log()
+        return F.log_softmax(log_p + strength * shift[self.slot], dim=-1)
 
     # Numbers a client -----------------------------------------------------------------------------
 

@@ -2,7 +2,8 @@
 
 DIR/config.toml           the resolved configuration
 DIR/origin.json           digests of what it was started with
-DIR/label_counts.json     classes, clients and each client's number of training examples per class
+DIR/label_counts.json     classes, clients, which of these are unseen, and each client's number of
+                          training examples per class
 DIR/metrics.jsonl         one RoundRecord a round
 DIR/clients.jsonl         one line per client per evaluation
 DIR/checkpoints/          see fedms.fl.runs.checkpoint
@@ -139,6 +140,7 @@ def _write_label_counts(federation: Federation, path: Path) -> None:
     record = {
         "class_names": list(classes),
         "clients": [client.client_id for client in clients],
+        "unseen": [client.client_id for client in federation.unseen],
         "counts": [np.bincount(labels, minlength=len(classes)).tolist() for labels in own],
     }
     replace_file(path, json.dumps(record).encode())

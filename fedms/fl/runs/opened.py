@@ -34,6 +34,7 @@ class Opened:
         model: at its awake blocks, with the stage's small networks, on the given examples.
         dataset: the examples, with the task's class names.
         counts: by client id, its training examples by class.
+        took_part: the clients that are not unseen.
     """
 
     config: Config
@@ -41,6 +42,7 @@ class Opened:
     model: Model
     dataset: Dataset
     counts: dict[str, list[int]]
+    took_part: tuple[str, ...]
     _server: State
     _states: ClientStates
     _round: int
@@ -85,7 +87,8 @@ def open_run(
     stage = _stage_of(config, checkpoint.round)
     model.build(dict(stage.modules))
     server, round = checkpoint.server, checkpoint.round
-    return Opened(config, stage, model, dataset, counts, server, states, round)
+    took_part = tuple(client_id for client_id in counts if client_id not in record["unseen"])
+    return Opened(config, stage, model, dataset, counts, took_part, server, states, round)
 
 
 def _dataset(config: Config, examples: Sequence[str], class_names: tuple[str, ...]) -> Dataset:

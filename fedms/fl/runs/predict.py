@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +13,9 @@ import torch
 from fedms.fl.algorithms import Stage
 from fedms.fl.data.federation import Dataset
 from fedms.fl.engines.world import load_federation
+from fedms.fl.model.gate import mean_frequencies
 from fedms.fl.model.view import View
-from fedms.fl.runs.opened import open_run
+from fedms.fl.runs.opened import Opened, open_run
 from fedms.fl.runs.progress import Progress
 from fedms.fl.tasks.causal_lm import predicted_tokens
 
@@ -57,13 +58,9 @@ def predict(
     run = open_run(folder, [client_id], progress, examples)
     model, stage, dataset = run.model, run.stage, run.dataset
     model.slots.load([run.client(client_id)])
-    if run.config.task.kind == "causal_lm":
-        own = load_federation(run.config)
-        tokens = predicted_tokens(own.dataset.inputs, own.client(client_id).own)
-        counts = torch.from_numpy(np.bincount(tokens, minlength=model.task.num_classes))
-    else:
-        counts = torch.tensor(run.counts[client_id])
-    counts = counts.to(model.backbone.device)
+    counts_of, took_part = _counts(run)
+    model.frequencies = mean_frequencies(map(counts_of, took_part)).to(model.backbone.device)
+    counts = torch.from_numpy(counts_of(client_id)).to(model.backbone.device)
     views = [View(model, [np.array([i])], counts[None]) for i in range(len(dataset))]
     if run.config.task.kind == "causal_lm":
         return _bits(stage, views, examples, dataset)
@@ -73,10 +70,22 @@ def predict(
     ]
 
 
+def _counts(run: Opened) -> tuple[Callable[[str], np.ndarray], Sequence[str]]:
+    """How often each client has each answer among its own examples [C]; and who took part."""
+    if run.config.task.kind != "causal_lm":
+        return (lambda client_id: np.array(run.counts[client_id])), run.took_part
+    own, size = load_federation(run.config), run.model.task.num_classes
+
+    def of_tokens(client_id: str) -> np.ndarray:
+        tokens = predicted_tokens(own.dataset.inputs, own.client(client_id).own)
+        return np.bincount(tokens, minlength=size)
+
+    return of_tokens, run.took_part
+
+
 def _class_of(stage: Stage, view: View, example: str, names: Sequence[str]) -> Prediction:
-    answer = stage.predict or stage.common
-    assert answer is not None
-    probability, label = answer(view).exp().max(dim=-1)
+    log_p = view.adjusted(stage.answer(view), stage.prior)
+    probability, label = log_p.exp().max(dim=-1)
     return Prediction(example, names[int(label)], float(probability), *_weights(stage, [view]))
 
 
@@ -84,10 +93,14 @@ def _bits(
     stage: Stage, views: Sequence[View], texts: Sequence[str], dataset: Dataset
 ) -> list[Prediction]:
     """One prediction a text, over all of its windows."""
-    answer = stage.predict or stage.common
-    assert answer is not None
     assert dataset.groups is not None
-    log_p = [answer(view).gather(-1, view.targets[:, None]).squeeze(-1).double() for view in views]
+    log_p = [
+        view.adjusted(stage.answer(view), stage.prior)
+        .gather(-1, view.targets[:, None])
+        .squeeze(-1)
+        .double()
+        for view in views
+    ]
     found = []
     for number, text in enumerate(texts):
         own = np.flatnonzero(dataset.groups == number)

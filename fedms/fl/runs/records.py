@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fedms.fl.types import Failure
 
@@ -24,7 +24,8 @@ class Spread:
 class ClientScore:
     """A client's scores, accuracies in [0, 1].
 
-    ``gate_local`` is the mean weight of the local expert or None.
+    ``gate_local`` is the mean weight of the local expert or None. ``by_prior`` has ``accuracy`` and
+    ``pooled_accuracy`` at each of ``eval.priors``, by that number as text.
     """
 
     client_id: str
@@ -33,6 +34,7 @@ class ClientScore:
     accuracy: float
     pooled_accuracy: float
     gate_local: float | None
+    by_prior: dict[str, tuple[float, float]] = field(default_factory=dict, kw_only=True)
 
 
 @dataclass(frozen=True)
