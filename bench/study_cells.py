@@ -1,0 +1,136 @@
+"""The table of the study: tasks, methods, and the cells (task, alpha, seed, method) they make."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple, Self
+
+from fedms.fl.algorithms import ALGORITHMS
+from fedms.fl.config import Config, load_config
+from fedms.fl.fetch import RECIPES
+
+if TYPE_CHECKING:
+    from study_lines import Lines
+
+NATURAL = "natural"
+PRIORS = (-0.5, -0.25, 0.25, 0.5, 0.75, 1.0)
+"""The knob on the label prior, beside 0: own data against everyone's."""
+SCALES = (1.0, 0.5, 2.0)
+"""Both stages' learning rates are these times the defaults."""
+SCHEDULE = (
+    "stage1.rounds=6", "stage2.rounds=3", "stage1.batch_size=16", "stage2.batch_size=16",
+    "model.dtype=bfloat16", "engine.threads=1", "engine.keep_checkpoints=2",
+    "eval.every=1000", "eval.clients=0", "eval.pooled_examples=200",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task of the study.
+
+    Attributes:
+        settings: beside the schedule.
+        alphas: of its settings; the first is the one that rates are chosen on.
+        classes: whether answers are classes, so that there is a knob on their prior.
+    """
+
+    settings: tuple[str, ...] = ()
+    alphas: tuple[str, ...] = (NATURAL,)
+    classes: bool = True
+
+
+TASKS = {
+    "icd10": Task(("data.num_clients=12", "data.unseen_clients=3"), ("0.3", "0.1", "1.0")),
+    "emoji": Task((*RECIPES["emoji"].settings, "data.unseen_clients=2")),
+    "wordnet-topics": Task(
+        (*RECIPES["wordnet-topics"].settings, "server.fraction_train=0.5", "eval.clients=20")
+    ),
+    "debian": Task(
+        (*RECIPES["debian"].settings, "server.fraction_train=0.3", "eval.clients=20")
+    ),
+    "sotu": Task(
+        (*RECIPES["sotu"].settings, "server.fraction_train=0.2", "eval.clients=8"), classes=False
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the study.
+
+    Attributes:
+        settings: what makes it.
+        like: whose learning rates it takes; default: its own choice.
+    """
+
+    settings: tuple[str, ...]
+    like: str | None = None
+
+
+LIKE = {"fedavg_prior": "fedavg", "zero_shot": "zero_shot"}  # the same training; none
+METHODS = {name: Method((f"method={name}",), LIKE.get(name)) for name in ALGORITHMS} | {
+    name: Method(("method=fedms", *settings), like="fedms")
+    for name, settings in {
+        "fedms, no SAL": ["sal.enabled=false"],
+        "fedms, SAL at the bytes of no SAL": ["stage1.rounds=7"],
+        "fedms, one half": ["mofm.gate=fixed"],
+        "fedms, gate not anchored": ["mofm.anchor=0.0"],
+        "fedms, gate adapter not shared": ["mofm.share_adapter=false"],
+        "fedms, layer mixture": ["mofm.combine=layer", "mofm.gate_input=base"],
+        "fedms, logits, one half": ["mofm.combine=logits", "mofm.gate=fixed"],
+        "fedms, local expert from zero": ["mofm.local_from=zero"],
+        "fedms, no SAL, one half": ["sal.enabled=false", "mofm.gate=fixed"],
+    }.items()
+}
+
+
+class Cell(NamedTuple):
+    task: str
+    alpha: str
+    seed: int
+    method: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """Cells of one (task, alpha, seed): the same clients and the same model.
+
+    Attributes:
+        kind: "run", or "choice": scored on validation examples.
+        cells: with the scale of the learning rates.
+    """
+
+    kind: str
+    cells: list[tuple[Cell, float]] = field(default_factory=list)
+
+    @classmethod
+    def of_choices(cls, task: str, methods: Sequence[str]) -> Self:
+        place = (task, TASKS[task].alphas[0], 0)
+        return cls("choice", [(Cell(*place, m), scale) for m in methods for scale in SCALES])
+
+    @classmethod
+    def of_runs(cls, cells: Sequence[Cell], lines: Lines) -> Self:
+        return cls("run", [(cell, lines.chosen(cell.task, cell.method).scale) for cell in cells])
+
+
+def overrides(cell: Cell, scale: float, kind: str) -> list[str]:
+    """All settings of a cell that are not defaults."""
+    task, defaults = TASKS[cell.task], Config()
+    rates = [
+        f"{stage}.lr={scale * getattr(defaults, stage).lr:g}" for stage in ("stage1", "stage2")
+    ]
+    return [
+        f"seed={cell.seed}",
+        *([] if cell.alpha == NATURAL else [f"data.alpha={cell.alpha}"]),
+        *([f"eval.priors={list(PRIORS)}"] if task.classes else []),
+        *(["eval.split=val"] if kind == "choice" else []),
+        *SCHEDULE,
+        *task.settings,
+        *(rates if scale != 1 else []),
+        *METHODS[cell.method].settings,
+    ]
+
+
+def config_of(cell: Cell, scale: float, kind: str) -> Config:
+    return load_config(None, overrides(cell, scale, kind)).replace(rivals=())
