@@ -14,6 +14,7 @@ seed 0 (lines of kind "choice", `chosen` is the rule); nothing is chosen on test
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -66,7 +67,9 @@ def _run(args: argparse.Namespace, lines: Lines) -> None:
     with ProcessPoolExecutor(args.jobs, mp_context=context, max_tasks_per_child=1) as pool:
         for task in args.tasks:
             left = [m for m in args.methods if lines.lacks_choice(task, m)]
-            groups = [Group.of_choices(task, left[i :: args.jobs]) for i in range(args.jobs)]
+            size = math.ceil(len(left) / args.jobs) or 1  # neighbours share first stages
+            parts = [left[i : i + size] for i in range(0, len(left), size)]
+            groups = [Group.of_choices(task, part) for part in parts]
             list(pool.map(work, *_spread(groups, args, now)))
         done = set() if args.again else set(lines.runs())
         groups = []
