@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -27,7 +28,21 @@ from study_lines import LINES, Lines, commit, shown
 from study_work import work
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    args = _parser().parse_args(argv)
+    lines = Lines(args.lines)
+    if args.report:
+        from study_report import write_report
+
+        for path in write_report(lines):
+            print(path)
+    elif args.only:
+        _one_again(lines, args.runs / "again", *args.only)
+    else:
+        _run(args, lines)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -41,17 +56,7 @@ def main() -> None:
     parser.add_argument("--lines", type=Path, default=LINES)
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--only", nargs=4, metavar=("METHOD", "TASK", "ALPHA", "SEED"))
-    args = parser.parse_args()
-    lines = Lines(args.lines)
-    if args.report:
-        from study_report import write_report
-
-        for path in write_report(lines):
-            print(path)
-    elif args.only:
-        _one_again(lines, args.runs / "again", *args.only)
-    else:
-        _run(args, lines)
+    return parser
 
 
 def _one_again(lines: Lines, runs: Path, method: str, task: str, alpha: str, seed: str) -> None:
@@ -71,15 +76,19 @@ def _run(args: argparse.Namespace, lines: Lines) -> None:
             parts = [left[i : i + size] for i in range(0, len(left), size)]
             groups = [Group.of_choices(task, part) for part in parts]
             list(pool.map(work, *_spread(groups, args, now)))
-        done = set() if args.again else set(lines.runs())
-        groups = []
-        for task in args.tasks:
-            alphas = [a for a in TASKS[task].alphas if not args.alphas or a in args.alphas]
-            for alpha in alphas:
-                for seed in args.seeds:
-                    cells = [Cell(task, alpha, seed, method) for method in args.methods]
-                    groups.append(Group.of_runs([c for c in cells if c not in done], lines))
-        list(pool.map(work, *_spread(groups, args, now)))
+        list(pool.map(work, *_spread(_left(args, lines), args, now)))
+
+
+def _left(args: argparse.Namespace, lines: Lines) -> list[Group]:
+    """The cells that have no line, by task, alpha and seed."""
+    done = set() if args.again else set(lines.runs())
+    groups = []
+    for task in args.tasks:
+        for alpha in TASKS[task].alphas:
+            for seed in args.seeds if not args.alphas or alpha in args.alphas else ():
+                cells = [Cell(task, alpha, seed, method) for method in args.methods]
+                groups.append(Group.of_runs([c for c in cells if c not in done], lines))
+    return groups
 
 
 def _spread(groups: list[Group], args: argparse.Namespace, now: str) -> list[list]:

@@ -1,0 +1,150 @@
+"""The study: what it chooses, what it runs again, and the numbers that its report states."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[2] / "bench"))
+
+import study
+from study_cells import METHODS, TASKS, Cell, Group, Task, overrides
+from study_lines import Lines, append
+from study_numbers import Study, balance, frontier, interval, own_at
+from study_report import TABLES
+from study_work import work
+
+TINY = (
+    "data.max_per_category=1", "data.num_clients=2", "data.unseen_clients=1",
+    "data.min_partition_size=8", "stage1.rounds=1", "stage2.rounds=1", "stage1.local_steps=1",
+    "stage2.local_steps=1", "stage1.batch_size=4", "stage2.batch_size=4", "sal.max_blocks=1",
+    "model.dtype=float32", "eval.pooled_examples=20",
+)  # fmt: skip
+
+
+def scored(own: float, everyone: float, **more: object) -> dict:
+    return {
+        "own": own, "everyone": everyone, "worst10": own, "unseen": None, "global": None,
+        "gate": None, "frontier": {}, "bytes_up": 10**6, "bytes_down": 10**6, "cpu_seconds": 2.0,
+        "trained_share": 0.01, "scale": 1.0, "commit": "abc", **more,
+    }  # fmt: skip
+
+
+def run_line(method: str, own: float, everyone: float, seed: int = 0, **more: object) -> dict:
+    place = {"kind": "run", "task": "icd10", "alpha": "0.3", "seed": seed, "method": method}
+    return {**place, **scored(own, everyone, **more)}
+
+
+@pytest.fixture
+def lines(tmp_path) -> Lines:
+    return Lines(tmp_path / "lines.jsonl")
+
+
+def write(lines: Lines, *found: dict) -> None:
+    for line in found:
+        append(lines._path, line)
+
+
+def test_rates_and_knob_are_chosen_on_validation_lines_alone(lines):
+    assert lines.lacks_choice("icd10", "ditto")
+    place = {"kind": "choice", "task": "icd10", "alpha": "0.3", "seed": 0, "method": "ditto"}
+    knobs = {"0.5": {"own": 0.9, "everyone": 0.5}, "-0.5": {"own": 0.5, "everyone": 0.8}}
+    write(
+        lines,
+        {**place, **scored(0.7, 0.5, scale=1.0)},
+        {**place, **scored(0.6, 0.7, scale=2.0, frontier=knobs)},
+        {**place, **scored(0.8, 0.4, scale=0.5)},
+        run_line("ditto", 0.1, 0.1, scale=0.5),
+    )
+    assert not lines.lacks_choice("icd10", "ditto")
+    assert lines.chosen("icd10", "ditto") == (2.0, 0.5)
+    assert lines.chosen("icd10", "fedprox") == (1.0, 0.0)
+    ((cell, scale),) = Group.of_runs([Cell("icd10", "0.1", 2, "ditto")], lines).cells
+    assert scale == 2.0
+    assert {"stage1.lr=0.012", "stage2.lr=0.004", "data.alpha=0.1", "seed=2"} <= {
+        *overrides(cell, scale, "run")
+    }
+
+
+def test_an_ablation_takes_the_choice_of_its_method(lines):
+    place = {"kind": "choice", "task": "icd10", "alpha": "0.3", "seed": 0, "method": "fedms"}
+    write(lines, {**place, **scored(0.6, 0.7, scale=2.0)})
+    ablations = [name for name in METHODS if name.startswith("fedms,")]
+    assert len(ablations) > 5
+    for name in ablations:
+        assert not lines.lacks_choice("icd10", name)
+        assert lines.chosen("icd10", name).scale == 2.0
+
+
+def test_what_has_a_line_is_not_run_again_and_the_last_line_counts(lines):
+    write(lines, run_line("fedavg", 0.5, 0.5), run_line("fedavg", 0.6, 0.5))
+    assert [line["own"] for line in lines.runs().values()] == [0.6]
+    asked = ["--methods", "fedavg", "ditto", "--seeds", "0", "1", "--alphas", "0.3"]
+    for more, expected in (([], 3), (["--again"], 4)):
+        groups = study._left(study._parser().parse_args([*asked, *more]), lines)
+        cells = [cell for group in groups for cell, _ in group.cells]
+        assert len(cells) == expected
+        assert (Cell("icd10", "0.3", 0, "fedavg") in cells) == bool(more)
+
+
+def test_ranks_share_ties_and_leave_gaps_out(lines):
+    write(
+        lines,
+        run_line("a", 0.9, 0.5), run_line("b", 0.9, 0.4), run_line("c", 0.1, 0.9),
+        run_line("a", 0.5, 0.5, seed=1), run_line("b", 0.6, 0.4, seed=1),
+        run_line("c", 0.7, 0.1, seed=1), run_line("d", 0.7, 0.1, seed=1),
+    )  # fmt: skip
+    found = Study(lines.runs())
+    methods, blocks = found.complete()
+    assert (methods, len(blocks)) == (["a", "b", "c"], 2)
+    ranks = found.ranks(lambda line: line["own"])
+    assert {m: r.mean for m, r in ranks.items()} == {"a": 2.25, "b": 1.75, "c": 2.0}
+    assert (ranks["c"].low, ranks["c"].high) == (1.0, 3.0)
+    gain = found.difference(balance, "a", "b")
+    assert gain is not None
+    assert gain.mean == pytest.approx(0.025)
+    assert found.difference(balance, "a", "nobody") is None
+    assert interval([2.0, 2.0, 2.0]) == (2.0, 2.0, 2.0)
+
+
+def test_own_data_at_equal_everyones_lies_between_the_knobs():
+    points = {"0.5": {"own": 0.8, "everyone": 0.6}, "-0.5": {"own": 0.4, "everyone": 0.7}}
+    line = run_line("a", 0.7, 0.7, frontier=points)
+    curve = frontier([line])
+    assert curve == [(-0.5, 0.7, 0.4), (0.0, 0.7, 0.7), (0.5, 0.6, 0.8)]
+    assert own_at(curve, 0.65) == pytest.approx(0.75)
+    assert own_at(curve, 0.6) == 0.8
+    assert own_at(curve, 0.5) == 0.8
+    assert own_at(curve, 0.71) is None
+
+
+def test_cells_of_one_world_end_as_lines_that_their_folders_bear_out(lines, tmp_path, monkeypatch):
+    monkeypatch.setitem(TASKS, "tiny", Task(TINY))
+    cells = [Cell("tiny", "natural", 0, method) for method in ("fedavg", "no such", "fedavg_ft")]
+    group = Group("run", [(cell, 1.0) for cell in cells])
+    assert [line["method"] for line in work(group, tmp_path / "runs", "abc", lines._path)] == [
+        "fedavg", "fedavg_ft"
+    ]  # fmt: skip
+    assert list(lines.runs()) == [cells[0], cells[2]]
+    tuned = lines.runs()[cells[2]]
+    folder = tmp_path / "runs" / "tiny" / "natural" / "0" / "run" / "fedavg_ft-x1"
+    clients = [json.loads(c) for c in (folder / "clients.jsonl").read_text().splitlines()][-3:]
+    seen = [client["accuracy"] for client in clients if client["seen"]]
+    assert tuned["own"] == pytest.approx(sum(seen) / 2, abs=1e-5)
+    at_half = [client["by_prior"]["0.5"][1] for client in clients if client["seen"]]
+    assert tuned["frontier"]["0.5"]["everyone"] == pytest.approx(sum(at_half) / 2, abs=1e-5)
+    rounds = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert tuned["bytes_up"] == sum(r["bytes_up"] for r in rounds)
+    # its first stage is fedavg's, which it is charged for all the same
+    first = lines.runs()[cells[0]]
+    assert rounds[0] == json.loads(
+        (folder.parent / "fedavg-x1" / "metrics.jsonl").read_text().splitlines()[0]
+    )
+    assert 0 < first["cpu_seconds"] < 60
+    assert tuned["cpu_seconds"] > 0
+    found = Study(lines.runs())
+    for table in TABLES.values():
+        assert table(found, lines).startswith("| ")
