@@ -257,7 +257,7 @@ def test_language_modelling(speeches, models, tmp_path, capsys, kind):
     base = read_rounds(folder / "rivals" / "zero_shot")[-1]
     # scores are log2 of the probability of the right token: an untrained model knows nothing of 40
     assert base.global_accuracy == pytest.approx(-math.log2(40), abs=0.5)
-    assert last.personalized_accuracy.mean > base.global_accuracy + 0.1
+    assert last.personalized_accuracy.mean > base.global_accuracy + 0.05
     assert "Bits per token, less is better" in (folder / "report.html").read_text()
     with torch.no_grad():
         model = t.AutoModelForCausalLM.from_pretrained(models(kind))

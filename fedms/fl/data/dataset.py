@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ def load_dataset(
     split_column: str | None = None,
     group_column: str | None = None,
     class_names: ClassNames | None = None,
+    every_class: bool = False,
     max_per_category: int = 6,
     seed: int = 0,
 ) -> Dataset:
@@ -56,6 +57,8 @@ def load_dataset(
             without ``split_column``, rows of the same text are one group.
         class_names: names in words, for the class-name head: one for each class in sorted order, or
             a mapping from label to name. Default: what the file records, else the labels.
+        every_class: the classes are all that ``class_names``, a mapping, has, and no label beside
+            them is taken: a source that is a part of the whole counts classes as the whole does.
         max_per_category, seed: of "icd10", which needs no column.
 
     Raises:
@@ -68,7 +71,7 @@ def load_dataset(
     path = source if isinstance(source, Path) else None
     if path is not None and image_column and path.is_dir() and not any(path.glob("*.parquet")):
         images, folders, splits = read_class_folders(path)
-        return _dataset(str(path), images, folders, splits=splits, class_names=class_names)
+        return _dataset(str(path), images, folders, None, splits, None, class_names, every_class)
     example = image_column or text_column
     chosen = (example, label_column, client_column, split_column, group_column)
     columns = list(dict.fromkeys(column for column in chosen if column is not None))
@@ -96,7 +99,7 @@ def load_dataset(
         )
     if class_names is None and label_column is not None:
         class_names = _as_recorded(table, label_column)
-    return _dataset(table.origin, inputs, labels, clients, splits, groups, class_names)
+    return _dataset(table.origin, inputs, labels, clients, splits, groups, class_names, every_class)
 
 
 def _read(source: Path | Any, columns: Sequence[str], image_column: str | None) -> Table:
@@ -131,17 +134,22 @@ def _dataset(
     splits: tuple[str, ...] | None = None,
     groups: Sequence[str] | None = None,
     class_names: ClassNames | None = None,
+    every_class: bool = False,
 ) -> Dataset:
     if labels is None:
         return Dataset(
             inputs, np.zeros(len(inputs), np.int64), ("all",), _grouped(groups), clients, splits
         )
-    classes = _classes(origin, labels, splits)
+    if every_class and isinstance(class_names, Mapping):
+        classes = _all_of(origin, class_names, labels)
+    else:
+        classes = _classes(origin, labels, splits)
     index = {label: i for i, label in enumerate(classes)}
     return Dataset(
         inputs=inputs,
         labels=np.array([index[label] for label in labels], dtype=np.int64),
         class_names=_in_words(classes, class_names),
+        class_labels=tuple(classes),
         groups=_grouped(groups),
         clients=clients,
         splits=splits,
@@ -165,9 +173,25 @@ def _classes(origin: str, labels: Sequence[str], splits: Sequence[str] | None) -
     if unknown:
         found = ", ".join(f"{label!r} ({n} rows)" for label, n in unknown.most_common(5))
         raise DataError(f"{origin}: every test label must occur in a training row, got {found}")
-    if all(re.fullmatch(r"[+-]?\d+", label) for label in train):
-        return sorted(train, key=lambda label: (int(label), label))
-    return sorted(train)
+    return in_order(train)
+
+
+def _all_of(origin: str, class_names: Mapping[str, str], labels: Sequence[str]) -> list[str]:
+    unknown = Counter(label for label in labels if label not in class_names)
+    if unknown:
+        found = ", ".join(f"{label!r} ({n} rows)" for label, n in unknown.most_common(5))
+        raise DataError(
+            f"{origin}: every label must be one that data.class_names names, got {found}"
+        )
+    return in_order(class_names)
+
+
+def in_order(labels: Iterable[str]) -> list[str]:
+    """Labels in the order in which classes are numbered."""
+    labels = list(labels)
+    if all(re.fullmatch(r"[+-]?\d+", label) for label in labels):
+        return sorted(labels, key=lambda label: (int(label), label))
+    return sorted(labels)
 
 
 def _as_recorded(table: Table, column: str) -> ClassNames | None:

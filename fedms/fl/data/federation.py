@@ -22,6 +22,7 @@ class Dataset:
         groups: int64 [N] or None. Examples of one group never stand on both sides of a split.
         clients: N client names, or None where the data has no natural clients.
         splits: N of "train" / "test", or None where the data does not say.
+        class_labels: the C classes as the data writes them, or None where they are ``class_names``.
     """
 
     inputs: Sequence[Any]
@@ -30,6 +31,7 @@ class Dataset:
     groups: np.ndarray | None = None
     clients: tuple[str, ...] | None = None
     splits: tuple[str, ...] | None = None
+    class_labels: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.inputs)

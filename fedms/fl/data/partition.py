@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fedms.fl.data.federation import ClientData, Dataset, Federation
+from fedms.fl.data.sampling import generator
 from fedms.fl.types import DataError
 
 PARTITIONERS = ("iid", "dirichlet", "pathological", "column")
@@ -137,9 +138,10 @@ def split_dataset(
 
     Fractions count groups. Stratified by class: a class of four groups or more has some in every
     split, one of two has train and test, one of one has train. ``by_client`` stratifies by client
-    instead, and spreads a client's classes evenly over the splits. A group of mixed classes (or
-    clients) counts as its first example's. Where ``dataset.splits`` is given, its test rows are the
-    test split and train, gate and val share the others in proportion.
+    instead, and spreads a client's classes evenly over the splits, in a way that depends on its own
+    rows alone. A group of mixed classes (or clients) counts as its first example's. Where
+    ``dataset.splits`` is given, its test rows are the test split and train, gate and val share the
+    others in proportion.
 
     Raises:
         DataError: no clients to go by, no training rows, or ``dataset.splits`` tears a group.
@@ -168,6 +170,10 @@ def split_dataset(
     order = np.lexsort((rng.random(len(first)), labels, strata))
     starts = np.unique(strata[order], return_index=True)[1]
     for members in np.split(order, starts[1:]):
+        if by_client:  # by its own draws: its site, which has no other rows, splits them alike
+            rng = generator(seed, "split", str(strata[members[0]]))
+            members = np.sort(members)
+            members = members[np.lexsort((rng.random(len(members)), labels[members]))]
         slots = _spread(_split_counts(len(members), shares))
         side[members] = np.roll(slots, rng.integers(len(slots)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,9 +10,10 @@ import numpy as np
 import torch
 
 from fedms.fl.config import Config
-from fedms.fl.data.dataset import load_dataset
+from fedms.fl.data.dataset import in_order, load_dataset
 from fedms.fl.data.duplicates import repeated_texts
-from fedms.fl.data.federation import Federation
+from fedms.fl.data.federation import ClientData, Dataset, Federation
+from fedms.fl.data.images import Images
 from fedms.fl.data.partition import Fractions, make_federation
 from fedms.fl.engines.texts import causal_lm_task, text_task, windows_of
 from fedms.fl.engines.vision import image_task
@@ -60,6 +62,57 @@ def load_federation(config: Config, source: Any = None) -> Federation:
     Args:
         source: in place of ``data.source``, e.g. a ``datasets.Dataset``.
     """
+    data = config.data
+    federation = make_federation(
+        read_dataset(config, source),
+        partitioner=data.partitioner,
+        num_clients=data.num_clients,
+        alpha=data.alpha,
+        classes_per_client=data.classes_per_client,
+        min_partition_size=data.min_partition_size,
+        unseen_clients=data.unseen_clients,
+        fractions=_fractions(config),
+        seed=config.seed,
+    )
+    return federation if config.eval.split == "test" else _scored_on_validation(federation)
+
+
+def site_federation(config: Config, client_id: str, source: str, unseen: bool) -> Federation:
+    """One client alone, with its own data; split as it would be as a client of a column."""
+    data = config.data.replace(client_column=None)
+    dataset = read_dataset(config.replace(data=data), source, every_class=True)
+    alone = make_federation(
+        replace(dataset, clients=(client_id,) * len(dataset)),
+        partitioner="column",
+        fractions=_fractions(config),
+        seed=config.seed,
+    )
+    if config.eval.split != "test":
+        alone = _scored_on_validation(alone)
+    return Federation(alone.dataset, (), alone.clients) if unseen else alone
+
+
+def server_federation(config: Config, clients: Sequence[str], unseen: Sequence[str]) -> Federation:
+    """Clients by name, whose data are elsewhere; to load a model some text must be there."""
+    names, nothing = config.data.class_names, np.zeros(0, dtype=np.int64)
+    classes = tuple(names[label] for label in in_order(names)) or ("all",)
+    if config.task.kind == "images":
+        dataset = Dataset(Images(str, str, 0), nothing, classes)
+    else:
+        dataset = Dataset(("nobody's text",), np.zeros(1, dtype=np.int64), classes)
+    if config.task.kind == "causal_lm":
+        dataset = windows_of(config, dataset)
+    by_name = [ClientData(name, *([nothing] * 4)) for name in (*clients, *unseen)]
+    return Federation(dataset, tuple(by_name[: len(clients)]), tuple(by_name[len(clients) :]))
+
+
+def read_dataset(config: Config, source: Any = None, every_class: bool = False) -> Dataset:
+    """The examples of a configuration, for its task.
+
+    Args:
+        source: in place of ``data.source``.
+        every_class: of :func:`fedms.fl.data.dataset.load_dataset`.
+    """
     data, kind = config.data, config.task.kind
     dataset = load_dataset(
         data.source if source is None else source,
@@ -70,21 +123,16 @@ def load_federation(config: Config, source: Any = None) -> Federation:
         split_column=data.split_column,
         group_column=data.group_column,
         class_names=data.class_names or None,
+        every_class=every_class,
         max_per_category=data.max_per_category,
         seed=config.seed,
     )
-    federation = make_federation(
-        windows_of(config, dataset) if kind == "causal_lm" else dataset,
-        partitioner=data.partitioner,
-        num_clients=data.num_clients,
-        alpha=data.alpha,
-        classes_per_client=data.classes_per_client,
-        min_partition_size=data.min_partition_size,
-        unseen_clients=data.unseen_clients,
-        fractions=Fractions(train=data.train, gate=data.gate, val=data.val, test=data.test),
-        seed=config.seed,
-    )
-    return federation if config.eval.split == "test" else _scored_on_validation(federation)
+    return windows_of(config, dataset) if kind == "causal_lm" else dataset
+
+
+def _fractions(config: Config) -> Fractions:
+    data = config.data
+    return Fractions(train=data.train, gate=data.gate, val=data.val, test=data.test)
 
 
 def _scored_on_validation(federation: Federation) -> Federation:

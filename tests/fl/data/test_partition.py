@@ -216,6 +216,20 @@ def test_column_takes_the_clients_of_the_data():
     assert [len(getattr(federation.client("Bonn"), part)) for part in PARTS] == [1, 0, 0, 1]
 
 
+def test_a_client_alone_is_split_as_among_others():
+    rng = np.random.default_rng(1)
+    data = dataset(rng.integers(4, size=400), clients=tuple(rng.choice(list("abc"), 400)))
+    for client in make_federation(data, partitioner="column", seed=5).clients:
+        rows = np.flatnonzero(np.array(data.clients) == client.client_id)
+        alone = Dataset(
+            [data.inputs[i] for i in rows], data.labels[rows], data.class_names,
+            clients=(client.client_id,) * len(rows),
+        )  # fmt: skip
+        (found,) = make_federation(alone, partitioner="column", seed=5).clients
+        for part in PARTS:
+            assert rows[getattr(found, part)].tolist() == getattr(client, part).tolist()
+
+
 def test_column_spreads_a_clients_classes_over_its_splits():
     data = natural({"a": 300, "b": 90})
     for client in make_federation(data, partitioner="column").clients:

@@ -90,6 +90,19 @@ def test_class_names_in_words(tmp_path):
         load(path, class_names={"a": "cough"})
 
 
+def test_a_part_of_the_whole_numbers_classes_as_the_whole_does(tmp_path):
+    path = tmp_path / "part.csv"
+    path.write_text("text,label\na,10\nb,10\n", encoding="utf-8")
+    names = {"10": "ten", "9": "nine", "2": "two"}
+    data = load_dataset(path, class_names=names, every_class=True)
+    assert data.class_names == ("two", "nine", "ten")
+    assert data.class_labels == ("2", "9", "10")
+    assert data.labels.tolist() == [2, 2]
+    path.write_text("text,label\na,10\nb,11\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"part.csv.*class_names names, got '11' \(1 rows\)"):
+        load_dataset(path, class_names=names, every_class=True)
+
+
 def test_blanks_around_a_label_and_blank_lines_do_not_count(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("text,label\nx, a\n\ny,a\nz,b\n\n")
