@@ -40,7 +40,7 @@ class Visit:
 def received(model: Model, stage: Stage, server: State) -> State:
     """What every client of a stage has from the server, over what nobody has trained yet."""
     sent = select(server, (*stage.sends_every_round, *stage.frozen))
-    return {**model.fresh(stage.experts), **sent}
+    return {**model.fresh(stage.experts, stage.heads), **sent}
 
 
 def class_counts(model: Model, clients: Iterable[ClientData]) -> Tensor:
@@ -64,6 +64,7 @@ def visit(
         in the order of ``visits``, an update or why there is none: the client has nothing to train
         on, or its loss is not finite.
     """
+    stage = stage.in_round(round)
     able = [each for each in visits if len(_examples(stage.phases[0], each.client))]
     done = dict(zip(map(id, able), _train(model, stage, able, server, round, seed), strict=True))
     nothing = ClientFailure("it has no training examples")
@@ -116,9 +117,9 @@ def _run_phase(
     phase = stage.phases[number]
     examples = [_examples(phase, each.client) for each in visits]
     leaves = select(model.slots.live, phase.trains)
-    if not leaves or not any(map(len, examples)):
-        return torch.zeros(0, len(visits), device=counts.device)
     steps = _batches(model, stage, number, visits, examples, round, seed)
+    if not steps or not leaves or not any(map(len, examples)):
+        return torch.zeros(0, len(visits), device=counts.device)
     seeds = _seeds(visits, number, round, seed)
     idle = _idle(model, visits, examples, leaves)
     losses: list[Tensor] = []

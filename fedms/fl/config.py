@@ -20,11 +20,14 @@ from pydantic import Field, Strict, ValidationError, field_validator, model_vali
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from fedms.fl.algorithms import ALGORITHMS, StageConfig
+from fedms.fl.algorithms import ALGORITHMS, StageConfig, stages_of
 from fedms.fl.algorithms.ditto import Settings as DittoConfig
 from fedms.fl.algorithms.fedavg_prior import Settings as FedAvgPriorConfig
 from fedms.fl.algorithms.fedms import Settings as MofmConfig
+from fedms.fl.algorithms.fedntd import Settings as FedNTDConfig
 from fedms.fl.algorithms.fedprox import Settings as FedProxConfig
+from fedms.fl.algorithms.lp_ft import Settings as LpFtConfig
+from fedms.fl.algorithms.not_true_ft import Settings as NotTrueFtConfig
 from fedms.fl.sal import SalConfig
 from fedms.fl.settings import (
     Count,
@@ -216,6 +219,9 @@ class Config(Section):
     sal: SalConfig = SalConfig()
     mofm: MofmConfig = MofmConfig()
     fedavg_prior: FedAvgPriorConfig = FedAvgPriorConfig()
+    not_true_ft: NotTrueFtConfig = NotTrueFtConfig()
+    lp_ft: LpFtConfig = LpFtConfig()
+    fedntd: FedNTDConfig = FedNTDConfig()
     fedprox: FedProxConfig = FedProxConfig()
     ditto: DittoConfig = DittoConfig()
     server: ServerConfig = ServerConfig()
@@ -226,6 +232,16 @@ class Config(Section):
     def _has_a_round(self) -> Self:
         if not self.stage1.rounds + self.stage2.rounds:
             raise ValueError("stage1.rounds and stage2.rounds must not both be 0")
+        return self
+
+    @model_validator(mode="after")
+    def _has_the_heads_that_are_trained(self) -> Self:
+        for method in (self.method, *self.rivals):
+            if self.task.kind == "causal_lm" and any(s.heads for s in stages_of(self, method)):
+                raise ValueError(
+                    f'{method} trains a head of its own, and task.kind = "causal_lm" has none to '
+                    "train: its head is the model's output embedding"
+                )
         return self
 
 

@@ -10,16 +10,21 @@ from types import ModuleType
 from typing import Any
 
 from fedms.fl.algorithms import (
+    balanced_ft,
     ditto,
     fedavg,
     fedavg_ft,
     fedavg_prior,
     fedex_lora,
     fedms,
+    fedntd,
     fedprox,
     fedsa_lora,
     ffa_lora,
     local_only,
+    lp_ft,
+    not_true_ft,
+    rolora,
     zero_shot,
 )
 from fedms.fl.algorithms.stage import Phase as Phase
@@ -31,8 +36,13 @@ ALGORITHMS: dict[str, tuple[ModuleType, str | None]] = {
     "fedavg": (fedavg, None),
     "fedavg_ft": (fedavg_ft, None),
     "fedavg_prior": (fedavg_prior, "fedavg_prior"),
+    "balanced_ft": (balanced_ft, None),
+    "not_true_ft": (not_true_ft, "not_true_ft"),
+    "lp_ft": (lp_ft, "lp_ft"),
+    "fedntd": (fedntd, "fedntd"),
     "fedprox": (fedprox, "fedprox"),
     "ffa_lora": (ffa_lora, None),
+    "rolora": (rolora, None),
     "fedsa_lora": (fedsa_lora, None),
     "fedex_lora": (fedex_lora, None),
     "ditto": (ditto, "ditto"),
@@ -42,13 +52,13 @@ ALGORITHMS: dict[str, tuple[ModuleType, str | None]] = {
 """By name: the file, and the section of the configuration that holds its settings."""
 
 
-def stages_of(config: Any) -> tuple[Stage, ...]:
-    """The stages of ``config.method`` that have rounds.
+def stages_of(config: Any, method: str | None = None) -> tuple[Stage, ...]:
+    """The stages of ``method`` (default: ``config.method``) that have rounds.
 
     ``config`` has ``method``, ``prior``, ``eval``, ``stage1``, ``stage2`` and the sections named in
     :data:`ALGORITHMS`.
     """
-    module, section = ALGORITHMS[config.method]
+    module, section = ALGORITHMS[method or config.method]
     rounds = (("stage1", config.stage1), ("stage2", config.stage2))
     build: Callable[..., tuple[Stage, ...]] = module.stages
     stages = build(rounds) if section is None else build(getattr(config, section), rounds)

@@ -7,7 +7,7 @@ know no algorithm by name; an algorithm that needs an `if` outside its file lack
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torch import Tensor, nn
@@ -59,6 +59,7 @@ class Phase:
         whole: each step is on all of these examples at once, in one view.
         steps, lr, weight_decay: default: those of the stage's settings.
         rates: learning rates of their own for some patterns.
+        turn: (k, n): it takes part in rounds whose number is k modulo n.
     """
 
     trains: Patterns
@@ -69,6 +70,7 @@ class Phase:
     lr: float | None = None
     weight_decay: float | None = None
     rates: tuple[tuple[str, float], ...] = ()
+    turn: tuple[int, int] = (0, 1)
 
 
 def received_and_kept(received: State, kept: State) -> State:
@@ -110,6 +112,8 @@ class Stage:
         settings: rounds, local steps, batch size, learning rate.
         phases: what a client does in a visit, in order; () visits nobody.
         experts: those that take part; each starts from :meth:`fedms.fl.model.slots.Slots.fresh`.
+        heads: names that have a trained head of their own, ``<name>.head.weight``, even where the
+            task's is frozen; it then starts from that one.
         shares: patterns of the names that a client sends. What a visit leaves and does not share
             stays with the client.
         receives: patterns that the cohort is sent every round; default ``shares``.
@@ -132,6 +136,7 @@ class Stage:
     settings: StageConfig
     phases: tuple[Phase, ...] = ()
     experts: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
     shares: Patterns = ()
     receives: Patterns | None = None
     frozen: Patterns = ()
@@ -155,6 +160,11 @@ class Stage:
     def sends_every_round(self) -> Patterns:
         """What the cohort is sent every round."""
         return self.shares if self.receives is None else self.receives
+
+    def in_round(self, round: int) -> Stage:
+        """The stage with the phases whose turn it is; rounds of a run count from 1."""
+        phases = tuple(p for p in self.phases if round % p.turn[1] == p.turn[0])
+        return replace(self, phases=phases)
 
     @property
     def answer(self) -> Predict:

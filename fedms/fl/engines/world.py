@@ -175,6 +175,8 @@ def load_model(config: Config, federation: Federation) -> Model:
     prefix = Prefix(backbone, task, own, config.engine.prefix_cache_mb * 2**20)
     outputs = Outputs(config.engine.cache_global, config.engine.prefix_cache_mb * 2**20)
     model = Model(task, backbone, slots, prefix, outputs, config.eval.batch_size)
+    head = task.trainable_head(backbone.width)
+    model.head = None if head is None else head.to(backbone.device, backbone.master)
     if federation.clients:
         counts = (
             np.bincount(task.targets(client.own), minlength=task.num_classes)

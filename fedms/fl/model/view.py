@@ -22,7 +22,7 @@ from fedms.fl.model.gate import log_prior_of_counts
 from fedms.fl.model.prefix import Outputs, Prefix
 from fedms.fl.model.slots import Path, Slots
 from fedms.fl.tasks.task import Batch, Task
-from fedms.fl.types import State, select
+from fedms.fl.types import ConfigError, State, select
 
 MOST_LOGITS = 2**24
 """Logits that are held at once; more are made in pieces of answers."""
@@ -43,6 +43,8 @@ class Model:
         outputs: features of frozen paths.
         rows: examples of a forward that needs no gradient.
         modules: small networks beside the backbone, as templates; their parameters are in states.
+        head: what a trained head [C, D] starts from where a method trains one though the task's is
+            frozen; None: the task has none that could be trained.
         frequencies: of everyone's labels [C], by :func:`fedms.fl.model.gate.mean_frequencies`;
             None: unknown.
     """
@@ -54,6 +56,7 @@ class Model:
     outputs: Outputs
     rows: int = 64
     modules: dict[str, nn.Module] = field(default_factory=dict)
+    head: Tensor | None = None
     frequencies: Tensor | None = None
 
     def build(self, modules: Mapping[str, Callable[[int], nn.Module]]) -> None:
@@ -67,11 +70,22 @@ class Model:
             module.to(self.backbone.device, self.backbone.master).requires_grad_(False)
             self.modules[name] = module
 
-    def fresh(self, experts: Sequence[str]) -> State:
-        """What has not been trained yet, the same for everybody: experts and small networks."""
+    def fresh(self, experts: Sequence[str], heads: Sequence[str] = ()) -> State:
+        """What has not been trained yet, the same for everybody: experts and small networks.
+
+        Args:
+            heads: names that have a head of their own even where the task's is frozen.
+
+        Raises:
+            ConfigError: the task has no head that could be trained.
+        """
         state: State = {}
         for expert in experts:
             state.update(self.slots.fresh(expert))
+        for name in heads:
+            if self.head is None:
+                raise ConfigError("the method trains a head, and this task has none to train")
+            state.setdefault(f"{name}.head.weight", self.head)
         for name, module in self.modules.items():
             state.update({f"{name}.{key}": value for key, value in module.named_parameters()})
         return state
@@ -110,7 +124,7 @@ class View:
         self.began = self.live if began is None else began
         self.counts = counts
         self._model, self._seeds = model, seeds
-        self._trained = {name.partition(".")[0] for name, t in self.live.items() if t.requires_grad}
+        self._trained = {_part(name) for name, t in self.live.items() if t.requires_grad}
         self._rows = [len(own) for own in rows]
         self.indices = np.concatenate(rows)
         self._batch = model.task.batch(self.indices, model.backbone.device)
@@ -150,35 +164,47 @@ class View:
 
         return self._once(("features", path), path, compute)
 
-    def log_p(self, *path: str, gates: Tensor | None = None) -> Tensor:
-        """Log-probabilities [P, C] of the experts of ``path``, by the head of the last of them."""
+    def log_p(self, *path: str, head: str | None = None, gates: Tensor | None = None) -> Tensor:
+        """Log-probabilities [P, C] of the experts of ``path``, by a head: of the last of them."""
         if gates is not None:
-            return self.log_p_of(self.features(*path, gates=gates), path[-1])
-        return self.over(_log_p, path)
+            features = self.features(*path, gates=gates)
+            return self.log_p_of(features, path[-1] if head is None else head)
+        return self.over(_log_p, path, heads=(head,))
 
     def log_p_of(self, z: Tensor, expert: str) -> Tensor:
         """Log-probabilities [P, C] of features [P, D] by an expert's head."""
         return self._in_pieces(_log_p, [z], [expert])
 
-    def nll(self, *path: str) -> Tensor:
+    def nll(self, *path: str, head: str | None = None) -> Tensor:
         """Negative log-probabilities [P] of the right answers; a large [P, C] is never held."""
-        return self.over(_nll, path)
+        return self.over(_nll, path, heads=(head,))
 
-    def over(self, function: OfAnswers, *paths: Path, detached: bool = False) -> Tensor:
+    def over(
+        self,
+        function: OfAnswers,
+        *paths: Path,
+        heads: Sequence[str | None] | None = None,
+        detached: bool = False,
+    ) -> Tensor:
         """A function of the answers' distributions, [P, ...], some answers at a time.
 
         Args:
             function: (view, slot, targets [p], log_p [p, C] of each path ...) -> [p, ...], for p
-                answers of one client.
+                answers of one client. Equal functions give equal results.
+            heads: whose head each path ends in; None: that of its last expert.
             detached: no gradient goes back through the features.
         """
+        last = [path[-1] if path else "" for path in paths]
+        if heads is not None:
+            last = [end if own is None else own for own, end in zip(heads, last, strict=True)]
 
         def compute() -> Tensor:
             z = [self.features(*path) for path in paths]
             z = [each.detach() for each in z] if detached else z
-            return self._in_pieces(function, z, [path[-1] if path else "" for path in paths])
+            return self._in_pieces(function, z, last)
 
-        return self._once((function, *paths), sum(paths, ()), compute)
+        parts = *sum(paths, ()), *(f"{name}.head" for name in last)
+        return self._once((function, paths, tuple(last), detached), parts, compute)
 
     def call(self, module: str, inputs: Tensor) -> Tensor:
         """Each client's own small network on its answers: inputs [P, F] -> [P, ...]."""
@@ -273,8 +299,8 @@ class View:
     def _is_trained(self, path: Path) -> bool:
         return torch.is_grad_enabled() and not self._trained.isdisjoint(path)
 
-    def _once(self, key: tuple[object, ...], path: Path, compute: Callable[[], Tensor]) -> Tensor:
-        known = self._known_frozen if self._trained.isdisjoint(path) else self._known
+    def _once(self, key: tuple[object, ...], parts: Path, compute: Callable[[], Tensor]) -> Tensor:
+        known = self._known_frozen if self._trained.isdisjoint(parts) else self._known
         if key not in known:
             known[key] = compute()
         return known[key]
@@ -349,6 +375,11 @@ class View:
             return torch.cat([piece(*place) for place in pieces])
         # A piece's logits are made again in the backward: only one piece's are held.
         return torch.cat([checkpoint(piece, *place, use_reentrant=False) for place in pieces])
+
+
+def _part(name: str) -> str:
+    """What is trained together with a parameter: an expert's layers, or its head."""
+    return name.removesuffix(".weight") if ".head." in name else name.partition(".")[0]
 
 
 def _log_p(view: View, slot: int, targets: Tensor, log_p: Tensor) -> Tensor:

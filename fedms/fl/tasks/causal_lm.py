@@ -64,6 +64,9 @@ class CausalLMTask:
     def fresh_head(self, width: int) -> Tensor | None:
         return None
 
+    def trainable_head(self, width: int) -> Tensor | None:
+        return None
+
     def pool(self, hidden: Tensor, batch: Batch) -> Tensor:
         """States [B, T, D] -> those from which a token is predicted, [P, D]."""
         return hidden[batch.example, batch.position]

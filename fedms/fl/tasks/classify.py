@@ -36,9 +36,13 @@ class ClassNames:
         """Nothing: class names are not trained."""
         return None
 
+    def trainable(self, width: int) -> Tensor:
+        """The class names' features, for a method that trains a head from there on."""
+        return self.weight
+
     def logits(self, z: Tensor, head: Tensor | None) -> Tensor:
-        """Features [P, D] -> [P, C]."""
-        return z @ self.weight.T * self._scale
+        """Features [P, D] -> [P, C], by the class names or by what was trained from them."""
+        return z @ (self.weight if head is None else head).T * self._scale
 
 
 class Linear:
@@ -59,6 +63,8 @@ class Linear:
     def fresh(self, width: int) -> Tensor | None:
         """Zeros [C, D]."""
         return torch.zeros(self._num_classes, width)
+
+    trainable = fresh
 
     def logits(self, z: Tensor, head: Tensor | None) -> Tensor:
         """Features [P, D] -> [P, C]; without a head (the base alone) all classes are alike."""
@@ -91,6 +97,8 @@ class Projected:
         """Orthogonal rows or columns [E, D], the same on every client: it keeps angles."""
         draw = torch.Generator().manual_seed(0)
         return nn.init.orthogonal_(torch.empty(self._width, width), generator=draw)
+
+    trainable = fresh
 
     def logits(self, z: Tensor, head: Tensor | None) -> Tensor:
         """Features [P, D] -> [P, C]; without a head (the base alone) all classes are alike."""

@@ -107,6 +107,9 @@ class ImageTask:
     def fresh_head(self, width: int) -> Tensor | None:
         return self._head.fresh(width)
 
+    def trainable_head(self, width: int) -> Tensor | None:
+        return self._head.trainable(width)
+
     def pool(self, hidden: Tensor, batch: Batch) -> Tensor:
         """States [B, T, D] -> features [B, D]."""
         return self._head.features(hidden[:, 0] if self._pooling == "cls" else hidden.mean(1))

@@ -110,6 +110,9 @@ class Task(Protocol):
             def fresh_head(self, width):
                 return torch.zeros(2, width)
 
+            def trainable_head(self, width):
+                return self.fresh_head(width)
+
             def pool(self, hidden, batch):
                 return hidden[:, 0]
 
@@ -157,6 +160,14 @@ class Task(Protocol):
         """What a trained head [C, D] starts from, the same on every client; None for a frozen one.
 
         ``width`` is D.
+        """
+        ...
+
+    def trainable_head(self, width: int) -> Tensor | None:
+        """What a head starts from where a method trains one whatever the task's is.
+
+        :meth:`fresh_head`, or the frozen head if :meth:`logits` takes one of its shape; None: this
+        task has no head that could be trained.
         """
         ...
 

@@ -73,6 +73,9 @@ class TextTask:
     def fresh_head(self, width: int) -> Tensor | None:
         return self._head.fresh(width)
 
+    def trainable_head(self, width: int) -> Tensor | None:
+        return self._head.trainable(width)
+
     def pool(self, hidden: Tensor, batch: Batch) -> Tensor:
         """States [B, T, D] -> features [B, D]."""
         if self._pooling == "cls":

@@ -6,45 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from visits import a_view, one_visit
 
 from fedms.fl.algorithms import ALGORITHMS, fedex_lora, stages_of
-from fedms.fl.client import Visit, class_counts, received, visit
-from fedms.fl.model.view import View
+from fedms.fl.client import received
 from fedms.fl.server import Totals
 from fedms.fl.types import Update, renamed, select
 
 RIVALS = ("fedprox", "ffa_lora", "fedsa_lora", "fedex_lora", "ditto")
 B_IN_BLOCK_3 = "global.encoder.layer.3.attention.self.query.lora_B"
-
-
-@pytest.fixture
-def setting(config, world, in_float64, execute, tmp_path):
-    """``setting("method=ditto")``: the first stage, the model and the clients, two blocks awake."""
-    from fedms.fl.engines.world import load_model
-
-    model = load_model(config(in_float64), world.federation)
-    model.slots.set_awake((2, 3))
-    model.prefix.keep([2])
-
-    def choose(*overrides: str):
-        return stages_of(config(in_float64, *overrides))[0], model, world.federation.clients
-
-    return choose
-
-
-def one_visit(stage, model, client, server=None, kept=None) -> Update:
-    (update,) = visit(model, stage, [Visit(client, kept or {}, (2, 3))], server or {}, 1, 0)
-    assert isinstance(update, Update), update
-    return update
-
-
-def a_view(stage, model, client, server, kept=None, moved=0.0) -> View:
-    """The client's examples, its leaves ``moved`` from where the visit began."""
-    model.slots.load([stage.start(received(model, stage, server), kept or {})], stage.trains)
-    began = {name: leaf.clone() for name, leaf in model.slots.live.items()}
-    for leaf in select(model.slots.live, stage.trains).values():
-        leaf += moved
-    return View(model, [client.train[:5]], class_counts(model, [client]), began)
 
 
 def test_fedprox_adds_half_mu_times_the_squared_distance(setting):
