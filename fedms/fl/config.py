@@ -50,7 +50,7 @@ else:
 class DataConfig(Section):
     source: str = "icd10"
     """``icd10``, a name that ``fedms fetch`` brought, a .csv, .jsonl or .parquet file, a folder of
-    .parquet files, or of a folder of images for each class."""
+    .parquet files (as on the hub, too), or of a folder of images for each class."""
     text_column: str = "text"
     """Column of a table that holds the texts."""
     image_column: str = "image"
@@ -62,7 +62,8 @@ class DataConfig(Section):
     group_column: str | None = None
     """Column whose equal values never stand on both sides of a split; default: equal texts."""
     split_column: str | None = None
-    """Column that holds "train" or "test"; without it the rows are split by the shares below."""
+    """Column that holds "train" or "test"; without it the names of Parquet files may say it, as
+    they do on the hub, else the rows are split by the shares below."""
     class_names: dict[str, str] = Field(default_factory=dict)
     """Labels in words, for the head that reads names: ``data.class_names.J18 = "pneumonia"``."""
     max_per_category: Count = 4

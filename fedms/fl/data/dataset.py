@@ -17,7 +17,7 @@ import numpy as np
 from fedms.fl.data.federation import Dataset
 from fedms.fl.data.icd10 import load_icd10
 from fedms.fl.data.images import images_in, read_class_folders
-from fedms.fl.data.parquet import read_datasets, read_parquet
+from fedms.fl.data.parquet import parquet_files, read_datasets, read_parquet
 from fedms.fl.data.table import Table, read_csv, read_jsonl
 from fedms.fl.fetch import fetched
 from fedms.fl.types import DataError
@@ -52,7 +52,8 @@ def load_dataset(
         image_column: the examples are the images of this column (bytes, or names of files beside
             the table) and ``text_column`` is not read; of a folder of class folders, its images.
         label_column: None: the rows have no classes, all are of one.
-        split_column: holds "train" or "test"; without it the whole can be split at will.
+        split_column: holds "train" or "test"; without it Parquet files named as on the hub,
+            ``train-00000-of-00001.parquet``, say it, or the whole can be split at will.
         group_column: rows of one group never stand on both sides of a split. Without it, and
             without ``split_column``, rows of the same text are one group.
         class_names: names in words, for the class-name head: one for each class in sorted order, or
@@ -69,13 +70,13 @@ def load_dataset(
     if isinstance(source, str):
         source = fetched(source, "data") or Path(source)
     path = source if isinstance(source, Path) else None
-    if path is not None and image_column and path.is_dir() and not any(path.glob("*.parquet")):
+    if path is not None and image_column and path.is_dir() and not parquet_files(path):
         images, folders, splits = read_class_folders(path)
         return _dataset(str(path), images, folders, None, splits, None, class_names, every_class)
     example = image_column or text_column
     chosen = (example, label_column, client_column, split_column, group_column)
     columns = list(dict.fromkeys(column for column in chosen if column is not None))
-    table = _read(source, columns, image_column)
+    table = _read(source, columns, image_column, by_name=split_column is None)
     if not table.rows:
         raise DataError(f"{table.origin} must hold at least one row, got an empty file")
 
@@ -84,7 +85,7 @@ def load_dataset(
 
     labels = names(label_column, "a label")
     clients = names(client_column, "a client")
-    splits = names(split_column, "'train' or 'test'")
+    splits = names(split_column, "'train' or 'test'") or table.splits
     groups = names(group_column, "a group")
     inputs: Sequence[Any]
     if image_column:
@@ -102,7 +103,9 @@ def load_dataset(
     return _dataset(table.origin, inputs, labels, clients, splits, groups, class_names, every_class)
 
 
-def _read(source: Path | Any, columns: Sequence[str], image_column: str | None) -> Table:
+def _read(
+    source: Path | Any, columns: Sequence[str], image_column: str | None, by_name: bool
+) -> Table:
     if not isinstance(source, Path):
         if not hasattr(source, "column_names"):
             raise DataError(
@@ -110,8 +113,8 @@ def _read(source: Path | Any, columns: Sequence[str], image_column: str | None) 
                 f"got {type(source).__name__}"
             )
         return read_datasets(source, columns, image_column)
-    if source.is_dir() and any(source.glob("*.parquet")):
-        return read_parquet(source, columns, image_column)
+    if source.is_dir() and parquet_files(source):
+        return read_parquet(source, columns, image_column, splits=by_name)
     readers = {".csv": read_csv, ".jsonl": read_jsonl}
     ending = source.suffix.lower()
     if ending not in ENDINGS:

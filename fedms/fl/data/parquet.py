@@ -7,6 +7,7 @@ temporary file of which the first 64 MB stay in memory.
 from __future__ import annotations
 
 import json
+import re
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from fedms.fl.types import DataError
 
 IN_MEMORY = 64 * 2**20
 ROWS_AT_A_TIME = 64
+SHARD = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}")
 
 
 class Blobs(Sequence[bytes | None]):
@@ -53,13 +55,53 @@ class Blobs(Sequence[bytes | None]):
         return self._file.read(span[1])
 
 
-def read_parquet(path: Path, columns: Sequence[str], images: str | None = None) -> Table:
+def parquet_files(folder: Path) -> list[Path]:
+    """The Parquet files of a folder by name: its own, or those of its one folder that has any, as
+    data sets on the hub have them in ``data`` or in a folder a configuration.
+
+    Raises:
+        DataError: several folders in it have some.
+    """
+    if own := sorted(folder.glob("*.parquet")):
+        return own
+    below = sorted(folder.glob("*/*.parquet"))
+    places = sorted({file.parent.name for file in below})
+    if len(places) > 1:
+        raise DataError(
+            f"{folder} must have .parquet files in one folder, got {', '.join(places)}: name one "
+            f"of them, e.g. {folder / places[0]}"
+        )
+    return below
+
+
+def _by_split(files: list[Path]) -> tuple[list[Path], list[str] | None]:
+    """Of files that are all named as on the hub, ``<split>-00000-of-00002.parquet``, those for
+    training and for testing, and which of the two each is for.
+
+    Testing is "test", or "validation" where there is none; other splits are left out. As they came,
+    and None, where the names do not tell training from testing.
+    """
+    found = [SHARD.fullmatch(file.stem) for file in files]
+    splits = [match["split"] if match else "" for match in found]
+    tests = next((name for name in ("test", "validation") if name in splits), None)
+    if "" in splits or "train" not in splits or tests is None:
+        return files, None
+    parts = {"train": "train", tests: "test"}
+    chosen = [(file, parts[s]) for file, s in zip(files, splits, strict=True) if s in parts]
+    return [file for file, _ in chosen], [part for _, part in chosen]
+
+
+def read_parquet(
+    path: Path, columns: Sequence[str], images: str | None = None, *, splits: bool = True
+) -> Table:
     """Read a Parquet file, or a folder of them in the order of their names.
 
     Args:
         columns: to be read.
         images: the one of them that holds images: bytes, or a struct with a field ``bytes``, as
             data sets on the hub have it.
+        splits: whether names as on the hub, ``train-00000-of-00001.parquet``, say which rows are
+            for training and which for testing.
 
     Raises:
         DataError: no Parquet, a column is missing, or the files do not agree on a column's type.
@@ -71,13 +113,16 @@ def read_parquet(path: Path, columns: Sequence[str], images: str | None = None) 
         raise DataError(
             f"reading {path} needs the package pyarrow: pip install 'fedms[parquet]'"
         ) from error
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    files, parts = parquet_files(path) if path.is_dir() else [path], None
+    if splits:
+        files, parts = _by_split(files)
+    split_of_rows: list[str] = []
     plain = [column for column in columns if column != images]
     cells: dict[str, list[Any]] = {column: [] for column in plain}
     rows: list[str] = []
     class_names: dict[str, tuple[str, ...]] = {}
     sources = []
-    for file in files:
+    for number, file in enumerate(files):
         try:
             parquet = pq.ParquetFile(file)
             check_columns(file, columns, parquet.schema_arrow.names)
@@ -87,6 +132,8 @@ def read_parquet(path: Path, columns: Sequence[str], images: str | None = None) 
         sources.append(parquet)
         for column in plain:
             cells[column] += found[column]
+        if parts is not None:
+            split_of_rows += [parts[number]] * parquet.metadata.num_rows
         prefix = f"{file.name}, " if path.is_dir() else ""
         rows += [f"{prefix}row {n + 1}" for n in range(parquet.metadata.num_rows)]
         class_names |= _recorded_names(parquet.schema_arrow.metadata or {})
@@ -96,7 +143,7 @@ def read_parquet(path: Path, columns: Sequence[str], images: str | None = None) 
             _encoded(cell, f"{path}, {rows[number]}: column {images!r}")
             for number, cell in enumerate(_stream(sources, images))
         )
-    return Table(str(path), path, table, rows, class_names)
+    return Table(str(path), path, table, rows, class_names, tuple(split_of_rows) or None)
 
 
 def read_datasets(data: Any, columns: Sequence[str], images: str | None = None) -> Table:

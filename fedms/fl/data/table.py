@@ -28,6 +28,7 @@ class Table:
         columns: cells by column; as many as there are ``rows``.
         rows: where each row stands, for messages: "row 3", "line 7".
         class_names: by column, names that the file itself gives to the labels 0, 1, ...
+        splits: "train" or "test" a row, or None where the table's files do not say.
     """
 
     origin: str
@@ -35,6 +36,7 @@ class Table:
     columns: Mapping[str, Sequence[Any]]
     rows: Sequence[str]
     class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    splits: tuple[str, ...] | None = None
 
     def where(self, index: int) -> str:
         """The row as messages name it, with the table."""
