@@ -81,6 +81,11 @@ METHODS = {name: Method((f"method={name}",), LIKE.get(name)) for name in ALGORIT
         "fedms, logits, one half": ["mofm.combine=logits", "mofm.gate=fixed"],
         "fedms, local expert from zero": ["mofm.local_from=zero"],
         "fedms, no SAL, one half": ["sal.enabled=false", "mofm.gate=fixed"],
+        "fedms, no SAL, logits, one half": [
+            "sal.enabled=false",
+            "mofm.combine=logits",
+            "mofm.gate=fixed",
+        ],
     }.items()
 }
 
