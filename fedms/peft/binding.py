@@ -16,6 +16,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -44,10 +45,13 @@ class Binding:
         task: the backward pass that it was made in, -1 outside of any.
         depth: how many checkpoints were running when it was made: their recomputations make it
             again themselves.
+        restored: made for a recomputation, from what was in force when its forward ran a compiled
+            graph (fedms.peft.compiled).
     """
 
-    def __init__(self, routing: AdapterRouting | None) -> None:
+    def __init__(self, routing: AdapterRouting | None, *, restored: bool = False) -> None:
         self.routing = routing
+        self.restored = restored
         self.task = torch._C._current_graph_task_id()
         self.depth = depth()
 
@@ -61,12 +65,31 @@ class Gateable:
     _fedms_set: Binding | None = None
     _fedms_open: dict[int, Binding] | None = None  # by thread
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[misc]  # nn.Module's
+        with _LOCK:
+            _hold(self)
+
     def __getstate__(self) -> dict[str, Any]:
         """Without the open blocks and counts, which are not for a copy: it is another model."""
         state = self.__dict__.copy()
         state.pop("_fedms_open", None)
         state.pop("_fedms_counts", None)
         return state
+
+
+_HELD: WeakSet[Gateable] = WeakSet()  # layers with a binding, open or set; used under _LOCK
+
+
+def in_force() -> dict[Gateable, Binding | None]:
+    """The layers of any model that have bindings, with the one that this thread's calls have."""
+    with _LOCK:
+        layers = [*_HELD]
+    opened = {layer: layer._fedms_open for layer in layers}
+    return {
+        layer: layer._fedms_set if threads is None else threads.get(_THREAD.number)
+        for layer, threads in opened.items()
+    }
 
 
 def routing_of(layer: Gateable) -> AdapterRouting | None:
@@ -107,11 +130,14 @@ def _binding(layer: Gateable) -> Binding | None:
 def _in_backward(layer: Gateable, task: int) -> AdapterRouting | None:
     opened = None if layer._fedms_open is None else layer._fedms_open.get(_THREAD.number)
     binding = layer._fedms_set if opened is None else opened
-    if binding is not None and binding.task == task:  # made by the recomputation itself
+    restored = binding is not None and binding.restored
+    if binding is not None and binding.task == task and not restored:  # by the recomputation itself
         if binding.routing is not None:
             note(layer, binding.routing, binding.depth)
         return binding.routing
     routing, known = noted(layer)
+    if routing is None and binding is not None and restored:
+        return binding.routing
     if not known and binding is not None:
         raise RuntimeError(
             "a layer is called within a backward pass, but not by activation checkpointing as "
@@ -123,11 +149,13 @@ def _in_backward(layer: Gateable, task: int) -> AdapterRouting | None:
 
 def set_on(model: nn.Module, bindings: Mapping[Gateable, Binding]) -> None:
     """The layers of `model` have these bindings from now on."""
-    for layer, binding in bindings.items():
-        if binding.routing is None:
-            vars(layer).pop("_fedms_set", None)
-        else:
-            vars(layer)["_fedms_set"] = binding
+    with _LOCK:
+        for layer, binding in bindings.items():
+            if binding.routing is None:
+                vars(layer).pop("_fedms_set", None)
+            else:
+                vars(layer)["_fedms_set"] = binding
+            _hold(layer)
     for module in generating_models(model):
         layers = [layer for layer in module.modules() if isinstance(layer, Gateable)]
         handles = vars(module).pop("_fedms_watch", None)
@@ -145,12 +173,13 @@ def _by_row(bindings: Iterable[Binding | None]) -> bool:
 @contextmanager
 def bound_on(model: nn.Module, bindings: Mapping[Gateable, Binding]) -> Iterator[None]:
     """The calls that this thread makes in the block have these bindings of layers of `model`."""
-    with watching(model) if _by_row(bindings.values()) else nullcontext(), _bound(bindings):
+    with watching(model) if _by_row(bindings.values()) else nullcontext(), bound(bindings):
         yield
 
 
 @contextmanager
-def _bound(bindings: Mapping[Gateable, Binding]) -> Iterator[None]:
+def bound(bindings: Mapping[Gateable, Binding]) -> Iterator[None]:
+    """The calls that this thread makes in the block have these bindings."""
     thread = _THREAD.number
     before = {layer: _swap(layer, thread, binding) for layer, binding in bindings.items()}
     try:
@@ -172,4 +201,21 @@ def _swap(layer: Gateable, thread: int, binding: Binding | None) -> Binding | No
             vars(layer)["_fedms_open"] = others
         else:
             vars(layer).pop("_fedms_open", None)
+        _hold(layer)
     return before
+
+
+def release(layer: Gateable) -> None:
+    """No binding is on the layer any more, whoever has a block open on it."""
+    with _LOCK:
+        vars(layer).pop("_fedms_open", None)
+        vars(layer).pop("_fedms_set", None)
+        _HELD.discard(layer)
+
+
+def _hold(layer: Gateable) -> None:
+    """Keep _HELD up to date, under _LOCK."""
+    if layer._fedms_open is None and layer._fedms_set is None:
+        _HELD.discard(layer)
+    else:
+        _HELD.add(layer)

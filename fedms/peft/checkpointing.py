@@ -10,15 +10,18 @@ graph and no longer. The object is found on the Python stack:
                    `backward(ctx, ...)` runs: torch's CheckpointFunction and the like
     not reentrant  the `_CheckpointFrame` that torch.utils.checkpoint's `checkpoint` makes and its
                    `unpack_hook` recomputes
+    composable     the same, but a module's hooks make it and are gone: its hook on saved tensors is
+                   the innermost
 
-Checkpoints nest, and a recomputation runs the forward of those inside it again.
+Checkpoints nest, and a recomputation runs the forward of those inside it again. A compiled graph is
+an autograd.Function too: its forward is none of a checkpoint, its backward may recompute.
 """
 
 from __future__ import annotations
 
 import sys
 from inspect import getgeneratorlocals
-from types import FrameType
+from types import FrameType, FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -27,6 +30,13 @@ from torch.utils import checkpoint as _torch
 
 from fedms.peft.routing import AdapterRouting
 
+
+class _Graph:
+    """A compiled graph, whose backward may recompute."""
+
+
+GRAPH = _Graph()
+_OWN = ("torch._functorch.", "torch._library.")  # of compiled graphs and of ops
 _NAMES = frozenset(("checkpoint", "unpack_hook", "forward", "backward"))
 # checkpoint -> id of a layer -> the routing that its calls in the forward had
 _NOTES: WeakKeyDictionary[Any, dict[int, AdapterRouting]] = WeakKeyDictionary()
@@ -34,19 +44,19 @@ _NOTES: WeakKeyDictionary[Any, dict[int, AdapterRouting]] = WeakKeyDictionary()
 
 def depth() -> int:
     """How many checkpoints' forwards run the caller, up to the recomputation around it, if any."""
-    return len(_enclosing()[0])
+    return len(enclosing()[0])
 
 
 def note(layer: object, routing: AdapterRouting, outer: int) -> None:
     """Note a call's routing with the running checkpoints, apart from the `outer` outermost ones."""
-    forwards, _ = _enclosing()
+    forwards, _ = enclosing()
     for checkpoint in forwards[outer:]:
         _NOTES.setdefault(checkpoint, {})[id(layer)] = routing
 
 
 def noted(layer: object) -> tuple[AdapterRouting | None, bool]:
     """What the forward had (None: no gates), and whether a recomputation runs the caller at all."""
-    forwards, recomputed = _enclosing()
+    forwards, recomputed = enclosing()
     if recomputed is None:
         return None, False
     routing = _NOTES.get(recomputed, {}).get(id(layer))
@@ -56,9 +66,9 @@ def noted(layer: object) -> tuple[AdapterRouting | None, bool]:
     return routing, True
 
 
-def _enclosing() -> tuple[list[Any], Any]:
-    """The checkpoints whose forwards run the caller, the outermost first, within the innermost
-    recomputation that runs it; and the checkpoint that this recomputes, or None.
+def enclosing() -> tuple[list[Any], Any]:
+    """The checkpoints whose forwards run the caller's caller, the outermost first, within the
+    innermost recomputation that runs it; and the checkpoint that this recomputes, GRAPH or None.
     """
     forwards: list[Any] = []
     recomputed = None
@@ -72,10 +82,27 @@ def _enclosing() -> tuple[list[Any], Any]:
             elif name == "unpack_hook" and own:
                 recomputed = frame.f_locals["frame"]
             elif frame.f_code.co_varnames[:1] == ("ctx",):
-                context = frame.f_locals["ctx"]
-                if name == "forward" and isinstance(context, torch._C._FunctionBase):
+                context, module = frame.f_locals["ctx"], frame.f_globals["__name__"]
+                if not isinstance(context, torch._C._FunctionBase):
+                    pass
+                elif name == "backward":
+                    recomputed = GRAPH if module.startswith(_OWN) else context
+                elif name == "forward" and not module.startswith(_OWN):
                     forwards.append(context)
-                elif name == "backward" and isinstance(context, torch._C._FunctionBase):
-                    recomputed = context
         frame = frame.f_back
-    return forwards[::-1], recomputed
+    forwards.reverse()
+    innermost = _of_hooks()
+    if innermost is not None and innermost not in forwards:
+        forwards.append(innermost)
+    return forwards, recomputed
+
+
+def _of_hooks() -> Any:
+    """The checkpoint whose hooks on saved tensors are the innermost, or None."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # type: ignore[attr-defined]
+    if hooks is None:
+        return None
+    code = hooks[0].__code__ if isinstance(hooks[0], FunctionType) else None
+    if code is None or code.co_filename != _torch.__file__ or code.co_freevars != ("frame",):
+        return None
+    return hooks[0].__closure__[0].cell_contents

@@ -16,7 +16,7 @@ from peft.tuners.lora.model import LoraModel
 from torch import nn
 
 from fedms.peft.adapters import Undecided
-from fedms.peft.binding import Binding, set_on
+from fedms.peft.binding import Binding, release, set_on
 from fedms.peft.layer import FUSED, FusedLayer, FusedLinear, why_not_fused, why_not_taken
 from fedms.peft.mixtures import fuse_xlora, restore_xlora
 
@@ -130,7 +130,7 @@ def restore(model: nn.Module) -> None:
     layers = [module for module in model.modules() if isinstance(module, FusedLayer)]
     set_on(model, dict.fromkeys(layers, Binding(None)))
     for layer in layers:
-        vars(layer).pop("_fedms_open", None)
+        release(layer)
         vars(layer).pop("_fedms_counts", None)
         restore_xlora(layer)
         layer.__class__ = layer.stock()  # type: ignore[assignment]

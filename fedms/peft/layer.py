@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fedms.kernels import gated_lora_linear
 from fedms.peft.adapters import Adapters, read, unobserved, weight_of
 from fedms.peft.binding import Gateable, routing_of
+from fedms.peft.compiled import watched
 from fedms.peft.mixtures import FusedXLora, arrow_routing
 from fedms.peft.routing import AdapterRouting, of_samples
 
@@ -38,6 +39,8 @@ class FusedLayer(Gateable, nn.Module, LoraLayer):
         would leave them out.
         """
         routing, disabled = routing_of(self), self.disable_adapters
+        if routing is not None and torch.compiler.is_compiling():
+            routing, x = watched(routing, x)
         if kwargs or self.lora_variant:
             own, rest = self._own_routing(x, routing, kwargs)
             found = read(self, own, x, args, rest, disabled=disabled)

@@ -99,9 +99,15 @@ class AdapterRouting:
 
     def weights(self, x: Tensor, names: list[str]) -> Tensor | None:
         """How much of each of the adapters a row of x gets: None (ones), [E] or [..., E]."""
-        if self.samples is not None:
-            held = [[float(name in sample) for name in names] for sample in self.samples]
-            return _to_rows("adapter names", torch.tensor(held, device=x.device), x)
+        held = None
+        if self.sample_idxs is not None and torch.compiler.is_compiling():  # as `fit`
+            columns = torch.tensor([self.adapters.index(name) for name in names])
+            held = (self.sample_idxs.unsqueeze(-1) == columns).any(1).float().to(x.device)
+        elif self.samples is not None:
+            listed = [[float(name in sample) for name in names] for sample in self.samples]
+            held = torch.tensor(listed, device=x.device)
+        if held is not None:
+            return _to_rows("adapter names", held, x)
         gates, idxs, _ = self.fit(x, names)
         if gates is None or idxs is None:
             return gates

@@ -13,6 +13,8 @@ import pytest
 import torch
 from peft_models import IN, fused_calls, mlp, small_llama, with_adapters
 from torch import Tensor, nn
+from torch.distributed._composable.checkpoint_activation import checkpoint as composable
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
@@ -68,11 +70,24 @@ def _within(run, function):
     return lambda x: run(function, x)
 
 
+class _Block(nn.Module):
+    """A function as a module, for checkpoints of modules."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
 CHECKPOINTS: dict[str, Callable[[Callable, Tensor], Tensor]] = {
     "reentrant": _reentrant,
     "not reentrant": _not_reentrant,
     "a library's own": _Own.apply,
     "nested": _nested,
+    "composable": lambda function, x: composable(_Block(function))(x),
+    "a wrapper": lambda function, x: checkpoint_wrapper(_Block(function))(x),
 }
 
 
