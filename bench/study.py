@@ -71,7 +71,7 @@ def _run(args: argparse.Namespace, lines: Lines) -> None:
     now, context = commit(), get_context("spawn")
     with ProcessPoolExecutor(args.jobs, mp_context=context, max_tasks_per_child=1) as pool:
         for task in args.tasks:
-            left = [m for m in args.methods if lines.lacks_choice(task, m)]
+            left = [(m, scale) for m in args.methods for scale in lines.untried(task, m)]
             size = math.ceil(len(left) / args.jobs) or 1  # neighbours share first stages
             parts = [left[i : i + size] for i in range(0, len(left), size)]
             groups = [Group.of_choices(task, part) for part in parts]

@@ -110,9 +110,10 @@ class Group:
     cells: list[tuple[Cell, float]] = field(default_factory=list)
 
     @classmethod
-    def of_choices(cls, task: str, methods: Sequence[str]) -> Self:
+    def of_choices(cls, task: str, tries: Sequence[tuple[str, float]]) -> Self:
+        """Methods, each with a scale."""
         place = (task, TASKS[task].alphas[0], 0)
-        return cls("choice", [(Cell(*place, m), scale) for m in methods for scale in SCALES])
+        return cls("choice", [(Cell(*place, method), scale) for method, scale in tries])
 
     @classmethod
     def of_runs(cls, cells: Sequence[Cell], lines: Lines) -> Self:

@@ -15,7 +15,7 @@ import subprocess
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from study_cells import METHODS, TASKS, Cell
+from study_cells import METHODS, SCALES, TASKS, Cell
 
 ROOT = Path(__file__).parents[1]
 LINES = ROOT / "bench" / "results" / "study.jsonl"
@@ -52,8 +52,11 @@ class Lines:
             if (line["task"], line["method"]) == (task, name)
         }
 
-    def lacks_choice(self, task: str, method: str) -> bool:
-        return METHODS[method].like is None and not self.choices(task, method)
+    def untried(self, task: str, method: str) -> list[float]:
+        """The scales that a method's choice still needs."""
+        if METHODS[method].like is not None:
+            return []
+        return [scale for scale in SCALES if scale not in self.choices(task, method)]
 
     def chosen(self, task: str, method: str) -> Choice:
         """The rule: of the scales of the learning rates the one with the highest sum of validation

@@ -49,17 +49,18 @@ def write(lines: Lines, *found: dict) -> None:
 
 
 def test_rates_and_knob_are_chosen_on_validation_lines_alone(lines):
-    assert lines.lacks_choice("icd10", "ditto")
+    assert lines.untried("icd10", "ditto") == [1.0, 0.5, 2.0]
     place = {"kind": "choice", "task": "icd10", "alpha": "0.3", "seed": 0, "method": "ditto"}
     knobs = {"0.5": {"own": 0.9, "everyone": 0.5}, "-0.5": {"own": 0.5, "everyone": 0.8}}
     write(
         lines,
         {**place, **scored(0.7, 0.5, scale=1.0)},
         {**place, **scored(0.6, 0.7, scale=2.0, frontier=knobs)},
-        {**place, **scored(0.8, 0.4, scale=0.5)},
         run_line("ditto", 0.1, 0.1, scale=0.5),
     )
-    assert not lines.lacks_choice("icd10", "ditto")
+    assert lines.untried("icd10", "ditto") == [0.5]
+    write(lines, {**place, **scored(0.8, 0.4, scale=0.5)})
+    assert lines.untried("icd10", "ditto") == []
     assert lines.chosen("icd10", "ditto") == (2.0, 0.5)
     assert lines.chosen("icd10", "fedprox") == (1.0, 0.0)
     ((cell, scale),) = Group.of_runs([Cell("icd10", "0.1", 2, "ditto")], lines).cells
@@ -75,7 +76,7 @@ def test_an_ablation_takes_the_choice_of_its_method(lines):
     ablations = [name for name in METHODS if name.startswith("fedms,")]
     assert len(ablations) > 5
     for name in ablations:
-        assert not lines.lacks_choice("icd10", name)
+        assert not lines.untried("icd10", name)
         assert lines.chosen("icd10", name).scale == 2.0
 
 
