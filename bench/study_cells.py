@@ -23,6 +23,7 @@ SCHEDULE = (
     "model.dtype=bfloat16", "engine.threads=1", "engine.keep_checkpoints=2",
     "eval.every=1000", "eval.clients=0", "eval.pooled_examples=200",
 )  # fmt: skip
+TWO_STEPS = ("stage1.local_steps=2", "stage2.local_steps=2")  # where clients are many and small
 
 
 @dataclass(frozen=True)
@@ -42,15 +43,16 @@ class Task:
 
 TASKS = {
     "icd10": Task(("data.num_clients=12", "data.unseen_clients=3"), ("0.3", "0.1", "1.0")),
-    "emoji": Task((*RECIPES["emoji"].settings, "data.unseen_clients=2")),
-    "wordnet-topics": Task(
-        (*RECIPES["wordnet-topics"].settings, "server.fraction_train=0.5", "eval.clients=20")
-    ),
-    "debian": Task(
-        (*RECIPES["debian"].settings, "server.fraction_train=0.3", "eval.clients=20")
-    ),
+    "emoji": Task((*RECIPES["emoji"].settings, "model.image_size=56", "data.unseen_clients=2")),
+    "wordnet-topics": Task((*RECIPES["wordnet-topics"].settings, *TWO_STEPS, "eval.clients=20")),
+    "debian": Task((*RECIPES["debian"].settings, *TWO_STEPS, "eval.clients=20")),
     "sotu": Task(
-        (*RECIPES["sotu"].settings, "server.fraction_train=0.2", "eval.clients=8"), classes=False
+        (
+            *RECIPES["sotu"].settings, *TWO_STEPS, "stage1.rounds=3", "stage2.rounds=2",
+            "stage1.batch_size=4", "stage2.batch_size=4", "eval.clients=8",
+            "eval.pooled_examples=50",
+        ),
+        classes=False,
     ),
 }  # fmt: skip
 
