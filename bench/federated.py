@@ -18,9 +18,9 @@ import torch
 
 from fedms.fl.config import Config, load_config
 from fedms.fl.engines.world import World
-from fedms.fl.round import Run
-from fedms.fl.runs.progress import Progress
-from fedms.fl.runs.records import RoundRecord
+from fedms.fl.journal.progress import Progress
+from fedms.fl.journal.records import RoundRecord
+from fedms.fl.runs.method import run_method
 from fedms.fl.runs.report import read_rounds
 
 ROWS: dict[str, list[str]] = {
@@ -61,7 +61,7 @@ def main() -> None:
                     config = _config(args.settings, seed, ROWS[row])
                     world = world or World(config, progress)
                     folder.mkdir(parents=True, exist_ok=True)
-                    Run(config, world, folder, progress).execute()
+                    run_method(config, world, folder, progress)
                     (folder / "finished").touch()
                 results[row].append(read_rounds(folder))
     table = _table(results, args.seeds, args.settings)

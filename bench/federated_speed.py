@@ -19,7 +19,7 @@ from fedms.fl.algorithms import stages_of
 from fedms.fl.client import Visit, visit
 from fedms.fl.config import load_config
 from fedms.fl.engines.world import World
-from fedms.fl.runs.progress import Progress
+from fedms.fl.journal.progress import Progress
 
 SMALL = [
     "method=fedavg", "rivals=[]", "data.num_clients=32", "data.unseen_clients=0",

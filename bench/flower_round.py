@@ -33,7 +33,7 @@ from fedms.fl.client import Visit, visit
 from fedms.fl.config import Config, load_config
 from fedms.fl.data.sampling import draw_batches, generator
 from fedms.fl.engines.world import World
-from fedms.fl.runs.progress import Progress
+from fedms.fl.journal.progress import Progress
 
 SETTINGS = [
     "method=fedavg", "rivals=[]", "data.max_per_category=6", "data.unseen_clients=0",

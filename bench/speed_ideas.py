@@ -22,8 +22,8 @@ import torch
 
 from fedms.fl.config import load_config
 from fedms.fl.engines.world import World
-from fedms.fl.round import Run
-from fedms.fl.runs.progress import Progress
+from fedms.fl.journal.progress import Progress
+from fedms.fl.runs.method import run_method
 
 VARIANTS: dict[str, list[str]] = {
     "all on": [],
@@ -67,7 +67,7 @@ def _measure(variant: str, settings: list[str]) -> dict[str, Any]:
     config = load_config(None, [*SMALL, *settings, *VARIANTS[variant]])
     with tempfile.TemporaryDirectory() as folder, Progress(quiet=True) as progress:
         world = World(config, progress)
-        Run(config.replace(rivals=()), world, Path(folder), progress).execute()
+        run_method(config, world, Path(folder), progress)
         lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         clients = (Path(folder) / "clients.jsonl").read_text(encoding="utf-8").splitlines()
     rounds = [json.loads(line) for line in lines]

@@ -15,9 +15,9 @@ from study_lines import Line, append, shown
 
 from fedms.fl.engines.world import World
 from fedms.fl.evaluate import spread
-from fedms.fl.round import Run
-from fedms.fl.runs.progress import Progress
-from fedms.fl.runs.records import ClientRecord, RoundRecord
+from fedms.fl.journal.progress import Progress
+from fedms.fl.journal.records import ClientRecord, RoundRecord
+from fedms.fl.runs.method import run_method
 from fedms.fl.runs.report import read_clients, read_rounds
 from fedms.fl.tasks.task import Metric
 
@@ -60,7 +60,7 @@ def work(group: Group, runs: Path, commit: str, lines: Path | None) -> list[Line
             folder = runs / _name(cell, scale, group.kind)
             shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
             folder.mkdir(parents=True)
-            Run(config, world, folder, meter).execute()
+            run_method(config, world, folder, meter)
             line = _line(cell, scale, group.kind, folder, meter.spent, commit, world)
         except Exception:
             print(f"{cell} failed after {time.perf_counter() - started:.0f} s", flush=True)

@@ -154,8 +154,8 @@ def _run(args: argparse.Namespace) -> None:
     if args.explain:
         print(explain(config), end="")
         return
+    from fedms.fl.journal.progress import Progress
     from fedms.fl.runs.folder import start
-    from fedms.fl.runs.progress import Progress
 
     folder = args.out or Path("runs") / f"{config.method}-{time.strftime('%Y%m%d-%H%M%S')}"
     with Progress(quiet=args.quiet) as progress:
@@ -164,8 +164,8 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _resume(args: argparse.Namespace) -> None:
+    from fedms.fl.journal.progress import Progress
     from fedms.fl.runs.folder import resume
-    from fedms.fl.runs.progress import Progress
 
     with Progress(quiet=args.quiet) as progress:
         resume(args.folder, progress)
@@ -182,8 +182,8 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _predict(args: argparse.Namespace) -> None:
+    from fedms.fl.journal.progress import Progress
     from fedms.fl.runs.predict import predict
-    from fedms.fl.runs.progress import Progress
 
     for found in predict(args.folder, args.client, args.examples, Progress(quiet=True)):
         weights = (
@@ -201,8 +201,8 @@ def _predict(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
+    from fedms.fl.journal.progress import Progress
     from fedms.fl.runs.export import export_clients
-    from fedms.fl.runs.progress import Progress
 
     if bool(args.clients) == args.all:
         raise FedMSError("name the clients to export, or give --all")
@@ -212,7 +212,7 @@ def _export(args: argparse.Namespace) -> None:
 
 def _fetch(args: argparse.Namespace) -> None:
     from fedms.fl.fetch import RECIPES, fetch
-    from fedms.fl.runs.progress import steps
+    from fedms.fl.journal.progress import steps
 
     if not args.names:
         for recipe in RECIPES.values():

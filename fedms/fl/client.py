@@ -37,6 +37,12 @@ class Visit:
     blocks: tuple[int, ...]
 
 
+def prepare(model: Model, stage: Stage, awake: Sequence[int]) -> None:
+    """Bring the model to a stage: the blocks whose experts take part, its small networks."""
+    model.slots.set_awake(awake)
+    model.build(dict(stage.modules))
+
+
 def received(model: Model, stage: Stage, server: State) -> State:
     """What every client of a stage has from the server, over what nobody has trained yet."""
     sent = select(server, (*stage.sends_every_round, *stage.frozen))
@@ -62,7 +68,7 @@ def visit(
 
     Returns:
         in the order of ``visits``, an update or why there is none: the client has nothing to train
-        on, or its loss is not finite.
+        on, its loss is not finite, or what it leaves is not.
     """
     stage = stage.in_round(round)
     able = [each for each in visits if len(_examples(stage.phases[0], each.client))]
@@ -240,6 +246,9 @@ def _leave(
         for name, tensor in stage.leaves(now, began).items()
         if _trains(model, visit, name)
     }
+    for name, tensor in left.items():
+        if not torch.isfinite(tensor).all():
+            return ClientFailure(f"its {name} is not finite")
     shared = select(left, stage.shares)
     return Update(
         client_id=visit.client.client_id,

@@ -15,16 +15,37 @@ from fedms.fl.algorithms.stage import Predict
 from fedms.fl.client import class_counts, received
 from fedms.fl.data.federation import ClientData, Federation
 from fedms.fl.data.sampling import generator
+from fedms.fl.journal.records import ClientScore, Spread
 from fedms.fl.model.view import MOST_LOGITS, Model, View
-from fedms.fl.runs.records import ClientScore, Spread
 from fedms.fl.types import Advance, State
 
 
 @dataclass(frozen=True)
-class Scores:
-    """All that is evaluated after a round; no global accuracy where there is no common model."""
+class Tally:
+    """A sum of scores over some examples; two of other examples can be added."""
 
-    global_accuracy: float | None
+    total: float = 0.0
+    count: int = 0
+
+    @property
+    def mean(self) -> float | None:
+        """None of no examples."""
+        return self.total / self.count if self.count else None
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(self.total + other.total, self.count + other.count)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """All that is evaluated after a round.
+
+    Attributes:
+        common: the common model on the tests of those who take part; empty where there is none.
+        clients: each client's own model.
+    """
+
+    common: Tally
     clients: tuple[ClientScore, ...]
 
 
@@ -56,12 +77,13 @@ def val_sample(federation: Federation, size: int, seed: int) -> np.ndarray:
     return _sample([client.val for client in federation.clients], size, seed, "validation")
 
 
-def scored_sample(federation: Federation, size: int, seed: int) -> list[ClientData]:
+def scored_sample(clients: Sequence[str], unseen: Sequence[str], size: int, seed: int) -> list[str]:
     """The clients that are scored, then unseen ones: all, or ``size`` of each drawn once."""
-    found: list[ClientData] = []
-    for clients, name in ((federation.clients, "scored"), (federation.unseen, "scored unseen")):
-        if clients:
-            found += [clients[i] for i in _sample([np.arange(len(clients))], size, seed, name)]
+    found: list[str] = []
+    for ids, name in ((clients, "scored"), (unseen, "scored unseen")):
+        if ids:
+            chosen: list[int] = _sample([np.arange(len(ids))], size, seed, name).tolist()
+            found += [ids[i] for i in chosen]
     return found
 
 
@@ -96,9 +118,11 @@ def evaluate(
         advance: hears how many clients are done.
     """
     unseen = {client.client_id for client in federation.unseen}
+    if not clients:
+        return Scores(Tally(), ())
     sent = received(model, stage, server)
     common: Mapping[int, float] = {}
-    tests = np.concatenate([client.test for client in clients if client.client_id not in unseen])
+    tests = [client.test for client in clients if client.client_id not in unseen]
     if stage.common is not None:
         examples = np.unique(np.concatenate([*(client.test for client in clients), pooled]))
         model.slots.load([stage.start(sent, {})])
@@ -130,26 +154,32 @@ def evaluate(
                 )
             )
         advance(len(side_by_side))
-    return Scores(_mean(common, tests) if common else None, tuple(scores))
+    return Scores(_tally(common, tests), tuple(scores))
 
 
 @torch.no_grad()
 def common_score(
     model: Model, stage: Stage, server: State, federation: Federation, examples: np.ndarray
-) -> float | None:
+) -> Tally:
     """What SAL watches: the common model's score on the clients' validation ``examples``.
 
-    None where there is no such model or no such example.
+    Empty where there is no such model.
     """
     if not len(examples) or stage.common is None:
-        return None
+        return Tally()
     model.slots.load([stage.start(received(model, stage, server), {})])
     (scores,), _ = _score(model, stage.common, None, federation.clients[:1], [examples])[0]
-    return _mean(scores, examples)
+    return _tally(scores, [examples])
 
 
 def _mean(scores: Mapping[int, float], indices: np.ndarray) -> float:
     return float(np.mean([scores[i] for i in indices.tolist()]))
+
+
+def _tally(scores: Mapping[int, float], parts: Sequence[np.ndarray]) -> Tally:
+    """The sum over all examples of ``parts``; of nothing where nothing was scored."""
+    values = [scores[i] for part in parts for i in part.tolist()] if scores else []
+    return Tally(math.fsum(values), len(values))
 
 
 ByExample = dict[int, float]

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field, model_validator
 
 from fedms.fl.client import class_counts, learning
-from fedms.fl.data.federation import Federation
+from fedms.fl.data.federation import ClientData
 from fedms.fl.data.sampling import generator
 from fedms.fl.model.view import Model, View
 from fedms.fl.settings import Count, Section
@@ -60,7 +60,9 @@ class SalConfig(Section):
 
 
 PROBE_CLIENTS = 8
+"""Clients whose gradients make a block's importance."""
 PROBE_EXAMPLES = 32
+"""Of each of them."""
 
 
 def wake_order(
@@ -151,14 +153,14 @@ class Activation:
         self._scores.extend(state["scores"])
 
 
-def block_importance(model: Model, federation: Federation) -> list[float]:
-    """One score per block: the fresh global expert's squared gradient norm, summed over probes."""
+def block_importance(model: Model, clients: Sequence[ClientData]) -> list[float]:
+    """One score per block: the fresh global expert's squared gradient norm, summed over clients."""
     slots = model.slots
     before, blocks = slots.awake, range(len(model.backbone.blocks))
     slots.set_awake(blocks)
     slots.load([slots.fresh("global")])
     scores = [0.0] * len(blocks)
-    for client in federation.clients[:PROBE_CLIENTS]:
+    for client in clients:
         with learning(slots.live.values()):
             view = View(model, [client.train[:PROBE_EXAMPLES]], class_counts(model, [client]))
             view.mean(view.nll("global")).sum().backward()

@@ -1,17 +1,96 @@
-"""The server's half of a round: refuse what is no update, then the example-weighted fp32 mean."""
+"""The server's half of a round: what it sends, what it refuses, how it adds up what it takes."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 
-from fedms.fl.algorithms.stage import Aggregate
-from fedms.fl.types import ClientFailure, Failure, QuorumError, State, Update
+from fedms.fl.algorithms.stage import Aggregate, Stage
+from fedms.fl.client import prepare, received
+from fedms.fl.model.view import Model
+from fedms.fl.tasks.task import Metric
+from fedms.fl.types import ClientFailure, Failure, Patterns, QuorumError, State, Update, select
+from fedms.fl.wire import pack, unpack
 
 
-def check_update(update: Update, expected: State) -> None:
+class Server:
+    """What the server holds, and what it sends of it.
+
+    Args:
+        model: for names, shapes and what nobody has trained yet.
+
+    Attributes:
+        state: what clients have trained and sent, put together.
+        num_blocks, parameter_count: of the model without experts.
+        metric: how scores are shown.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self._model, self.state = model, State()
+        self.num_blocks = len(model.backbone.blocks)
+        self.parameter_count = model.backbone.parameter_count
+
+    @property
+    def metric(self) -> Metric:
+        return self._model.task.metric
+
+    def sends(self, stage: Stage, awake: Sequence[int]) -> tuple[State, State]:
+        """What every client of a cohort is sent, and what only those are who lack it."""
+        prepare(self._model, stage, awake)
+        state = received(self._model, stage, self.state)
+        return self._awake(state, stage.sends_every_round), self._awake(state, stage.frozen)
+
+    def trainable_parameters(self, stage: Stage, awake: Sequence[int]) -> int:
+        """Numbers that a client trains."""
+        prepare(self._model, stage, awake)
+        start = stage.start(received(self._model, stage, self.state), {})
+        return sum(tensor.numel() for tensor in self._awake(start, stage.trains).values())
+
+    def _awake(self, state: State, patterns: Patterns) -> State:
+        awake = self._model.slots.is_awake
+        return {name: t for name, t in select(state, patterns).items() if awake(name)}
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What a client sends after a visit: its :class:`Update` without what stays with it.
+
+    ``kept`` says whether something did, which a round's commit has to know.
+    """
+
+    client_id: str
+    round: int
+    num_examples: int
+    shared: State
+    kept: bool
+    train_loss: float
+
+    def to_bytes(self) -> bytes:
+        record = {key: value for key, value in vars(self).items() if key != "shared"}
+        return pack(record, shared=self.shared)
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Self:
+        """ValueError if it is something else."""
+        record, states = unpack(content)
+        try:
+            return cls(**record, shared=states.get("shared", {}))
+        except TypeError as error:
+            raise ValueError(f"a message with other fields: {error}") from error
+
+
+def expected(model: Model, stage: Stage, sent: State) -> State:
+    """What an update may hold, by name and shape, of a client that was sent ``sent``."""
+    start = stage.start(received(model, stage, sent), {})
+    shared = select(stage.leaves(start, start), stage.shares)
+    return {name: tensor for name, tensor in shared.items() if model.slots.is_awake(name)}
+
+
+def check_update(update: Update | Sent, expected: State) -> None:
     """Refuse an update that cannot be averaged.
 
     Raises:
@@ -27,34 +106,67 @@ def check_update(update: Update, expected: State) -> None:
                 f"it sent {name} of shape {list(tensor.shape)}, "
                 f"expected {list(expected[name].shape)}"
             )
-    for name, tensor in {**update.shared, **update.kept}.items():
         if not torch.isfinite(tensor).all():
             raise ClientFailure(f"its {name} is not finite")
 
 
 class Totals:
-    """A round's updates, added up one by one as a stage's aggregate says.
+    """Updates added up one by one as an aggregate says, or held one by one where it asks for each.
 
-    Only sums are held, in fp32 or wider, whatever the updates were sent in.
+    Sums are in fp64, in which they are nearly exact: how clients are shared out to processes does
+    not show. What comes of them is in the dtype that was sent, fp32 at least.
+
+    Attributes:
+        sums, weights: by name.
+        each: where the aggregate wants them, statistics by client. ``weights`` are by client then.
     """
 
     def __init__(self, aggregate: Aggregate) -> None:
         self._aggregate = aggregate
-        self._sums: State = {}
-        self._weights: dict[str, float] = {}
+        self.sums: State = {}
+        self.weights: dict[str, float] = {}
+        self.each: dict[str, State] = {}
+        self.dtype = torch.float32
 
-    def add(self, update: Update) -> None:
+    def add(self, update: Update | Sent) -> None:
         """Add what an update shares."""
         weight = float(update.num_examples) if self._aggregate.weight == "examples" else 1.0
-        for name, tensor in self._aggregate.statistics(update.shared).items():
-            wide = tensor.float() if tensor.dtype.itemsize < 4 else tensor
-            term = wide * weight
-            self._sums[name] = self._sums[name] + term if name in self._sums else term
-            self._weights[name] = self._weights.get(name, 0.0) + weight
+        found = self._aggregate.statistics(update.shared)
+        for tensor in found.values():
+            self.dtype = torch.promote_types(self.dtype, tensor.dtype)
+        if self._aggregate.each:
+            self.each[update.client_id] = found
+            self.weights[update.client_id] = weight
+            return
+        self._put({name: t.double() * weight for name, t in found.items()})
+        self._weigh(dict.fromkeys(found, weight))
+
+    def merge(self, other: Totals) -> None:
+        """Add what another process has added up."""
+        self.dtype = torch.promote_types(self.dtype, other.dtype)
+        self.each.update(other.each)
+        self._put(other.sums)
+        self._weigh(other.weights)
 
     def finish(self, server: State) -> State:
         """The server's next state; what nobody sent stays, as the same tensor."""
-        return self._aggregate.finish(server, self._sums, self._weights) if self._sums else server
+        if self.each:
+            clients = sorted(self.each)  # whoever came first: sums over them must not depend on it
+            return self._aggregate.finish(
+                server, {c: self.each[c] for c in clients}, {c: self.weights[c] for c in clients}
+            )
+        if not self.sums:
+            return server
+        after = self._aggregate.finish(server, self.sums, self.weights)
+        return {n: t if server.get(n) is t else t.to(self.dtype) for n, t in after.items()}
+
+    def _put(self, sums: State) -> None:
+        for name, term in sums.items():
+            self.sums[name] = self.sums[name] + term if name in self.sums else term
+
+    def _weigh(self, weights: dict[str, float]) -> None:
+        for name, weight in weights.items():
+            self.weights[name] = self.weights.get(name, 0.0) + weight
 
 
 def require_quorum(cohort: int, failed: Sequence[Failure], quorum: float) -> None:

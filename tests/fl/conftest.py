@@ -11,12 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from spy import Change, Spy
 
 from fedms.fl.config import Config, load_config
+from fedms.fl.engines.local import LocalEngine
 from fedms.fl.engines.world import World
+from fedms.fl.journal.progress import Progress
 from fedms.fl.model.view import Model
 from fedms.fl.round import Run
-from fedms.fl.runs.progress import Progress
+from fedms.fl.runs.method import MakeEngine, run_method
 
 CLASSES = {
     "lung": ["cough", "breath", "wheeze", "sputum", "chest"],
@@ -167,11 +170,11 @@ def world(config: Callable[..., Config], quiet: Progress) -> World:
 def execute(quiet: Progress) -> Callable[..., Run]:
     """``execute(config, folder)``: carry a run to its end, on a new world unless one is given."""
 
-    def carry(config: Config, folder: Path, world: World | None = None) -> Run:
+    def carry(
+        config: Config, folder: Path, world: World | None = None, engine: MakeEngine = LocalEngine
+    ) -> Run:
         folder.mkdir(parents=True, exist_ok=True)
-        run = Run(config, world or World(config, quiet), folder, quiet)
-        run.execute()
-        return run
+        return run_method(config, world or World(config, quiet), folder, quiet, engine)
 
     return carry
 
@@ -197,3 +200,42 @@ def in_float64() -> str:
     The fast paths give their products other shapes. Those round otherwise, and Adam amplifies it.
     """
     return "model.dtype=float64"
+
+
+@pytest.fixture
+def metrics(config, execute, tmp_path, read_lines):
+    """``metrics("key=value")``: the lines of a whole run, metrics and clients."""
+
+    def run(*overrides: str, name: str = "run", world: World | None = None) -> tuple[list, list]:
+        folder = tmp_path / name
+        execute(config(*overrides), folder, world)
+        return read_lines(folder / "metrics.jsonl"), read_lines(folder / "clients.jsonl")
+
+    return run
+
+
+@pytest.fixture
+def spied(config, execute, tmp_path_factory) -> Callable[..., Spy]:
+    """``spied("key=value")``: a whole run's engine, which has recorded what passed.
+
+    ``engine.folder`` is the run's, with all of its checkpoints.
+    """
+
+    def run(
+        *overrides: str,
+        world: World | None = None,
+        change: Change = lambda order, found: found,
+        folder: Path | None = None,
+    ) -> Spy:
+        made: list[Spy] = []
+
+        def engine(*args) -> Spy:
+            made.append(Spy(*args, change=change))
+            return made[-1]
+
+        folder = folder or tmp_path_factory.mktemp("spied")
+        execute(config("engine.keep_checkpoints=99", *overrides), folder, world, engine)
+        made[0].folder = folder
+        return made[0]
+
+    return run

@@ -8,9 +8,13 @@ import os
 from pathlib import Path
 
 import pytest
+from spy import Spy
 
 from fedms.fl.cli import main
 from fedms.fl.config import load_config
+from fedms.fl.journal.progress import Progress
+from fedms.fl.runs.folder import start
+from fedms.fl.types import Failure, QuorumError
 
 
 @pytest.fixture
@@ -263,11 +267,14 @@ def test_all_checkpoints_damaged(settings, tmp_path, capsys):
     assert "no checkpoint in" in text
 
 
-def test_predict_before_the_first_round_and_for_a_stranger(settings, tmp_path, capsys, monkeypatch):
+def test_predict_before_the_first_round_and_for_a_stranger(config, tmp_path, capsys):
     folder = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        patch.setattr("fedms.fl.round.visit", lambda *_: 1 / 0)
-        assert main(["run", *settings, "--out", str(folder), "--quiet"]) == 2
+
+    def nobody(*args) -> Spy:
+        return Spy(*args, change=lambda order, found: Failure(found.client_id, "away"))
+
+    with pytest.raises(QuorumError):
+        start(config(), folder, Progress(quiet=True), engine=nobody)
     capsys.readouterr()
     assert main(["predict", str(folder), "--client", "client-00", "rash"]) == 2
     assert "no round" in capsys.readouterr().err

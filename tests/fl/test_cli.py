@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import _thread
 import io
 import json
 import os
 import re
 import shutil
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -17,8 +20,8 @@ from safetensors.torch import load_file
 from fedms import __version__
 from fedms.fl.cli import main
 from fedms.fl.config import load_config
+from fedms.fl.journal.states import ClientStates
 from fedms.fl.runs.export import folder_name
-from fedms.fl.runs.states import ClientStates
 
 ARGUMENTS = {
     "run": ["CONFIG.toml", "key=value", "--out DIR", "--quiet", "--settings", "fedms resume DIR"],
@@ -347,12 +350,15 @@ def test_clients_have_folders_of_their_own():
     assert len({folder_name(name) for name in names}) == len(names)
 
 
-def test_interrupt(settings, tmp_path, capsys, monkeypatch):
-    from fedms.fl import round as local
+def test_interrupt(settings, tmp_path, capsys):
+    """Ctrl-C once the first round is done."""
 
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
+    def interrupt() -> None:
+        while not (tmp_path / "r" / "metrics.jsonl").exists():
+            time.sleep(0.01)
+        _thread.interrupt_main()
 
-    monkeypatch.setattr(local, "visit", stop)
-    assert main(["run", *settings, "--out", str(tmp_path / "r"), "--quiet"]) == 130
+    threading.Thread(target=interrupt, daemon=True).start()
+    many = [*settings, "stage1.rounds=1000"]
+    assert main(["run", *many, "--out", str(tmp_path / "r"), "--quiet"]) == 130
     assert "`fedms resume DIR` goes on" in capsys.readouterr().err

@@ -10,8 +10,8 @@ import pytest
 from fedms.fl.data.federation import ClientData, Dataset, Federation
 from fedms.fl.engines.world import load_federation
 from fedms.fl.evaluate import scored_sample, val_sample
+from fedms.fl.journal.progress import Progress
 from fedms.fl.runs.folder import resume, start
-from fedms.fl.runs.progress import Progress
 from fedms.fl.types import DataError
 
 
@@ -29,17 +29,18 @@ def federation(clients: int, unseen: int) -> Federation:
 
 def test_all_are_scored_where_there_are_no_more_than_asked_for():
     few = federation(7, 3)
+    clients, unseen = list("abcdefg"), list("xyz")
     for size in (0, 7, 8):
-        assert scored_sample(few, size, seed=0) == [*few.clients, *few.unseen]
+        assert scored_sample(clients, unseen, size, seed=0) == [*clients, *unseen]
         assert val_sample(few, 2 * size, seed=0).tolist() == list(range(14))
 
 
 def test_a_sample_of_clients_and_of_unseen_ones_belongs_to_the_seed():
     many = federation(300, 20)
-    found = scored_sample(many, 10, seed=0)
-    assert found == scored_sample(many, 10, seed=0)
-    assert found != scored_sample(many, 10, seed=1)
-    ids = [client.client_id for client in found]
+    who = [[client.client_id for client in some] for some in (many.clients, many.unseen)]
+    ids = scored_sample(*who, 10, seed=0)
+    assert ids == scored_sample(*who, 10, seed=0)
+    assert ids != scored_sample(*who, 10, seed=1)
     assert len(set(ids)) == 20
     assert ids == sorted(ids)
     assert sum(id < "c300" for id in ids) == 10
@@ -50,15 +51,15 @@ def test_a_sample_of_clients_and_of_unseen_ones_belongs_to_the_seed():
 
 
 def test_a_run_scores_the_sample_in_every_round(config, execute, tmp_path, read_lines):
-    run = execute(config("eval.clients=2", "stage1.rounds=2", "stage2.rounds=1"), tmp_path)
-    lines = read_lines(run.folder / "clients.jsonl")
+    execute(config("eval.clients=2", "stage1.rounds=2", "stage2.rounds=1"), tmp_path)
+    lines = read_lines(tmp_path / "clients.jsonl")
     by_round = {
         round: [line["client_id"] for line in lines if line["round"] == round]
         for round in (1, 2, 3)
     }
     assert by_round[1] == by_round[2] == by_round[3]
     assert [line["seen"] for line in lines if line["round"] == 1] == [True, True, False]
-    last = read_lines(run.folder / "metrics.jsonl")[-1]
+    last = read_lines(tmp_path / "metrics.jsonl")[-1]
     assert last["personalized_accuracy"]["clients"] == 2
     assert last["unseen_accuracy"]["clients"] == 1
     assert len(last["participants"]) == 4

@@ -23,8 +23,8 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from fedms.fl.cli import main
 from fedms.fl.config import load_config
+from fedms.fl.journal.progress import Progress
 from fedms.fl.runs.folder import resume, start
-from fedms.fl.runs.progress import Progress
 from fedms.fl.runs.report import read_clients, read_rounds
 
 COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "grey": (99, 99, 99)}

@@ -93,14 +93,18 @@ class Aggregate:
     """How a round's updates become the server's next state.
 
     Attributes:
-        statistics: an update's shared state -> what is summed, in fp32 or wider.
-        finish: (server's state, sums, total weight by name) -> the server's next state.
+        statistics: an update's shared state -> what is summed, in fp64.
+        finish: (server's state, sums, total weight by name) -> the server's next state; with
+            ``each`` (server's state, statistics by client, weight by client).
         weight: what an update weighs: its number of examples, or 1.
+        each: nothing is summed, ``finish`` is given every client's statistics. They are held until
+            the round ends: memory follows the cohort.
     """
 
     statistics: Callable[[State], State] = mean_statistics
-    finish: Callable[[State, State, dict[str, float]], State] = mean_finish
+    finish: Callable[..., State] = mean_finish
     weight: Literal["examples", "clients"] = "examples"
+    each: bool = False
 
 
 @dataclass(frozen=True)

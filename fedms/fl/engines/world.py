@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,21 +17,13 @@ from fedms.fl.data.images import Images
 from fedms.fl.data.partition import Fractions, make_federation
 from fedms.fl.engines.texts import causal_lm_task, text_task, windows_of
 from fedms.fl.engines.vision import image_task
+from fedms.fl.journal.journal import Outcome
+from fedms.fl.journal.progress import Progress
 from fedms.fl.model.gate import mean_frequencies
 from fedms.fl.model.prefix import Outputs, Prefix
 from fedms.fl.model.slots import Slots
 from fedms.fl.model.view import Model
-from fedms.fl.runs.checkpoint import Checkpoint
-from fedms.fl.runs.progress import Progress
 from fedms.fl.types import DataError
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A first stage's end, its checkpoint and lines, for a method that begins with the same."""
-
-    checkpoint: Checkpoint
-    lines: dict[str, str]
 
 
 class World:

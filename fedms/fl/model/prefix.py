@@ -54,6 +54,8 @@ class Prefix:
     def keep(self, depths: Sequence[int]) -> None:
         """From now on batches may start at these depths and at no others."""
         wanted = {depth for depth in depths if depth > 0}
+        if wanted == self._states.keys():
+            return
         for stale in self._states.keys() - wanted:
             self.bytes -= sum(state.nbytes for state in self._states.pop(stale).values())
         for depth in wanted:
@@ -97,10 +99,17 @@ class Outputs:
     def __init__(self, enabled: bool = True, max_bytes: int = 2**30) -> None:
         self._enabled, self._max_bytes, self._bytes = enabled, max_bytes, 0
         self._frozen: frozenset[tuple[str, ...]] = frozenset()
+        self._owner: object = None
         self._known: dict[tuple[str, ...], dict[int, Tensor]] = {}
 
-    def keep(self, paths: Sequence[tuple[str, ...]]) -> None:
-        """Forget all, and from now on keep what these paths give."""
+    def keep(self, paths: Sequence[tuple[str, ...]], owner: object) -> None:
+        """From now on keep what these paths give; forget all that another ``owner`` had kept.
+
+        An owner's parameters on these paths do not change.
+        """
+        if owner == self._owner:
+            return
+        self._owner = owner
         self._frozen = frozenset(paths) if self._enabled else frozenset()
         self._forget()
 

@@ -12,10 +12,10 @@ from urllib.parse import quote
 
 from safetensors.torch import save
 
+from fedms.fl.journal.files import replace_file
+from fedms.fl.journal.progress import Progress
 from fedms.fl.model.slots import Slots
-from fedms.fl.runs.files import replace_file
 from fedms.fl.runs.opened import open_run
-from fedms.fl.runs.progress import Progress
 from fedms.fl.types import FedMSError, State, matches, renamed, select
 
 PEFT_PREFIX = "base_model.model."

@@ -6,8 +6,8 @@ DIR/label_counts.json     classes, clients, which of these are unseen, and each 
                           training examples per class
 DIR/metrics.jsonl         one RoundRecord a round
 DIR/clients.jsonl         one line per client per evaluation
-DIR/checkpoints/          see fedms.fl.runs.checkpoint
-DIR/clients/              see fedms.fl.runs.states
+DIR/checkpoints/          see fedms.fl.journal.checkpoint
+DIR/clients/              see fedms.fl.journal.states
 DIR/adapters/             the server's experts in peft's format; DIR/gate.safetensors
 DIR/adapters/clients/<id>/   a client's own, written by `fedms export`
 DIR/rivals/<method>/      the same for each rival
@@ -23,21 +23,30 @@ import numpy as np
 
 from fedms.fl.config import Config, load_config, to_toml
 from fedms.fl.data.federation import Federation
+from fedms.fl.engines.local import LocalEngine
 from fedms.fl.engines.world import World
 from fedms.fl.fetch import RECIPES
+from fedms.fl.journal.files import locked, replace_file
+from fedms.fl.journal.progress import Progress
 from fedms.fl.round import Run
 from fedms.fl.runs.export import export_common
-from fedms.fl.runs.files import locked, replace_file
+from fedms.fl.runs.method import MakeEngine, run_method
 from fedms.fl.runs.origin import Origin, frozen_weights
-from fedms.fl.runs.progress import Progress
 from fedms.fl.types import FedMSError, select
 
 
-def start(config: Config, folder: Path, progress: Progress, source: Any = None) -> None:
+def start(
+    config: Config,
+    folder: Path,
+    progress: Progress,
+    source: Any = None,
+    engine: MakeEngine = LocalEngine,
+) -> None:
     """Begin a run in a new folder and carry it to its end.
 
     Args:
         source: a ``datasets.Dataset`` in place of what ``data.source`` names.
+        engine: where clients run.
 
     Raises:
         FedMSError: the folder holds something already, or cannot be written.
@@ -47,14 +56,16 @@ def start(config: Config, folder: Path, progress: Progress, source: Any = None) 
         folder.mkdir(parents=True, exist_ok=True)
     with locked(folder, progress.warn):
         _refuse_what_is_there(folder)  # another process may have begun in it
-        _carry_on(_from_anywhere(config), folder, progress, source)
+        _carry_on(_from_anywhere(config), folder, progress, source, engine)
 
 
-def resume(folder: Path, progress: Progress, source: Any = None) -> None:
+def resume(
+    folder: Path, progress: Progress, source: Any = None, engine: MakeEngine = LocalEngine
+) -> None:
     """Carry a run on from its newest whole checkpoints to its end; a finished run stays as it is.
 
     Args:
-        source: as it was started with.
+        source, engine: as it was started with.
 
     Raises:
         FedMSError: the folder holds no run, another process works on it, or the data, the model or
@@ -63,7 +74,7 @@ def resume(folder: Path, progress: Progress, source: Any = None) -> None:
     if not (folder / "config.toml").is_file():
         raise FedMSError(f"{folder} holds no run: it has no config.toml")
     with locked(folder, progress.warn):
-        _carry_on(load_config(folder / "config.toml"), folder, progress, source)
+        _carry_on(load_config(folder / "config.toml"), folder, progress, source, engine)
 
 
 def _refuse_what_is_there(folder: Path) -> None:
@@ -88,7 +99,9 @@ def _from_anywhere(config: Config) -> Config:
     )
 
 
-def _carry_on(config: Config, folder: Path, progress: Progress, source: Any) -> None:
+def _carry_on(
+    config: Config, folder: Path, progress: Progress, source: Any, engine: MakeEngine
+) -> None:
     """Do what is left.
 
     Nothing is written before data and model are there: after a mistake in them the folder is
@@ -110,19 +123,18 @@ def _carry_on(config: Config, folder: Path, progress: Progress, source: Any) -> 
             _prepare(settings, place)
             began.check(settings, place)
             _write_label_counts(world.federation, place / "label_counts.json")
-            run = Run(settings, world, place, progress)
-            run.execute()
-            _export(run, place)
+            _export(run_method(settings, world, place, progress, engine), world, place)
             replace_file(place / "finished", b"")
 
 
-def _export(run: Run, folder: Path) -> None:
+def _export(run: Run, world: World, folder: Path) -> None:
     """Write what everybody shares; clients' own parts wait until they are asked for."""
-    state = dict(run.server)
-    for expert in run.experts:  # what nobody trains, e.g. a frozen lora_A, belongs to an adapter
-        if select(state, (f"{expert}.*",)):
-            state = {**run.model.slots.fresh(expert), **state}
-    export_common(run.model.slots, state, folder, run.config.model.path)
+    slots, state = world.model.slots, dict(run.server.state)
+    slots.set_awake(run.awake)
+    for expert in {name for stage in run.stages for name in stage.experts}:
+        if select(state, (f"{expert}.*",)):  # what nobody trains belongs to an adapter, too
+            state = {**slots.fresh(expert), **state}
+    export_common(slots, state, folder, run.config.model.path)
 
 
 def _prepare(config: Config, folder: Path) -> None:

@@ -16,11 +16,11 @@ from fedms.fl.data.federation import Dataset, Federation
 from fedms.fl.data.images import Images
 from fedms.fl.engines.texts import windows_of
 from fedms.fl.engines.world import load_model
+from fedms.fl.journal.checkpoint import load_checkpoint
+from fedms.fl.journal.progress import Progress
+from fedms.fl.journal.states import ClientStates
 from fedms.fl.model.view import Model
-from fedms.fl.runs.checkpoint import load_checkpoint
 from fedms.fl.runs.origin import check_model, frozen_weights
-from fedms.fl.runs.progress import Progress
-from fedms.fl.runs.states import ClientStates
 from fedms.fl.sal import Activation
 from fedms.fl.types import FedMSError, State
 

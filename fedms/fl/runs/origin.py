@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fedms.fl.config import Config
 from fedms.fl.data.federation import Dataset, Federation
-from fedms.fl.runs.files import replace_file
+from fedms.fl.journal.files import replace_file
 from fedms.fl.settings import Section
 from fedms.fl.types import FedMSError
 

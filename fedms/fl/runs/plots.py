@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedms.fl.runs.records import ClientRecord, RoundRecord
+from fedms.fl.journal.records import ClientRecord, RoundRecord
 from fedms.fl.tasks.task import Metric
 from fedms.fl.types import FedMSError
 

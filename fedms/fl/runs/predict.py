@@ -13,10 +13,10 @@ import torch
 from fedms.fl.algorithms import Stage
 from fedms.fl.data.federation import Dataset
 from fedms.fl.engines.world import load_federation
+from fedms.fl.journal.progress import Progress
 from fedms.fl.model.gate import mean_frequencies
 from fedms.fl.model.view import View
 from fedms.fl.runs.opened import Opened, open_run
-from fedms.fl.runs.progress import Progress
 from fedms.fl.tasks.causal_lm import predicted_tokens
 
 

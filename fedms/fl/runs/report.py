@@ -18,8 +18,8 @@ from rich.text import Text
 
 from fedms.fl.algorithms import stages_of
 from fedms.fl.config import Config, load_config
+from fedms.fl.journal.records import ClientRecord, RoundRecord, Spread
 from fedms.fl.runs.plots import LabelCounts, MethodRun, draw
-from fedms.fl.runs.records import ClientRecord, RoundRecord, Spread
 from fedms.fl.tasks import METRICS
 from fedms.fl.tasks.task import Metric
 from fedms.fl.types import Failure, FedMSError

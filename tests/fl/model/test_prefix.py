@@ -71,23 +71,25 @@ def test_depths_that_nobody_starts_from_again_are_freed(model, prefix):
 def test_outputs_are_kept_for_the_paths_that_are_frozen():
     outputs, indices = Outputs(), np.array([4, 2, 9])
     assert outputs.missing(("global",), indices) is None
-    outputs.keep([("global",)])
+    outputs.keep([("global",)], "one")
     assert outputs.missing(("local",), indices) is None
     assert outputs.missing(("global",), indices).tolist() == [4, 2, 9]
     outputs.put(("global",), indices[:2], [torch.ones(1, 3), torch.ones(2, 3) * 2])
     assert outputs.missing(("global",), indices).tolist() == [9]
     assert outputs.get(("global",), np.array([2, 4, 2]))[:, 0].tolist() == [2, 2, 1, 2, 2]
-    outputs.keep([("global",)])
+    outputs.keep([("global",)], "one")
+    assert outputs.missing(("global",), indices).tolist() == [9]
+    outputs.keep([("global",)], "another")
     assert outputs.missing(("global",), indices).tolist() == [4, 2, 9]
     off = Outputs(enabled=False)
-    off.keep([("global",)])
+    off.keep([("global",)], "one")
     assert off.missing(("global",), indices) is None
 
 
 def test_outputs_past_their_bound_make_room():
     """What is held never exceeds the bound by more than one batch."""
     outputs, path, every = Outputs(max_bytes=100), ("global",), np.arange(30)
-    outputs.keep([path])
+    outputs.keep([path], "one")
     known = []
     for start in range(0, 30, 5):
         batch = every[start : start + 5]

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from fedms.fl.cli import main
 from fedms.fl.config import Config, load_config
-from fedms.fl.runs.files import locked
+from fedms.fl.journal.files import locked
+from fedms.fl.journal.progress import Progress
 from fedms.fl.runs.folder import resume, start
-from fedms.fl.runs.progress import Progress
 from fedms.fl.types import FedMSError
 
 SHORT = ("stage1.rounds=2", "stage2.rounds=0", "eval.pooled_examples=5")

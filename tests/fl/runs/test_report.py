@@ -18,7 +18,7 @@ from rich.table import Table
 
 from fedms.fl.algorithms import StageConfig
 from fedms.fl.config import Config, to_toml
-from fedms.fl.runs.records import RoundRecord, Spread
+from fedms.fl.journal.records import RoundRecord, Spread
 from fedms.fl.runs.report import comparison_table, read_clients, read_rounds, write_report
 from fedms.fl.types import Failure, FedMSError
 

@@ -5,49 +5,57 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from spy import Spy
 
-from fedms.fl import round as engine
 from fedms.fl.config import Config
-from fedms.fl.runs import folder as experiment
-from fedms.fl.runs.checkpoint import load_checkpoint
+from fedms.fl.engines.local import LocalEngine
+from fedms.fl.journal.checkpoint import load_checkpoint
+from fedms.fl.journal.progress import Progress
+from fedms.fl.journal.states import ClientStates
 from fedms.fl.runs.folder import resume, start
-from fedms.fl.runs.progress import Progress
-from fedms.fl.runs.states import ClientStates
 
 # Imports once, then forks a child for every leg of a run: one that nobody stops, then one that is
 # killed a moment after so and so many visits. Prints how each leg ended and how many lines of
 # metrics it left.
 DRIVER = """
 import json, os, signal, sys, time
+from pathlib import Path
 import torch
 import transformers.models.bert.modeling_bert
-from fedms.fl.cli import main
-from fedms.fl import round as local
-import fedms.fl.runs.report, fedms.fl.runs.folder
+from fedms.fl.config import load_config
+from fedms.fl.engines.local import LocalEngine
+from fedms.fl.journal.progress import Progress
+from fedms.fl.runs.folder import resume, start
 
 torch.set_num_threads(1)
 whole, stopped, settings, moments = sys.argv[1], sys.argv[2], *map(json.loads, sys.argv[3:])
-real = local.visit
 
 def leg(folder, visits, seconds):
-    first = not os.path.exists(os.path.join(folder, "config.toml"))
-    command = ["run", *settings, "--out", folder] if first else ["resume", folder]
+    folder = Path(folder)
     reading, writing = os.pipe()
+
+    class Telling(LocalEngine):
+        def visit(self, *args):
+            os.write(writing, b".")
+            return super().visit(*args)
+
     child = os.fork()
     if not child:
         os.close(reading)
-        local.visit = lambda *args: (os.write(writing, b"."), real(*args))[1]
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        os._exit(main([*command, "--quiet"]))
+        if (folder / "config.toml").exists():
+            resume(folder, Progress(quiet=True), engine=Telling)
+        else:
+            start(load_config(None, settings), folder, Progress(quiet=True), engine=Telling)
+        os._exit(0)
     os.close(writing)
     while visits and os.read(reading, 1):
         visits -= 1
@@ -56,9 +64,8 @@ def leg(folder, visits, seconds):
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     os.close(reading)
-    path = os.path.join(folder, "metrics.jsonl")
-    lines = open(path).read().count("\\n") if os.path.exists(path) else 0
-    print(json.dumps([status, lines]), flush=True)
+    path = folder / "metrics.jsonl"
+    print(json.dumps([status, path.read_text().count("\\n") if path.exists() else 0]), flush=True)
 
 leg(whole, -1, 0)
 for visits, seconds in moments:
@@ -168,56 +175,107 @@ def whole(config, tmp_path_factory):
     return run
 
 
-def stop_at(monkeypatch, place: object, name: str, nth: int, *, after: bool = False) -> None:
-    """The ``nth`` call of a function is the last thing that happens, before or after its work."""
-    real, calls = getattr(place, name), iter(range(10_000))
+class Stopping(LocalEngine):
+    """The process ends before the first cohort that is visited after ``after`` others."""
 
-    def stopping(*args, **kwargs):
-        if next(calls) != nth:
-            return real(*args, **kwargs)
-        if after:
-            real(*args, **kwargs)
+    def __init__(self, *args, after: int) -> None:
+        super().__init__(*args)
+        self._left = after
+
+    def visit(self, *args):
+        self._left -= 1
+        if self._left < 0:
+            raise Killed
+        return super().visit(*args)
+
+
+class Unwritten(LocalEngine):
+    """The process ends when the first round's scores are there."""
+
+    def evaluate(self, order):
+        super().evaluate(order)
         raise Killed
 
-    monkeypatch.setattr(place, name, stopping)
+
+def at_visit(nth: int):
+    return lambda *args: Stopping(*args, after=nth)
 
 
-@pytest.mark.parametrize(
-    ("place", "name", "nth", "after"),
-    [
-        (engine, "save_checkpoint", 0, False),  # the first line is written, its checkpoint not
-        (engine, "save_checkpoint", 2, False),  # the same in the first round of stage 2
-        (engine, "save_checkpoint", 1, True),  # between the stages
-        (engine, "save_checkpoint", 3, True),  # all rounds are done, nothing is exported
-        (engine, "visit", 6, False),  # in the middle of a cohort
-        (engine, "evaluate", 1, True),  # scored, not written
-        (experiment, "export_common", 0, True),  # in the middle of the export
-        (experiment, "replace_file", 0, False),  # config.toml and nothing more
-    ],
-)
-def test_stops_at_chosen_moments(
-    whole, tmp_path, quiet, monkeypatch, assert_same_run, place, name, nth, after
-):
+class AfterRound(Progress):
+    """The process ends when so many rounds, counted over methods, have been committed."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(quiet=True)
+        self._left = count
+
+    def scored(self, *args) -> None:
+        self._left -= 1
+        if not self._left:
+            raise Killed
+
+
+def stopped_after(settings: Config, folder: Path, rounds: int, go_on: bool = False) -> None:
+    """A run that ended with its process when so many rounds had been committed."""
+    progress = AfterRound(rounds)
+    with pytest.raises(Killed):
+        resume(folder, progress) if go_on else start(settings, folder, progress)
+
+
+def uncommitted(folder: Path) -> None:
+    """As if the process had ended before the newest checkpoint was renamed."""
+    shutil.rmtree(max((folder / "checkpoints").iterdir()))
+
+
+@pytest.mark.parametrize("engine", [at_visit(0), at_visit(6), at_visit(12), Unwritten])
+def test_stops_in_a_round(whole, tmp_path, quiet, assert_same_run, engine):
     settings, wanted = whole()
     folder = tmp_path / "stopped"
-    with monkeypatch.context() as patch:
-        stop_at(patch, place, name, nth, after=after)
-        with suppress(Killed):
-            start(settings, folder, quiet)
-    if (folder / "config.toml").exists():
-        resume(folder, quiet)
-    else:
-        start(settings, folder, quiet)
+    with pytest.raises(Killed):
+        start(settings, folder, quiet, engine=engine)
+    resume(folder, quiet)
     assert_same_run(folder, wanted)
 
 
-def test_torn_last_lines(whole, tmp_path, quiet, monkeypatch, assert_same_run):
+@pytest.mark.parametrize("committed", [False, True])
+@pytest.mark.parametrize("rounds", [1, 2, 3, 4])
+def test_stops_between_rounds(whole, tmp_path, quiet, assert_same_run, rounds, committed):
+    """Lines are written before the checkpoint that makes them count."""
     settings, wanted = whole()
     folder = tmp_path / "stopped"
-    with monkeypatch.context() as patch:
-        stop_at(patch, engine, "save_checkpoint", 2)
-        with pytest.raises(Killed):
-            start(settings, folder, quiet)
+    stopped_after(settings, folder, rounds)
+    if not committed:
+        uncommitted(folder)
+    resume(folder, quiet)
+    assert_same_run(folder, wanted)
+
+
+@pytest.mark.parametrize("left", [("config.toml",), ("config.toml", "origin.json")])
+def test_stops_before_the_first_round(whole, tmp_path, quiet, assert_same_run, left):
+    _, wanted = whole()
+    folder = tmp_path / "stopped"
+    folder.mkdir()
+    for name in left:
+        shutil.copy(wanted / name, folder)
+    resume(folder, quiet)
+    assert_same_run(folder, wanted)
+
+
+def test_stops_in_the_export(whole, tmp_path, quiet, assert_same_run):
+    _, wanted = whole()
+    folder = shutil.copytree(wanted, tmp_path / "stopped")
+    (folder / "finished").unlink()
+    (folder / "gate.safetensors").unlink()
+    path = folder / "adapters" / "global" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    resume(folder, quiet)
+    assert_same_run(folder, wanted)
+
+
+def test_torn_last_lines(whole, tmp_path, quiet, assert_same_run):
+    settings, wanted = whole()
+    folder = tmp_path / "stopped"
+    stopped_after(settings, folder, 3)
+    uncommitted(folder)
     for name, cut in (("metrics.jsonl", 40), ("clients.jsonl", 1)):
         text = (folder / name).read_text()
         (folder / name).write_text(text[:-cut])
@@ -225,59 +283,58 @@ def test_torn_last_lines(whole, tmp_path, quiet, monkeypatch, assert_same_run):
     assert_same_run(folder, wanted)
 
 
+class Listening(Progress):
+    """Keeps the warnings."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.warnings: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+
 @pytest.mark.parametrize(
     "file", ["checkpoints/round-0003/server.safetensors", "clients/*/client-02-*.3.*"]
 )
-def test_a_truncated_newest_checkpoint(whole, tmp_path, quiet, monkeypatch, assert_same_run, file):
+def test_a_truncated_newest_checkpoint(whole, tmp_path, assert_same_run, file):
     settings, wanted = whole()
-    folder = tmp_path / "stopped"
-    with monkeypatch.context() as patch:
-        stop_at(patch, engine, "save_checkpoint", 2, after=True)
-        with pytest.raises(Killed):
-            start(settings, folder, quiet)
+    folder, progress = tmp_path / "stopped", Listening()
+    stopped_after(settings, folder, 3)
     path = next(iter(folder.glob(file)))
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    warnings: list[str] = []
-    monkeypatch.setattr(quiet, "warn", warnings.append)
-    resume(folder, quiet)
-    assert [text.partition(" (")[0] for text in warnings] == ["checkpoint round-0003 is damaged"]
+    resume(folder, progress)
+    said = [text.partition(" (")[0] for text in progress.warnings]
+    assert said == ["checkpoint round-0003 is damaged"]
     assert_same_run(folder, wanted)
 
 
 @pytest.mark.parametrize("rival", [1, 2])
-def test_a_stop_within_a_rival(whole, tmp_path, quiet, monkeypatch, assert_same_run, rival):
-    """fedavg_ft begins with fedavg's first stage; a resumed one has to train that itself."""
+def test_a_stop_within_a_rival(whole, tmp_path, quiet, assert_same_run, rival):
+    """fedavg_ft begins with fedavg's first stage, also where another process has trained that."""
     settings, wanted = whole('rivals=["fedavg", "fedavg_ft"]', "method=local_only")
     folder = tmp_path / "stopped"
-    checkpoints = 4 + (1 if rival == 1 else 4)
-    with monkeypatch.context() as patch:
-        stop_at(patch, engine, "save_checkpoint", checkpoints)
-        with pytest.raises(Killed):
-            start(settings, folder, quiet)
+    stopped_after(settings, folder, 4 + (1 if rival == 1 else 5))
     resume(folder, quiet)
     assert_same_run(folder, wanted)
     for method in ("fedavg", "fedavg_ft"):
         assert (folder / "rivals" / method / "finished").exists()
 
 
-def test_a_resumed_run_does_not_repeat_rounds_that_are_done(config, tmp_path, quiet, monkeypatch):
-    with monkeypatch.context() as patch:
-        stop_at(patch, engine, "save_checkpoint", 2, after=True)
-        with pytest.raises(Killed):
-            start(config(), tmp_path / "r", quiet)
-    rounds = []
-    real = engine.visit
+def test_a_resumed_run_does_not_repeat_rounds_that_are_done(config, tmp_path, quiet):
+    folder = tmp_path / "r"
+    stopped_after(config(), folder, 3)
+    made: list[Spy] = []
 
-    def visit(model, stage, visits, server, round, seed):
-        rounds.append(round)
-        return real(model, stage, visits, server, round, seed)
+    def spy(*args) -> Spy:
+        made.append(Spy(*args))
+        return made[-1]
 
-    monkeypatch.setattr(engine, "visit", visit)
-    resume(tmp_path / "r", quiet)
-    assert rounds == [4] * 4
+    resume(folder, quiet, engine=spy)
+    assert [order.round for order in made[0].orders] == [4]
 
 
-def test_the_order_of_waking_survives(whole, tmp_path, quiet, monkeypatch, assert_same_run):
+def test_the_order_of_waking_survives(whole, tmp_path, quiet, assert_same_run):
     settings, wanted = whole(
         "sal.order=importance",
         "sal.max_blocks=3",
@@ -286,10 +343,8 @@ def test_the_order_of_waking_survives(whole, tmp_path, quiet, monkeypatch, asser
         "stage1.rounds=4",
     )
     folder = tmp_path / "stopped"
-    for checkpoint in (1, 0, 1):
-        with monkeypatch.context() as patch:
-            stop_at(patch, engine, "save_checkpoint", checkpoint, after=True)
-            with pytest.raises(Killed):
-                resume(folder, quiet) if folder.exists() else start(settings, folder, quiet)
+    stopped_after(settings, folder, 2)
+    for _ in range(2):
+        stopped_after(settings, folder, 1, go_on=True)
     resume(folder, quiet)
     assert_same_run(folder, wanted)

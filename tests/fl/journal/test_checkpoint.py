@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedms.fl.runs.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from fedms.fl.runs.states import ClientStates
+from fedms.fl.journal.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from fedms.fl.journal.states import ClientStates
 from fedms.fl.types import CheckpointError
 
 

@@ -17,7 +17,7 @@ from urllib.parse import quote
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from fedms.fl.runs.files import sync_folder, write_synced
+from fedms.fl.journal.files import sync_folder, write_synced
 from fedms.fl.types import CheckpointError, State
 
 ENDING = ".safetensors"

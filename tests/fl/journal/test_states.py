@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedms.fl.runs.states import ClientStates
+from fedms.fl.journal.states import ClientStates
 from fedms.fl.types import CheckpointError, State
 
 ODD = [

@@ -21,7 +21,7 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bars
 
-from fedms.fl.runs.records import RoundRecord
+from fedms.fl.journal.records import RoundRecord
 from fedms.fl.tasks.task import Metric
 
 

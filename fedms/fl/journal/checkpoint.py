@@ -2,7 +2,7 @@
 
 A checkpoint is a folder ``round-0007`` with ``server.safetensors`` and ``state.json``, which holds
 the first one's digest and names the clients that the round has written
-(:mod:`fedms.fl.runs.states`). It is written under a temporary name and synced after them, so its
+(:mod:`fedms.fl.journal.states`). It is written under a temporary name and synced after them, so its
 renaming is what commits the round. It is verified when read. Never pickle.
 """
 
@@ -20,8 +20,8 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from fedms.fl.runs.files import sync_folder, write_synced
-from fedms.fl.runs.states import ClientStates
+from fedms.fl.journal.files import sync_folder, write_synced
+from fedms.fl.journal.states import ClientStates
 from fedms.fl.types import CheckpointError, State
 
 _DAMAGE = (OSError, ValueError, LookupError, TypeError, SafetensorError, CheckpointError)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedms.fl.runs.records import mebibytes, peak_memory_mb
+from fedms.fl.journal.records import mebibytes, peak_memory_mb
 
 
 def test_macos_counts_bytes_and_linux_kibibytes():

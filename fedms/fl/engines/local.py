@@ -1,0 +1,148 @@
+"""The local engine: all clients in this process, on one resident model, S side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+
+import numpy as np
+
+from fedms.fl.algorithms import Stage, stages_of
+from fedms.fl.client import Visit, prepare, visit
+from fedms.fl.config import Config
+from fedms.fl.engines.cohort import side_by_side
+from fedms.fl.engines.engine import Order, Reply
+from fedms.fl.engines.intake import Intake
+from fedms.fl.engines.world import World
+from fedms.fl.evaluate import Scores, Tally, common_score, evaluate, pooled_sample, val_sample
+from fedms.fl.journal.progress import Progress
+from fedms.fl.journal.states import ClientStates
+from fedms.fl.sal import block_importance
+from fedms.fl.server import Sent, expected
+from fedms.fl.types import CheckpointError, Failure, State, Update, matches
+
+
+class LocalEngine:
+    """Visits clients here and adds up what they send.
+
+    Args:
+        config: of one method.
+        world: clients and model; other engines may work on it, too.
+        states: what the clients hold of their own.
+        progress: hears of every client.
+    """
+
+    def __init__(
+        self, config: Config, world: World, states: ClientStates, progress: Progress
+    ) -> None:
+        self._config, self._progress, self._states = config, progress, states
+        self._stages = stages_of(config)
+        self._federation, self._model = world.federation, world.model
+
+    def train(self, order: Order) -> Reply:
+        stage = self._enter(order)
+        may_hold = expected(self._model, stage, order.received)
+        intake = Intake(order, stage, may_hold, self._progress.warn)
+        for found in self.visits(order):
+            intake.take(found)
+            self._progress.advance(1)
+        self._states.sync()
+        return intake.reply()
+
+    def visits(self, order: Order) -> Iterator[Sent | Failure]:
+        """The clients' end of :meth:`train`: visit them, keep what is theirs, send the rest."""
+        stage, clients = self._enter(order), list(order.clients)
+        size = self._side_by_side(stage)
+        for start in range(0, len(clients), size):
+            some = clients[start : start + size]
+            visits = [
+                Visit(
+                    self._federation.client(client_id),
+                    self._kept(client_id, order.round - 1),
+                    order.clients[client_id],
+                )
+                for client_id in some
+            ]
+            found = self.visit(stage, visits, order.received, order.round)
+            for client_id, update in zip(some, found, strict=True):
+                if isinstance(update, Exception):
+                    yield Failure(client_id, f"{type(update).__name__}: {update}")
+                else:
+                    yield self._leave(update, order.round)
+
+    def validate(self, order: Order) -> Tally:
+        stage = self._enter(order)
+        own = [self._federation.client(client_id).val for client_id in order.clients]
+        examples = np.intersect1d(self._validation, np.concatenate(own))
+        return common_score(self._model, stage, order.received, self._federation, examples)
+
+    def evaluate(self, order: Order) -> Scores:
+        stage = self._enter(order)
+        return evaluate(
+            self._model,
+            stage,
+            order.received,
+            lambda client_id: self._kept(client_id, order.round),
+            self._federation,
+            [self._federation.client(client_id) for client_id in order.clients],
+            self._pooled,
+            self._side_by_side(stage),
+            self._progress.advance,
+        )
+
+    def importance(self, clients: Sequence[str]) -> list[float]:
+        return block_importance(self._model, [self._federation.client(c) for c in clients])
+
+    # Inside ---------------------------------------------------------------------------------------
+
+    def visit(
+        self, stage: Stage, visits: list[Visit], server: State, round: int
+    ) -> Sequence[Update | Exception]:
+        """Visit clients side by side; each by itself where one of them stops all."""
+        try:
+            return visit(self._model, stage, visits, server, round, self._config.seed)
+        except Exception as error:
+            if len(visits) == 1:
+                return [error]
+            return [self.visit(stage, [each], server, round)[0] for each in visits]
+
+    def _leave(self, update: Update, round: int) -> Sent:
+        """Write what stays with the client, and return what it sends."""
+        if update.kept:
+            self._states.write(update.client_id, round, update.kept)
+        return Sent(
+            update.client_id,
+            round,
+            update.num_examples,
+            update.shared,
+            bool(update.kept),
+            update.train_loss,
+        )
+
+    def _enter(self, order: Order) -> Stage:
+        """Bring the model and what is kept of its frozen parts to where an order wants them."""
+        stage = self._stages[order.stage]
+        prepare(self._model, stage, order.awake)
+        self._model.prefix.keep([*order.depths, self._model.slots.depth])
+        frozen = [(expert,) for expert in stage.experts if matches(f"{expert}.", stage.frozen)]
+        self._model.outputs.keep([(), *frozen], (self, order.stage))
+        return stage
+
+    def _kept(self, client_id: str, round: int) -> State:
+        """What a client holds of its own after a round; nothing before its first visit."""
+        try:
+            return self._states.read(client_id, round) or {}
+        except CheckpointError as error:  # one damaged file must not stop everybody
+            self._progress.warn(f"{error}; the client begins anew")
+            return {}
+
+    def _side_by_side(self, stage: Stage) -> int:
+        return side_by_side(self._model, self._config.engine.cohort, stage.settings.batch_size)
+
+    @cached_property
+    def _pooled(self) -> np.ndarray:
+        return pooled_sample(self._federation, self._config.eval.pooled_examples, self._config.seed)
+
+    @cached_property
+    def _validation(self) -> np.ndarray:
+        return val_sample(self._federation, self._config.eval.val_examples, self._config.seed)
