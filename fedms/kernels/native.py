@@ -4,7 +4,7 @@ Shape suffixes: M rows, K in, N out, R the sum of the experts' ranks, E experts,
 
 Forward beside the base GEMM: x is read once, y read and written once, h [M, R] kept in fp32.
 Backward beside `dx = dy W`: dy and x are read once, dx read and written once. They are in csrc/cpu;
-they take addresses, so the checks are all on this side. x, the base result and dy share one dtype
+the checks are all on this side. x, the base result and dy share one dtype
 (fp32 or bf16), the adapters are fp32 or bf16, products and sums are fp32 with one rounding.
 
 Where the mixture is zero (B = 0, scale 0), y is the base's own result to the bit. Elsewhere too y
@@ -22,7 +22,6 @@ import ctypes
 import importlib
 import sys
 from collections.abc import Sequence
-from itertools import accumulate
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -70,11 +69,10 @@ def _torch_parallel_for() -> int:
 
 
 _C, _why_not = _load("fedms.kernels._C")
-_threaded = False
+_parallel_for = 0
 if _C is not None:
-    _address = _torch_parallel_for()
-    _threaded = _address != 0
-    _C.set_parallel_for(_address)
+    _parallel_for = _torch_parallel_for()
+    _C.set_torch(torch.Tensor.__dlpack_c_exchange_api__, _parallel_for)
 
 
 def available() -> bool:
@@ -107,7 +105,7 @@ def build_info() -> dict[str, str]:
     if _C is None:
         cpu = {"cpu": f"not loaded ({_why_not})"}
     else:
-        threads = "torch's pool" if _threaded else "serial: torch exports no torch_parallel_for"
+        threads = "torch's pool" if _parallel_for else "serial: torch exports no torch_parallel_for"
         cpu = {"cpu": "loaded", "compiler": _C.compiler(), "isa": _C.isa(), "threads": threads}
     return {**cpu, "cuda": _cuda_state()}
 
@@ -119,21 +117,20 @@ def _cuda_state() -> str:
     return module.state()
 
 
-def _widths(
-    A: Sequence[Tensor], expert_idxs: Tensor | None, experts: Tensor | None
-) -> tuple[list[int], int]:
-    """Offsets [E + 1] of the experts' ranks in 0..R, and the width of a row of h."""
+def _h_width(A: Sequence[Tensor], expert_idxs: Tensor | None, experts: Tensor | None) -> int:
+    """The width of a row of h."""
+    if expert_idxs is None and experts is None:
+        return sum([a.shape[-2] * (a.shape[0] if a.dim() == 3 else 1) for a in A])
     by_expert = expert_ranks(A)
-    ranks = [0, *accumulate(by_expert)]
     if expert_idxs is None:
-        return ranks, row_width(by_expert, experts)
-    return ranks, expert_idxs.shape[1] * max(by_expert)
+        return row_width(by_expert, experts)
+    return expert_idxs.shape[1] * max(by_expert)
 
 
 def _h_like(
     x: Tensor, A: Sequence[Tensor], expert_idxs: Tensor | None, experts: Tensor | None
 ) -> tuple[int, torch.dtype]:
-    return _widths(A, expert_idxs, experts)[1], torch.float32
+    return _h_width(A, expert_idxs, experts), torch.float32
 
 
 def _base_last(rows: Tensor, weight: Tensor | None) -> bool:
@@ -178,43 +175,6 @@ def _better_in_fp32(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and not _FAST_BF16 and x.shape[0] >= _MIN_ROWS_IN_FP32
 
 
-def _shared(
-    m: int,
-    k: int,
-    n: int,
-    dtype: torch.dtype,
-    A: Sequence[Tensor],
-    B: Sequence[Tensor],
-    gates: Tensor | None,
-    expert_idxs: Tensor | None,
-    offsets: Tensor | None,
-    experts: Tensor | None,
-    scale: Sequence[float],
-    dropout_p: float,
-    seed: Tensor | None,
-    x: Tensor | None,
-    h: Tensor | None,
-    ranks: list[int],
-    h_width: int,
-) -> tuple:
-    """What both directions pass, in the binding's order. The caller keeps the tensors alive."""
-    row = column = 0
-    if gates is not None:
-        column = gates.stride(-1)
-        row = gates.stride(0) if gates.dim() == 2 else 0
-    return (
-        m, k, n, dtype == torch.bfloat16, A[0].dtype == torch.bfloat16,
-        _addresses(A, A, ranks), _addresses(B, B, ranks), ranks, scale,
-        0 if gates is None else gates.data_ptr(), row, column,
-        0 if expert_idxs is None else expert_idxs.data_ptr(),
-        0 if expert_idxs is None else expert_idxs.shape[1],
-        *((0, 0, -1, 0) if offsets is None or experts is None else
-          (offsets.data_ptr(), experts.data_ptr(), *experts.shape)),
-        dropout_p, 0 if seed is None else seed.data_ptr(), seed is not None and seed.dim() == 1,
-        0 if x is None else x.data_ptr(), 0 if h is None else h.data_ptr(), h_width,
-    )  # fmt: skip
-
-
 def forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, base: Tensor | None,
     A: Sequence[Tensor], B: Sequence[Tensor], gates: Tensor | None, expert_idxs: Tensor | None,
@@ -222,72 +182,40 @@ def forward(
     seed: Tensor | None, save_h: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """y, and h where it is to be saved; arguments as in fedms.kernels.ops."""
-    ranks, width = _widths(A, expert_idxs, experts)
-    writes_all = width > 0 and expert_idxs is None and experts is None
-    if base is None and writes_all and not save_h and dropout_p == 0.0 and _few_rows(x, weight):
-        y = _forward_few(x, weight, bias, A, B, gates, scale, ranks)  # type: ignore[arg-type]
-        if y is not None:
-            return y, None
-    if weight is not None and _better_in_fp32(x) and not _is_zero(B, scale):
-        y, h = forward(
-            x.float(), weight.float(), None if bias is None else bias.float(), None, A, B, gates,
-            expert_idxs, offsets, experts, scale, dropout_p, seed, save_h,
-        )  # fmt: skip
-        return y.to(x.dtype), h
-    m, k = x.shape
-    base_last = base is None and writes_all and _base_last(x, weight)
-    x = x.contiguous()
-    A, B = [a.contiguous() for a in A], [b.contiguous() for b in B]
-    gates = None if gates is None else gates.to(torch.float32)
-    expert_idxs = None if expert_idxs is None else expert_idxs.contiguous()
+    dense = expert_idxs is None and experts is None
+    if gates is not None and gates.dtype is not torch.float32:
+        gates = gates.float()
+    if weight is not None:
+        if dense and not save_h and dropout_p == 0.0 and _few_rows(x, weight):
+            y = x.new_empty((x.shape[0], weight.shape[0]))
+            threads = torch.get_num_threads()
+            if not _C.forward_few(threads, y, weight, bias, x, A, B, gates, scale):  # type: ignore[union-attr]
+                return y, None
+        if _better_in_fp32(x) and not _is_zero(B, scale):
+            y, h = forward(
+                x.float(), weight.float(), None if bias is None else bias.float(), None, A, B,
+                gates, expert_idxs, offsets, experts, scale, dropout_p, seed, save_h,
+            )  # fmt: skip
+            return y.to(x.dtype), h
+    base_last = dense and base is None and _base_last(x, weight)
     if base_last:
-        y_from = None if bias is None else bias.contiguous()
-        y_MN = torch.empty((m, B[0].shape[-2]), dtype=x.dtype)
-    elif base is not None and writes_all:
-        y_from = base.contiguous()
-        y_MN = torch.empty_like(y_from)
-    elif base is not None:
-        y_from = y_MN = base.clone(memory_format=torch.contiguous_format)
+        y_from, y = bias, x.new_empty((x.shape[0], weight.shape[0]))  # type: ignore[union-attr]
+    elif base is None:
+        y_from = y = F.linear(x, weight, bias)  # type: ignore[arg-type]
+    elif dense:
+        y_from, y = base, torch.empty_like(base, memory_format=torch.contiguous_format)
     else:
-        assert weight is not None
-        y_from = y_MN = F.linear(x, weight, bias)
-    n = y_MN.shape[1]
-    h = torch.empty((m, width), dtype=torch.float32) if save_h else None
-    shared = _shared(m, k, n, x.dtype, A, B, gates, expert_idxs, offsets, experts, scale,
-                     dropout_p, seed, x, h, ranks, width)  # fmt: skip
+        y_from = y = base.clone(memory_format=torch.contiguous_format)
+    h = None
+    if save_h:
+        h = x.new_empty((x.shape[0], _h_width(A, expert_idxs, experts)), dtype=torch.float32)
     _C.forward(  # type: ignore[union-attr]
-        torch.get_num_threads(),
-        y_MN.data_ptr(),
-        0 if y_from is None else y_from.data_ptr(),
-        0 if base_last else n,  # a bias is one row for all
-        *shared,
-    )
+        torch.get_num_threads(), y, y_from, x, A, B, gates, expert_idxs, offsets, experts, scale,
+        dropout_p, seed, h,
+    )  # fmt: skip
     if base_last:
-        y_MN.addmm_(x, weight.t())  # type: ignore[union-attr]
-    return y_MN, h
-
-
-def _forward_few(
-    x: Tensor, weight: Tensor, bias: Tensor | None, A: Sequence[Tensor], B: Sequence[Tensor],
-    gates: Tensor | None, scale: Sequence[float], ranks: list[int],
-) -> Tensor | None:  # fmt: skip
-    """y with the frozen layer computed by the kernels; None where the mixture is zero."""
-    (m, k), n = x.shape, weight.shape[0]
-    x = x.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    A, B = [a.contiguous() for a in A], [b.contiguous() for b in B]
-    gates = None if gates is None else gates.to(torch.float32)
-    y = torch.empty((m, n), dtype=x.dtype)
-    shared = _shared(m, k, n, x.dtype, A, B, gates, None, None, None, scale, 0.0, None, x, None,
-                     ranks, ranks[-1])  # fmt: skip
-    is_zero = _C.forward_few(  # type: ignore[union-attr]
-        torch.get_num_threads(),
-        y.data_ptr(),
-        weight.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        *shared,
-    )
-    return None if is_zero else y
+        y.addmm_(x, weight.t())  # type: ignore[union-attr]
+    return y, h
 
 
 def backward(
@@ -306,66 +234,39 @@ def backward(
         )  # fmt: skip
         assert dx is not None
         return dx.to(dy.dtype), dg, dA, dB
-    (m, n), k = dy.shape, A[0].shape[-1]
-    dy = dy.contiguous()
-    ranks, width = _widths(A, expert_idxs, experts)
-    dense = width > 0 and expert_idxs is None and experts is None
+    m = dy.shape[0]
+    dense = expert_idxs is None and experts is None
     writes_all = dense and dropout_p == 0.0
-    small = need_dx and dense and _small_base(dy, weight)
-    base_last = need_dx and writes_all and not small and _base_last(dy, weight)
-    dx_add = not (base_last or (weight is None and writes_all))
-    dx_MK = None
-    if need_dx and (small or not dx_add):
-        dx_MK = torch.empty((m, k), dtype=dy.dtype)
-    elif need_dx:
-        dx_MK = dy.new_zeros((m, k)) if weight is None else dy.mm(weight)
-    x = None if x is None else x.contiguous()
-    A, B = [a.contiguous() for a in A], [b.contiguous() for b in B]
+    dx = None
+    small = base_last = dx_add = False
+    if need_dx:
+        small = dense and _small_base(dy, weight)
+        base_last = writes_all and not small and _base_last(dy, weight)
+        dx_add = not (base_last or (weight is None and writes_all))
+        if small or not dx_add:
+            dx = dy.new_empty((m, A[0].shape[-1]))
+        else:
+            dx = dy.new_zeros((m, A[0].shape[-1])) if weight is None else dy.mm(weight)
+    dg = None
+    if need_dg:
+        columns = sum(counts(A)) if expert_idxs is None else expert_idxs.shape[1]
+        dg = torch.zeros((m, columns), dtype=torch.float32)
     dA, dB = _outputs(A, need_dA), _outputs(B, need_dB)
-    gates32 = None if gates is None else gates.to(torch.float32)
-    expert_idxs = None if expert_idxs is None else expert_idxs.contiguous()
-    columns = len(ranks) - 1 if expert_idxs is None else expert_idxs.shape[1]
-    dg = torch.zeros((m, columns), dtype=torch.float32) if need_dg else None
-    shared = _shared(m, k, n, dy.dtype, A, B, gates32, expert_idxs, offsets, experts, scale,
-                     dropout_p, seed, x, h, ranks, width)  # fmt: skip
+    gates32 = gates if gates is None or gates.dtype is torch.float32 else gates.float()
     _C.backward(  # type: ignore[union-attr]
-        torch.get_num_threads(),
-        dy.data_ptr(),
-        0 if dx_MK is None else dx_MK.data_ptr(),
-        dx_add,
-        weight.data_ptr() if small else 0,  # type: ignore[union-attr]
-        0 if dg is None else dg.data_ptr(),
-        _addresses(dA, A, ranks),
-        _addresses(dB, B, ranks),
-        *shared,
-    )
+        torch.get_num_threads(), dy, dx, dx_add, weight if small else None, dg, dA, dB, x, A, B,
+        gates32, expert_idxs, offsets, experts, scale, dropout_p, seed, h,
+    )  # fmt: skip
     if base_last:
-        dx_MK.addmm_(dy, weight)  # type: ignore[union-attr]
+        dx.addmm_(dy, weight)  # type: ignore[union-attr]
     if dg is not None and gates is not None:
         dg = (dg.sum(0) if gates.dim() == 1 else dg).to(gates.dtype)
-    return dx_MK, dg, dA, dB
-
-
-def _addresses(
-    parts: Sequence[Tensor | None], like: Sequence[Tensor], ranks: Sequence[int]
-) -> list[int]:
-    """Where each expert's matrix begins; 0 for those of a part that is None. Parts: contiguous."""
-    if len(ranks) == len(parts) + 1:  # one expert a part
-        return [0 if part is None else part.data_ptr() for part in parts]
-    found: list[int] = []
-    for part, size in zip(parts, counts(like), strict=True):
-        if part is None:
-            found += [0] * size
-        elif part.dim() == 2:
-            found.append(part.data_ptr())
-        else:
-            begin, step = part.data_ptr(), part.stride(0) * part.element_size()
-            found += [begin + i * step for i in range(size)]
-    return found
+    return dx, dg, dA, dB
 
 
 def _outputs(like: Sequence[Tensor], need: Sequence[bool]) -> list[Tensor | None]:
-    return [torch.empty_like(t) if want else None for t, want in zip(like, need, strict=True)]
+    """A gradient for each part where one is needed; contiguous, whatever the part is."""
+    return [t.new_empty(t.shape) if want else None for t, want in zip(like, need, strict=True)]
 
 
 def _forward_op(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
