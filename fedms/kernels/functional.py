@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from fedms.kernels import higher_order, native, plan, stacked, triton, validate
 from fedms.kernels.dropout import as_seed
-from fedms.kernels.experts import counts, expert_ranks
+from fedms.kernels.experts import counts
 from fedms.kernels.segments import Segments
 
 # Looked up once: an attribute chain through torch.ops costs more than the autograd.Function's call.
@@ -44,6 +44,9 @@ def _op(backend: str, direction: str, like: Tensor) -> Callable[..., Any]:
         type(like) in (Tensor, torch.nn.Parameter) and torch._C._len_torch_dispatch_stack() == 0
     )
     return (_OPS if eager else _TRACED)[backend, direction]
+
+
+_unsafe_view = torch.ops.aten._unsafe_view.default
 
 
 class _Spec(NamedTuple):
@@ -127,30 +130,35 @@ def gated_lora_linear(
         base = F.linear(x, weight, bias)
     n = base.shape[-1] if base is not None else weight.shape[0]  # type: ignore[union-attr]
 
-    lora_A, lora_B = validate.check_experts(x, n, lora_A, lora_B)
-    ranks = expert_ranks(lora_A)
+    lora_A, lora_B, ranks = validate.check_experts(x, n, lora_A, lora_B)
     e = len(ranks)
     scale = validate.check_scaling(scaling, e)
-    validate.check_routing(x, e, gates, expert_idxs, segments)
-    validate.check_dropout(x, dropout_p, seed, segments)
+    if gates is not None or expert_idxs is not None or segments is not None:
+        validate.check_routing(x, e, gates, expert_idxs, segments)
+    if dropout_p != 0.0 or seed is not None:
+        validate.check_dropout(x, dropout_p, seed, segments)
     if base is not None and base.shape[:-1] != x.shape[:-1]:
         raise ValueError(
             f"weight(x) must be [..., N] with leading dims {list(x.shape[:-1])}, "
             f"got {list(base.shape)}"
         )
-    m, k, r = math.prod(x.shape[:-1]), x.shape[-1], sum(ranks)
-    if 0 in (k, n, r):
+    k, r = x.shape[-1], sum(ranks)
+    if not (k and n and r):
         return base if base is not None else F.linear(x, weight, bias)  # type: ignore[arg-type]
 
-    out_dtype = x.dtype if base is None else base.dtype
+    m, out_dtype = x.numel() // k, x.dtype if base is None else base.dtype
     chosen = plan.choose(x.device, x.dtype, lora_A[0].dtype, out_dtype, backend, m, k, n, r)
-    offsets, experts = (None, None) if segments is None else segments.tensors
-    seeds = as_seed(seed, x.device) if dropout_p > 0.0 else None
+    offsets = experts = seeds = None
+    if segments is not None:
+        offsets, experts = segments.tensors
+    if dropout_p > 0.0:
+        seeds = as_seed(seed, x.device)
     routing = (gates, expert_idxs, offsets, experts, seeds)
     spec = _Spec(chosen, _parts_with_rows(lora_A, segments), scale, dropout_p, base is not None)
     weight_NK, bias_N = (cast(Tensor, weight), bias) if base is None else (None, None)
-    learnt = (x, base, gates, *lora_A, *lora_B)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in learnt):
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, base, gates, *lora_A, *lora_B)
+    ):
         y = _GatedLora.apply(spec, x, weight_NK, bias_N, base, *routing, *lora_A, *lora_B)
         return y if isinstance(y, Tensor) else y[0]  # type: ignore[return-value, index]
     return _forward(spec, x, weight_NK, bias_N, base, lora_A, lora_B, routing, save_h=False)[0]
@@ -171,17 +179,14 @@ def _rows(t: Tensor | None) -> Tensor | None:
     return t if t is None or t.dim() == 2 else t.reshape(-1, t.shape[-1])
 
 
-def _gate_rows(gates: Tensor | None) -> Tensor | None:
-    """gates [..., E] as [M, E]; gates [E] of the whole layer as they are."""
-    return gates if gates is None or gates.dim() == 1 else _rows(gates)
-
-
 def _op_routing(spec: _Spec, routing: _Routing) -> tuple:
     """What both of a backend's ops take of routing, scale and dropout, in their order."""
     gates, expert_idxs, offsets, experts, seed = routing
-    return (
-        _gate_rows(gates), _rows(expert_idxs), offsets, experts, spec.scale, spec.dropout_p, seed,
-    )  # fmt: skip
+    if gates is not None and gates.dim() > 2:  # gates [E] of the whole layer stay as they are
+        gates = gates.reshape(-1, gates.shape[-1])
+    if expert_idxs is not None:
+        expert_idxs = _rows(expert_idxs)
+    return gates, expert_idxs, offsets, experts, spec.scale, spec.dropout_p, seed
 
 
 def _forward(
@@ -189,12 +194,14 @@ def _forward(
     A: Sequence[Tensor], B: Sequence[Tensor], routing: _Routing, save_h: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y [..., N], and h [M, R] for the backward."""
+    flat = x.dim() == 2
     y, h = _op(spec.backend, "forward", x)(
-        _rows(x), weight, bias, _rows(base), A, B, *_op_routing(spec, routing), save_h
-    )
-    if x.dim() != 2:
+        x if flat else _rows(x), weight, bias, base if flat else _rows(base), A, B,
+        *_op_routing(spec, routing), save_h,
+    )  # fmt: skip
+    if not flat:
         # no view of y: a custom function's result that is one may not be changed in place
-        y = torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[-1]])
+        y = _unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
     return y, h
 
 
@@ -217,32 +224,28 @@ class _GatedLora(torch.autograd.Function):
         offsets: Tensor | None, experts: Tensor | None, seed: Tensor | None, *parts: Tensor,
     ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         half = len(parts) // 2
-        A, B = parts[:half], parts[half:]
         needs = ctx.needs_input_grad
+        need_dx, need_dg = needs[1], gates is not None and needs[5]
         need_A, need_B = list(needs[_PARTS : _PARTS + half]), list(needs[_PARTS + half :])
         if False in spec.has_rows:
             need_A, need_B = (
                 [need and used for need, used in zip(some, spec.has_rows, strict=True)]
                 for some in (need_A, need_B)
             )
-        need_dg = gates is not None and needs[5]
         save_h = need_dg or True in need_B
         routing = (gates, expert_idxs, offsets, experts, seed)
-        y, h = _forward(spec, x, weight, bias, base, A, B, routing, save_h)
-        ctx.spec = spec
-        ctx.x_dtype, ctx.x_shape = x.dtype, x.shape
-        ctx.wanted = (needs[1], need_dg, need_A, need_B)
+        y, h = _forward(spec, x, weight, bias, base, parts[:half], parts[half:], routing, save_h)
         # x is for dA alone, h for dB and dg: what nobody needs is not kept.
         keep_x = True in need_A
         place = None
-        if save_h and needs[1] and not keep_x and not torch.compiler.is_compiling():
+        if save_h and need_dx and not keep_x and not torch.compiler.is_compiling():
             place = x.new_zeros(()).expand(x.shape)
             ctx.set_materialize_grads(False)
         ctx.save_for_backward(
-            x if keep_x else place, weight if needs[1] else None,
+            x if keep_x else place, weight if need_dx else None,
             h if save_h else None, *routing, *parts,
         )  # fmt: skip
-        ctx.keeps_x = keep_x
+        ctx.call = (spec, x.dtype, x.shape, keep_x, need_dx, need_dg, need_A, need_B)
         return y if place is None else (y, place)
 
     @staticmethod
@@ -256,42 +259,40 @@ class _GatedLora(torch.autograd.Function):
 
     @staticmethod
     def _backward(ctx: Any, dy: Tensor, dplace: Tensor | None) -> tuple:
-        spec: _Spec = ctx.spec
+        spec, x_dtype, x_shape, keeps_x, need_dx, need_dg, need_A, need_B = ctx.call
         x, weight, h, gates, expert_idxs, offsets, experts, seed, *parts = ctx.saved_tensors
-        half = len(parts) // 2
-        need_dx, need_dg, need_A, need_B = ctx.wanted
         dbase = dy if spec.has_base and ctx.needs_input_grad[4] else None
         if not (need_dx or need_dg or True in need_A or True in need_B):
             return (None, None, None, None, dbase, *(None,) * (len(ctx.needs_input_grad) - 5))
-        routing = (gates, expert_idxs, offsets, experts, seed)
+        half = len(parts) // 2
         A, B = parts[:half], parts[half:]
+        routing = (gates, expert_idxs, offsets, experts, seed)
         # differentiated itself, or of a batch of dy
         plain = not torch.compiler.is_compiling() and (torch.is_grad_enabled() or _is_batched(dy))
-        x_MK = _rows(x) if plain or ctx.keeps_x else None
+        x_MK = _rows(x) if plain or keeps_x else None
         run = higher_order.backward if plain else _op(spec.backend, "backward", dy)
         if plain and h is not None:
-            h = None if ctx.keeps_x else _kept_ranks(spec, h, A, routing, math.prod(dy.shape[:-1]))
+            h = None if keeps_x else _kept_ranks(spec, h, A, routing, math.prod(dy.shape[:-1]))
         dx, dg, dA, dB = run(
             _rows(dy), weight, x_MK, h, A, B, *_op_routing(spec, routing), need_dx, need_dg,
             need_A, need_B,
         )  # fmt: skip
         if need_dx:
-            dx = dx.reshape(ctx.x_shape).to(ctx.x_dtype)
+            dx = dx if len(x_shape) == 2 else dx.reshape(x_shape)
+            dx = dx if dx.dtype is x_dtype else dx.to(x_dtype)
             dx = dx if dplace is None else dx + dplace
         return (
-            None,
-            dx if need_dx else None,
-            None,
-            None,
-            dbase,
-            dg.reshape(gates.shape) if need_dg else None,
-            None,
-            None,
-            None,
-            None,
-            *[g if need else None for g, need in zip(dA, need_A, strict=True)],
-            *[g if need else None for g, need in zip(dB, need_B, strict=True)],
-        )
+            None, dx if need_dx else None, None, None, dbase,
+            dg.reshape(gates.shape) if need_dg else None, None, None, None, None,
+            *_needed(dA, need_A), *_needed(dB, need_B),
+        )  # fmt: skip
+
+
+def _needed(grads: Sequence[Tensor | None], need: list[bool]) -> Sequence[Tensor | None]:
+    """None in place of what was not asked for."""
+    if False not in need:
+        return grads
+    return [grad if wanted else None for grad, wanted in zip(grads, need, strict=True)]
 
 
 def _kept_ranks(spec: _Spec, h: Tensor, A: Sequence[Tensor], routing: _Routing, m: int) -> Tensor:

@@ -38,10 +38,11 @@ def check_base(x: Tensor, weight: Tensor | Callable, bias: Tensor | None) -> Non
 
 def check_experts(
     x: Tensor, n: int, lora_A: Sequence[Tensor] | Tensor, lora_B: Sequence[Tensor] | Tensor
-) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+) -> tuple[Sequence[Tensor], Sequence[Tensor], list[int]]:
     """lora_A [r_e, K] and lora_B [N, r_e], or stacks of them, one floating dtype, x's device.
 
-    n: the base's width. Returns both as sequences of parts (fedms.kernels.experts).
+    n: the base's width. Returns both as sequences of parts (fedms.kernels.experts) and r_e of every
+    expert.
     """
     if isinstance(lora_A, Tensor) and isinstance(lora_B, Tensor):
         lora_A, lora_B = (lora_A,), (lora_B,)
@@ -59,24 +60,32 @@ def check_experts(
         raise ValueError(
             f"lora_B must have one entry for each of lora_A ({len(lora_A)}), got {len(lora_B)}"
         )
+    ranks: list[int] = []
     if not lora_A:
-        return lora_A, lora_B
+        return lora_A, lora_B, ranks
     k, dtype, device = x.shape[-1], lora_A[0].dtype, x.device
     if not dtype.is_floating_point:
         raise ValueError(f"lora_A[0] must have a floating dtype, got {_seen(lora_A[0])}")
     for e, (a, b) in enumerate(zip(lora_A, lora_B, strict=True)):
         shape = a.shape
-        if len(shape) not in (2, 3) or shape[-1] != k or (len(shape) == 3 and not shape[0]):
+        expected: tuple[int, ...] = ()
+        if len(shape) == 2:
+            expected = (n, shape[0])
+            ranks.append(shape[0])
+        elif len(shape) == 3 and shape[0]:
+            expected = (shape[0], n, shape[1])
+            ranks += [shape[1]] * shape[0]
+        if not expected or shape[-1] != k:
             raise ValueError(
                 f"lora_A[{e}] must be [r, K], or a stack [S, r, K], S at least 1, with K = {k}, "
                 f"got {_seen(a)}"
             )
-        if b.shape != (*shape[:-2], n, shape[-2]):
+        if b.shape != expected:
             raise ValueError(
-                f"lora_B[{e}] must be [N, r] = {[*shape[:-2], n, shape[-2]]} as lora_A[{e}] is "
+                f"lora_B[{e}] must be [N, r] = {list(expected)} as lora_A[{e}] is "
                 f"{list(shape)}, got {_seen(b)}"
             )
-        if a.dtype != dtype or b.dtype != dtype:
+        if a.dtype is not dtype or b.dtype is not dtype:
             raise ValueError(
                 f"lora_A[{e}] and lora_B[{e}] must have lora_A[0]'s dtype ({dtype}), got "
                 f"{a.dtype} and {b.dtype}"
@@ -86,7 +95,7 @@ def check_experts(
                 f"lora_A[{e}] and lora_B[{e}] must be on x's device {device}, got {a.device} and "
                 f"{b.device}"
             )
-    return lora_A, lora_B
+    return lora_A, lora_B, ranks
 
 
 def check_scaling(scaling: float | Sequence[float] | Tensor | None, e: int) -> list[float]:
@@ -97,7 +106,7 @@ def check_scaling(scaling: float | Sequence[float] | Tensor | None, e: int) -> l
         return [float(scaling)] * e
     if isinstance(scaling, Tensor):
         scaling = scaling.expand(e).tolist() if scaling.dim() == 0 else scaling.tolist()
-    values = [float(s) for s in scaling]
+    values = list(map(float, scaling))
     if len(values) != e:
         raise ValueError(f"scaling must have one entry an expert ({e}), got {len(values)}")
     return values

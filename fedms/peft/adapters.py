@@ -7,7 +7,7 @@ active, what their factors are made of.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from peft.tuners.lora.layer import LoraLayer
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_PLAIN = (nn.Parameter, Tensor)
 
 
 class Adapters(NamedTuple):
@@ -71,7 +72,7 @@ def read(
         return f"the call has more arguments than x: {[*map(type, args), *(kwargs or ())]}"
     if not layer.cast_input_dtype_enabled:
         return "casting of the input is switched off"
-    there = cast(nn.Module, layer._modules["lora_A"])._modules  # type: ignore[attr-defined]
+    there: Any = layer._modules["lora_A"]._modules  # type: ignore[attr-defined]
     if routing is not None:
         names = routing.named(there)
     else:
@@ -90,44 +91,48 @@ def read_adapters(layer: LoraLayer, names: list[str]) -> Adapters | str:
         return "global module hooks are registered"
     # `layer.lora_A[name].weight` is three searches by nn.Module.__getattr__: too slow for what
     # every call does several times an adapter
-    modules = layer._modules  # type: ignore[attr-defined]
-    all_A, all_B, dropouts = (
-        cast(nn.Module, modules[key])._modules for key in ("lora_A", "lora_B", "lora_dropout")
-    )
+    modules: Any = layer._modules  # type: ignore[attr-defined]
+    all_A, all_B = modules["lora_A"]._modules, modules["lora_B"]._modules
+    dropouts, variants = modules["lora_dropout"]._modules, layer.lora_variant
     found = Adapters(names, [], [], [], [], [])
     dtype = None
     for name in names:
-        if name in layer.lora_variant:
-            return f"adapter {name!r} is a variant ({type(layer.lora_variant[name]).__name__})"
-        A, B, dropout = all_A[name], all_B[name], cast(nn.Module, dropouts[name])
-        if type(A) is not nn.Linear or type(B) is not nn.Linear or A.bias is not None:
+        if name in variants:
+            return f"adapter {name!r} is a variant ({type(variants[name]).__name__})"
+        A, B, dropout = all_A[name], all_B[name], dropouts[name]
+        if type(A) is not nn.Linear or type(B) is not nn.Linear or held(A, "bias") is not None:
             return f"adapter {name!r} is made of {type(A).__name__} and {type(B).__name__}"
-        if type(dropout) not in (nn.Identity, nn.Dropout):
+        if type(dropout) is nn.Identity:
+            p = 0.0
+        elif type(dropout) is nn.Dropout:
+            p = dropout.p if dropout.training else 0.0
+        else:
             return f"adapter {name!r} drops out with {type(dropout).__name__}"
         if not (unobserved(A) and unobserved(B) and unobserved(dropout)):
             return f"a module of adapter {name!r} has hooks or a forward of its own"
-        weights = weight_of(A), weight_of(B)
+        weights = held(A, "weight"), held(B, "weight")
         for weight in weights:
-            if type(weight) not in (nn.Parameter, Tensor) or weight.dtype not in _FLOATS:
-                kind = f"a {type(weight).__name__} {weight.dtype}"
+            own = weight.dtype
+            if type(weight) not in _PLAIN or own not in _FLOATS:
+                kind = f"a {type(weight).__name__} {own}"
                 if hasattr(weight, "placements"):  # a DTensor, which FSDP2 gathers for the call
                     return Undecided(f"a weight of adapter {name!r} is sharded ({kind})")
                 return f"a weight of adapter {name!r} is {kind}"
             if weight.is_meta or not weight.numel():
                 return Undecided(f"a weight of adapter {name!r} has no data here")
-            if dtype is not None and weight.dtype != dtype:
-                return f"the adapters mix {dtype} and {weight.dtype}"
-            dtype = weight.dtype
+            if own is not dtype:
+                if dtype is not None:
+                    return f"the adapters mix {dtype} and {own}"
+                dtype = own
         scale = layer.scaling[name]
         if isinstance(scale, Tensor) and scale.dim():
             return f"the scaling of adapter {name!r} is no scalar"
-        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
         if p >= 1.0:
             return "dropout is 1"
-        if B.bias is not None and not found.biases:
-            found.biases.extend([None] * len(found.A))
-        if B.bias is not None or found.biases:
-            found.biases.append(cast("Tensor | None", B.bias))
+        bias = held(B, "bias")
+        if bias is not None or found.biases:
+            found.biases.extend([None] * (len(found.A) - len(found.biases)))
+            found.biases.append(bias)
         found.A.append(weights[0])
         found.B.append(weights[1])
         found.scaling.append(scale)
@@ -146,10 +151,15 @@ def why_not_input(x: Any) -> str | None:
     return None
 
 
-def weight_of(linear: nn.Module) -> Tensor:
-    """`linear.weight`, at once where it is a parameter."""
-    weight = linear._parameters.get("weight")
-    return cast(Tensor, linear.weight) if weight is None else weight
+def held(linear: nn.Module, name: str) -> Any:
+    """The weight or bias of a linear, at once where it is a parameter or a None in its place."""
+    parameters = linear._parameters
+    return parameters[name] if name in parameters else getattr(linear, name)
+
+
+def plain(tensor: Tensor) -> bool:
+    """Whether it is a tensor like any other: no subclass but nn.Parameter."""
+    return type(tensor) in _PLAIN
 
 
 def unobserved(module: nn.Module) -> bool:

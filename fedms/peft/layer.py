@@ -15,7 +15,7 @@ from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import Tensor, nn
 
 from fedms.kernels import gated_lora_linear
-from fedms.peft.adapters import Adapters, read, unobserved, weight_of
+from fedms.peft.adapters import Adapters, held, plain, read, unobserved
 from fedms.peft.binding import Gateable, routing_of
 from fedms.peft.compiled import watched
 from fedms.peft.mixtures import FusedXLora, arrow_routing
@@ -73,12 +73,12 @@ class FusedLayer(Gateable, nn.Module, LoraLayer):
     def fused(self, x: Tensor, routing: AdapterRouting | None, adapters: Adapters) -> Tensor:
         """The base layer's result and the adapters', by the op."""
         self.count(FUSED)
-        base = cast(nn.Module, self._modules["base_layer"])
+        base: Any = self._modules["base_layer"]
         if not adapters.names:
             return base(x)
         weight, bias = base, None
         if _plain_base(base, x):
-            weight, bias = weight_of(base), cast("Tensor | None", base.bias)
+            weight, bias = held(base, "weight"), held(base, "bias")
         dropouts = adapters.dropouts
         if not adapters.biases and dropouts.count(dropouts[0]) == len(dropouts):
             return _op(x, weight, bias, routing, adapters)
@@ -152,7 +152,7 @@ def _op(
     gates = expert_idxs = segments = None
     if routing is not None:
         gates, expert_idxs, segments = routing.fit(x, names)
-    if any(isinstance(scale, Tensor) for scale in scaling):
+    if any(map(torch.is_tensor, scaling)):
         # hot-swapping keeps scales in tensors, and reading their values would split a compiled
         # graph: they act as gates of the layer
         scales = torch.stack([torch.as_tensor(scale, device=x.device) for scale in scaling])
@@ -194,7 +194,7 @@ def _plain_base(base: nn.Module, x: Tensor) -> bool:
     """True when the base's result is `F.linear(x, base.weight, base.bias)` and nothing else."""
     if type(base) is not nn.Linear or not unobserved(base):
         return False
-    weight = weight_of(base)
-    if type(weight) not in (nn.Parameter, Tensor) or weight.device != x.device:
+    weight = held(base, "weight")
+    if not plain(weight) or weight.device != x.device:
         return False
     return weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
