@@ -103,9 +103,9 @@ struct Call {
         problem.h_width = kept.ndim == 2 ? kept.shape[1] : 0;
     }
 
-    // `rows`: x or dy, whichever there is.
+    // rows: x or dy, [..., K] or [..., N].
     void set_sizes(const View& rows, int64_t k, int64_t n) {
-        problem.m = rows.shape[0], problem.k = k, problem.n = n;
+        problem.m = rows.rows(), problem.k = k, problem.n = n;
         problem.bf16 = rows.is_bf16();
     }
 
@@ -123,16 +123,16 @@ struct Call {
     std::vector<fedms::Run> runs_;
 };
 
-// y_from: [M, N] (y itself: the mixture is added to it), bias [N], or None: zero.
+// y_from: [..., N] (y itself: the mixture is added to it), bias [N], or None: zero.
 void forward(int64_t threads, py::handle y, py::handle y_from, py::handle x, Objects A, Objects B,
              py::handle gates, py::handle idxs, py::handle offsets, py::handle segments,
              const std::vector<double>& scale, double p, py::handle seed, py::handle h) {
     Call call(A, B, gates, idxs, offsets, segments, scale, p, seed, x, h);
     const View out = call.reader.view(y), from = call.reader.rows(y_from);
-    call.set_sizes(out, call.reader.view(x).shape[1], out.shape[1]);
+    call.set_sizes(out, call.reader.view(x).size(1), out.size(1));
     call.problem.y = out.at<void>();
     call.problem.y_from = from.at<const void>();
-    call.problem.y_from_row = from.ndim == 2 ? from.shape[1] : 0;
+    call.problem.y_from_row = from.ndim > 1 ? from.size(1) : 0;
     py::gil_scoped_release release;
     call.read_segments();
     fedms::forward(call.problem, threads);
@@ -159,7 +159,7 @@ void backward(int64_t threads, py::handle dy, py::handle dx, bool dx_add, py::ha
               const std::vector<double>& scale, double p, py::handle seed, py::handle h) {
     Call call(A, B, gates, idxs, offsets, segments, scale, p, seed, x, h);
     const View rows = call.reader.rows(dy), first = call.reader.view(A[0]);
-    call.set_sizes(rows, first.size(1), rows.shape[1]);
+    call.set_sizes(rows, first.size(1), rows.size(1));
     const std::vector<void*> da_out = call.experts.outputs(call.reader, da);
     const std::vector<void*> db_out = call.experts.outputs(call.reader, db);
     const std::size_t count = da_out.size();

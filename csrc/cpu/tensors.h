@@ -26,6 +26,12 @@ struct View {
     bool is_bf16() const { return bits == 16; }  // of the dtypes that the binding is given
     std::int64_t size(int from_the_end) const { return shape[ndim - from_the_end]; }
 
+    std::int64_t rows() const {
+        std::int64_t count = 1;
+        for (int i = 0; i < ndim - 1; ++i) count *= shape[i];
+        return count;
+    }
+
     template <class T>
     T* at(std::int64_t element = 0) const {
         return reinterpret_cast<T*>(static_cast<char*>(data) + byte_offset + element * (bits / 8));

@@ -46,9 +46,6 @@ def _op(backend: str, direction: str, like: Tensor) -> Callable[..., Any]:
     return (_OPS if eager else _TRACED)[backend, direction]
 
 
-_unsafe_view = torch.ops.aten._unsafe_view.default
-
-
 class _Spec(NamedTuple):
     """What a call is, apart from its tensors."""
 
@@ -194,14 +191,15 @@ def _forward(
     A: Sequence[Tensor], B: Sequence[Tensor], routing: _Routing, save_h: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y [..., N], and h [M, R] for the backward."""
-    flat = x.dim() == 2
-    y, h = _op(spec.backend, "forward", x)(
+    run = _op(spec.backend, "forward", x)
+    flat = x.dim() == 2 or run is native.forward
+    y, h = run(
         x if flat else _rows(x), weight, bias, base if flat else _rows(base), A, B,
         *_op_routing(spec, routing), save_h,
     )  # fmt: skip
     if not flat:
         # no view of y: a custom function's result that is one may not be changed in place
-        y = _unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
+        y = torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[-1]])
     return y, h
 
 
@@ -269,16 +267,18 @@ class _GatedLora(torch.autograd.Function):
         routing = (gates, expert_idxs, offsets, experts, seed)
         # differentiated itself, or of a batch of dy
         plain = not torch.compiler.is_compiling() and (torch.is_grad_enabled() or _is_batched(dy))
-        x_MK = _rows(x) if plain or keeps_x else None
         run = higher_order.backward if plain else _op(spec.backend, "backward", dy)
+        x = x if plain or keeps_x else None
+        if run is not native.backward:
+            dy, x = cast(Tensor, _rows(dy)), _rows(x)
         if plain and h is not None:
             h = None if keeps_x else _kept_ranks(spec, h, A, routing, math.prod(dy.shape[:-1]))
         dx, dg, dA, dB = run(
-            _rows(dy), weight, x_MK, h, A, B, *_op_routing(spec, routing), need_dx, need_dg,
+            dy, weight, x, h, A, B, *_op_routing(spec, routing), need_dx, need_dg,
             need_A, need_B,
         )  # fmt: skip
         if need_dx:
-            dx = dx if len(x_shape) == 2 else dx.reshape(x_shape)
+            dx = dx if dx.dim() == len(x_shape) else dx.reshape(x_shape)
             dx = dx if dx.dtype is x_dtype else dx.to(x_dtype)
             dx = dx if dplace is None else dx + dplace
         return (

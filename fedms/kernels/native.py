@@ -142,14 +142,19 @@ def _base_last(rows: Tensor, weight: Tensor | None) -> bool:
     """
     if weight is None or rows.dtype != torch.float32:
         return False
-    return rows.shape[0] * max(weight.shape) >= _MIN_ELEMENTS_BASE_LAST
+    return _count(rows) * max(weight.shape) >= _MIN_ELEMENTS_BASE_LAST
+
+
+def _count(rows: Tensor) -> int:
+    """M of rows [..., C], C at least 1."""
+    return rows.numel() // rows.shape[-1]
 
 
 def _few_rows(x: Tensor, weight: Tensor | None) -> bool:
     """True when a dense forward without gradients had better read a wide weight in the kernels."""
     return (
         weight is not None
-        and x.shape[0] <= _FEW_ROWS
+        and _count(x) <= _FEW_ROWS
         and weight.numel() >= _MIN_WEIGHTS_OF_FEW_ROWS
         and weight.is_contiguous()
     )
@@ -159,7 +164,7 @@ def _small_base(dy: Tensor, weight: Tensor | None) -> bool:
     """True when the kernels had better compute the whole dx of a dense call: a small one."""
     if weight is None or not weight.is_contiguous():
         return False
-    return dy.shape[0] * weight.numel() <= _MAX_SMALL_BASE
+    return _count(dy) * weight.numel() <= _MAX_SMALL_BASE
 
 
 def _is_zero(B: Sequence[Tensor], scale: Sequence[float]) -> bool:
@@ -172,7 +177,7 @@ def _better_in_fp32(x: Tensor) -> bool:
 
     The whole layer then runs in fp32 and rounds once at the end.
     """
-    return x.dtype == torch.bfloat16 and not _FAST_BF16 and x.shape[0] >= _MIN_ROWS_IN_FP32
+    return x.dtype == torch.bfloat16 and not _FAST_BF16 and _count(x) >= _MIN_ROWS_IN_FP32
 
 
 def forward(
@@ -181,13 +186,16 @@ def forward(
     offsets: Tensor | None, experts: Tensor | None, scale: Sequence[float], dropout_p: float,
     seed: Tensor | None, save_h: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """y, and h where it is to be saved; arguments as in fedms.kernels.ops."""
+    """y [..., N], and h [M, R] where it is to be saved; arguments as in fedms.kernels.ops.
+
+    x and base may have any leading dims; gates and expert_idxs have M rows.
+    """
     dense = expert_idxs is None and experts is None
     if gates is not None and gates.dtype is not torch.float32:
         gates = gates.float()
     if weight is not None:
         if dense and not save_h and dropout_p == 0.0 and _few_rows(x, weight):
-            y = x.new_empty((x.shape[0], weight.shape[0]))
+            y = x.new_empty((*x.shape[:-1], weight.shape[0]))
             threads = torch.get_num_threads()
             if not _C.forward_few(threads, y, weight, bias, x, A, B, gates, scale):  # type: ignore[union-attr]
                 return y, None
@@ -199,7 +207,7 @@ def forward(
             return y.to(x.dtype), h
     base_last = dense and base is None and _base_last(x, weight)
     if base_last:
-        y_from, y = bias, x.new_empty((x.shape[0], weight.shape[0]))  # type: ignore[union-attr]
+        y_from, y = bias, x.new_empty((*x.shape[:-1], weight.shape[0]))  # type: ignore[union-attr]
     elif base is None:
         y_from = y = F.linear(x, weight, bias)  # type: ignore[arg-type]
     elif dense:
@@ -208,13 +216,13 @@ def forward(
         y_from = y = base.clone(memory_format=torch.contiguous_format)
     h = None
     if save_h:
-        h = x.new_empty((x.shape[0], _h_width(A, expert_idxs, experts)), dtype=torch.float32)
+        h = torch.empty((_count(x), _h_width(A, expert_idxs, experts)), dtype=torch.float32)
     _C.forward(  # type: ignore[union-attr]
         torch.get_num_threads(), y, y_from, x, A, B, gates, expert_idxs, offsets, experts, scale,
         dropout_p, seed, h,
     )  # fmt: skip
     if base_last:
-        y.addmm_(x, weight.t())  # type: ignore[union-attr]
+        _matrix(y).addmm_(_matrix(x), weight.t())  # type: ignore[union-attr]
     return y, h
 
 
@@ -225,7 +233,10 @@ def backward(
     seed: Tensor | None, need_dx: bool, need_dg: bool, need_dA: Sequence[bool],
     need_dB: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]]:  # fmt: skip
-    """dx, dg, dA and dB, None where not needed; arguments as in fedms.kernels.ops."""
+    """dx [..., K], dg, dA and dB, None where not needed; arguments as in fedms.kernels.ops.
+
+    dy and x may have any leading dims.
+    """
     if weight is not None and need_dx and _better_in_fp32(dy):
         dx, dg, dA, dB = backward(
             dy.float(), weight.float(), None if x is None else x.float(), h, A, B, gates,
@@ -234,7 +245,6 @@ def backward(
         )  # fmt: skip
         assert dx is not None
         return dx.to(dy.dtype), dg, dA, dB
-    m = dy.shape[0]
     dense = expert_idxs is None and experts is None
     writes_all = dense and dropout_p == 0.0
     dx = None
@@ -244,13 +254,15 @@ def backward(
         base_last = writes_all and not small and _base_last(dy, weight)
         dx_add = not (base_last or (weight is None and writes_all))
         if small or not dx_add:
-            dx = dy.new_empty((m, A[0].shape[-1]))
+            dx = dy.new_empty((*dy.shape[:-1], A[0].shape[-1]))
+        elif weight is None:
+            dx = dy.new_zeros((*dy.shape[:-1], A[0].shape[-1]))
         else:
-            dx = dy.new_zeros((m, A[0].shape[-1])) if weight is None else dy.mm(weight)
+            dx = dy.matmul(weight)
     dg = None
     if need_dg:
         columns = sum(counts(A)) if expert_idxs is None else expert_idxs.shape[1]
-        dg = torch.zeros((m, columns), dtype=torch.float32)
+        dg = torch.zeros((_count(dy), columns), dtype=torch.float32)
     dA, dB = _outputs(A, need_dA), _outputs(B, need_dB)
     gates32 = gates if gates is None or gates.dtype is torch.float32 else gates.float()
     _C.backward(  # type: ignore[union-attr]
@@ -258,10 +270,14 @@ def backward(
         gates32, expert_idxs, offsets, experts, scale, dropout_p, seed, h,
     )  # fmt: skip
     if base_last:
-        dx.addmm_(dy, weight)  # type: ignore[union-attr]
+        _matrix(dx).addmm_(_matrix(dy), weight)  # type: ignore[arg-type]
     if dg is not None and gates is not None:
         dg = (dg.sum(0) if gates.dim() == 1 else dg).to(gates.dtype)
     return dx, dg, dA, dB
+
+
+def _matrix(rows: Tensor) -> Tensor:
+    return rows if rows.dim() == 2 else rows.reshape(-1, rows.shape[-1])
 
 
 def _outputs(like: Sequence[Tensor], need: Sequence[bool]) -> list[Tensor | None]:
