@@ -95,7 +95,8 @@ def _spread(groups: list[Group], args: argparse.Namespace, now: str) -> list[lis
     """The arguments of `work`, one list each."""
     groups = [group for group in groups if group.cells]
     count = len(groups)
-    return [groups, [args.runs] * count, [now] * count, [args.lines] * count]
+    same = (args.runs, now, args.lines, args.again)
+    return [groups, *([value] * count for value in same)]
 
 
 if __name__ == "__main__":

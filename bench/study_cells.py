@@ -70,8 +70,11 @@ class Method:
     like: str | None = None
 
 
-LIKE = {"fedavg_prior": "fedavg", "zero_shot": "zero_shot"}  # the same training; none
-METHODS = {name: Method((f"method={name}",), LIKE.get(name)) for name in ALGORITHMS} | {
+METHODS = {
+    name: Method((f"method={name}",), "zero_shot" if name == "zero_shot" else None)
+    for name in ALGORITHMS
+    if name != "fedavg_prior"  # is fedavg at a knob of 1
+} | {
     name: Method(("method=fedms", *settings), like="fedms")
     for name, settings in {
         "fedms, no SAL": ["sal.enabled=false"],

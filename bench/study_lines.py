@@ -52,6 +52,12 @@ class Lines:
             if (line["task"], line["method"]) == (task, name)
         }
 
+    def has(self, kind: str, cell: Cell, scale: float) -> bool:
+        """Whether a cell has a line; a choice at that scale."""
+        if kind == "run":
+            return cell in self.runs()
+        return scale in self.choices(cell.task, cell.method)
+
     def untried(self, task: str, method: str) -> list[float]:
         """The scales that a method's choice still needs."""
         if METHODS[method].like is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from study_cells import PRIORS, TASKS, Cell, Group, config_of, overrides
-from study_lines import Line, append, shown
+from study_lines import Line, Lines, append, shown
 
 from fedms.fl.engines.world import World
 from fedms.fl.evaluate import spread
@@ -48,11 +48,20 @@ class Meter(Progress):
         self.spent[record.seconds] = self._marks[visits] - self._marks[0]
 
 
-def work(group: Group, runs: Path, commit: str, lines: Path | None) -> list[Line]:
-    """Run the cells that a group names and append their lines; a cell that fails is told."""
+def work(
+    group: Group, runs: Path, commit: str, lines: Path | None, again: bool = False
+) -> list[Line]:
+    """Run the cells that a group names and append their lines; a cell that fails is told.
+
+    Args:
+        lines: the file that they are appended to. A cell that another process has meanwhile added
+            is left out, unless ``again``.
+    """
     found: list[Line] = []
     meter, world = Meter(), None
     for cell, scale in group.cells:
+        if lines is not None and not again and Lines(lines).has(group.kind, cell, scale):
+            continue
         started = time.perf_counter()
         try:
             config = config_of(cell, scale, group.kind)

@@ -130,6 +130,7 @@ def test_cells_of_one_world_end_as_lines_that_their_folders_bear_out(lines, tmp_
         "fedavg", "fedavg_ft"
     ]  # fmt: skip
     assert list(lines.runs()) == [cells[0], cells[2]]
+    assert work(group, tmp_path / "runs", "abc", lines._path) == []  # has been done meanwhile
     tuned = lines.runs()[cells[2]]
     folder = tmp_path / "runs" / "tiny" / "natural" / "0" / "run" / "fedavg_ft-x1"
     clients = [json.loads(c) for c in (folder / "clients.jsonl").read_text().splitlines()][-3:]
