@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from fedms.peft.routing import AdapterRouting
+from fedms.peft.sharded import gathered, is_unit
 
 if TYPE_CHECKING:
     from peft.tuners.lora.layer import LoraLayer
@@ -79,14 +80,17 @@ def read(
         names = [name for name in layer.active_adapters if name in there]
         if not names:
             return Undecided("no active adapter")
-    found = read_adapters(layer, names)
+    found = read_adapters(layer, names, called=x is not None)
     if isinstance(found, str) or x is None:
         return found
     return why_not_input(x) or found
 
 
-def read_adapters(layer: LoraLayer, names: list[str]) -> Adapters | str:
-    """The named adapters of the layer, or why the op cannot compute them."""
+def read_adapters(layer: LoraLayer, names: list[str], *, called: bool) -> Adapters | str:
+    """The named adapters of the layer, or why the op cannot compute them.
+
+    called: within a call of the layer, which can gather what FSDP has sharded.
+    """
     if _has_any_global_hook():
         return "global module hooks are registered"
     # `layer.lora_A[name].weight` is three searches by nn.Module.__getattr__: too slow for what
@@ -101,7 +105,11 @@ def read_adapters(layer: LoraLayer, names: list[str]) -> Adapters | str:
             return f"adapter {name!r} is a variant ({type(variants[name]).__name__})"
         A, B, dropout = all_A[name], all_B[name], dropouts[name]
         if type(A) is not nn.Linear or type(B) is not nn.Linear or held(A, "bias") is not None:
-            return f"adapter {name!r} is made of {type(A).__name__} and {type(B).__name__}"
+            if not (is_unit(A) and is_unit(B)):
+                return f"adapter {name!r} is made of {type(A).__name__} and {type(B).__name__}"
+            if not called:
+                return Undecided(f"FSDP holds adapter {name!r} in units of its own")
+            A, B = gathered(A), gathered(B)
         if type(dropout) is nn.Identity:
             p = 0.0
         elif type(dropout) is nn.Dropout:

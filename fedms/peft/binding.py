@@ -73,8 +73,8 @@ class Gateable:
     def __getstate__(self) -> dict[str, Any]:
         """Without the open blocks and counts, which are not for a copy: it is another model."""
         state = self.__dict__.copy()
-        state.pop("_fedms_open", None)
-        state.pop("_fedms_counts", None)
+        for key in ("_fedms_open", "_fedms_counts", "_fedms_traces"):
+            state.pop(key, None)
         return state
 
 

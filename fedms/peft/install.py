@@ -63,17 +63,32 @@ class Stats:
         fused: calls of layers that ran fused.
         fallback: reason -> calls that ran peft's own forward for it.
         layers: dotted name of a layer -> its own calls: the reason, "" for fused -> how many.
+        traced: dotted name of a layer -> how its calls were traced into compiled graphs, alike.
+            How often such a graph then runs is not counted: the count would be a guard of it.
+            Blocks compiled one by one share a graph, which is traced in one of them.
 
-    Calls within a compiled graph are not counted, nor those of layers that have no fused form.
+    Calls of layers that have no fused form are not counted.
     """
 
     fused: int
     fallback: dict[str, int]
     layers: dict[str, dict[str, int]]
+    traced: dict[str, dict[str, int]]
 
     def __str__(self) -> str:
         lines = [f"{self.fused} calls ran fused, {sum(self.fallback.values())} did not"]
-        return "\n".join([*lines, *(f"  {why}: {n}" for why, n in self.fallback.items())])
+        lines += (f"  {why}: {n}" for why, n in self.fallback.items())
+        traces: dict[str, int] = {}
+        for reason in (reason for found in self.traced.values() for reason in found):
+            traces[reason] = traces.get(reason, 0) + 1
+        if traces:
+            fused = traces.pop(FUSED, 0)
+            lines.append(
+                f"calls of compiled graphs are not counted: {fused} layers were traced fused, "
+                f"{sum(traces.values())} as peft's own"
+            )
+            lines += (f"  {why}: {n}" for why, n in traces.items())
+        return "\n".join(lines)
 
 
 def accelerate(model: nn.Module) -> Report:
@@ -110,16 +125,19 @@ def stats(model: nn.Module, *, reset: bool = False) -> Stats:
     moment may lose a count.
     """
     layers: dict[str, dict[str, int]] = {}
+    traced: dict[str, dict[str, int]] = {}
     fallback: dict[str, int] = {}
     for name, layer in model.named_modules():
         if not isinstance(layer, FusedLayer):
             continue
-        counts = vars(layer).pop("_fedms_counts", {}) if reset else layer.counts()
-        layers[name] = dict(counts)
-        for reason, calls in counts.items():
+        layers[name], traces = layer.counts(reset=reset)
+        if traces:
+            traced[name] = traces
+        for reason, calls in layers[name].items():
             if reason != FUSED:
                 fallback[reason] = fallback.get(reason, 0) + calls
-    return Stats(sum(counts.get(FUSED, 0) for counts in layers.values()), fallback, layers)
+    fused = sum(counts.get(FUSED, 0) for counts in layers.values())
+    return Stats(fused, fallback, layers, traced)
 
 
 def restore(model: nn.Module) -> None:
@@ -131,7 +149,7 @@ def restore(model: nn.Module) -> None:
     set_on(model, dict.fromkeys(layers, Binding(None)))
     for layer in layers:
         release(layer)
-        vars(layer).pop("_fedms_counts", None)
+        layer.counts(reset=True)
         restore_xlora(layer)
         layer.__class__ = layer.stock()  # type: ignore[assignment]
 

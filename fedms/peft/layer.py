@@ -94,15 +94,28 @@ class FusedLayer(Gateable, nn.Module, LoraLayer):
     def count(self, reason: str) -> None:
         """Count a call for `fedms.stats`: FUSED, or why it was peft's own.
 
-        Not in a compiled graph, which would be guarded by the count.
+        In a compiled graph, which a count would guard, only that it was traced, when it is.
         """
-        if not torch.compiler.is_compiling():
-            counts = vars(self).setdefault("_fedms_counts", {})
-            counts[reason] = counts.get(reason, 0) + 1
+        if torch.compiler.is_compiling():
+            self._count_trace(reason)
+            return
+        counts = vars(self).setdefault("_fedms_counts", {})
+        counts[reason] = counts.get(reason, 0) + 1
 
-    def counts(self) -> dict[str, int]:
-        """Calls so far by reason, FUSED or why not."""
-        return vars(self).get("_fedms_counts", {})
+    @torch.compiler.assume_constant_result  # so it runs when the call is traced, and only then
+    def _count_trace(self, reason: str) -> bool:
+        traces = vars(self).setdefault("_fedms_traces", {})
+        traces[reason] = traces.get(reason, 0) + 1
+        return True
+
+    def counts(self, *, reset: bool = False) -> tuple[dict[str, int], dict[str, int]]:
+        """Calls, and calls that were traced, so far by reason, FUSED or why not."""
+        held = vars(self)
+        calls, traces = (dict(held.get(key, {})) for key in ("_fedms_counts", "_fedms_traces"))
+        if reset:
+            held.pop("_fedms_counts", None)
+            held.pop("_fedms_traces", None)
+        return calls, traces
 
     @classmethod
     def stock(cls) -> type[LoraLayer]:

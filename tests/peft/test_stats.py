@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig
 from peft_models import IN, mlp, with_adapters
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import fedms
 
@@ -18,7 +19,7 @@ def test_stats_count_calls_by_reason():
     model, x = mlp("one", "two"), torch.randn(3, IN)
     fedms.accelerate(model)
     assert fedms.stats(model) == fedms.peft.Stats(
-        0, {}, {f"base_model.model.{name}": {} for name in "ab"}
+        0, {}, {f"base_model.model.{name}": {} for name in "ab"}, {}
     )
     model(x)
     with model.disable_adapter():
@@ -37,6 +38,39 @@ def test_stats_count_calls_by_reason():
     assert fedms.stats(copy.deepcopy(model)).fused == 0
     fedms.restore(model)
     assert not [key for layer in model.modules() for key in vars(layer) if "fedms" in key]
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_stats_tell_what_a_compiled_graph_holds(checkpointed):
+    """Without a guard on it: the graph is one, however often it runs."""
+    torch.compiler.reset()
+    model, x = mlp("one", "two"), torch.randn(3, IN)
+    model.base_model.model.b.lora_A["one"].register_forward_hook(lambda *args: None)
+    fedms.accelerate(model)
+    graphs = []
+
+    def backend(graph, example):
+        graphs.append(graph)
+        return graph
+
+    def call(x):
+        return checkpoint(model, x, use_reentrant=False) if checkpointed else model(x)
+
+    compiled = torch.compile(call, backend=backend, fullgraph=True)
+    for _ in range(3):
+        compiled(x)
+    assert len(graphs) == 1
+    found = fedms.stats(model)
+    why = "a module of adapter 'one' has hooks or a forward of its own"
+    assert found.traced == {"base_model.model.a": {"": 1}, "base_model.model.b": {why: 1}}
+    assert (found.fused, found.fallback) == (0, {})
+    assert str(found).splitlines()[1:] == [
+        "calls of compiled graphs are not counted: 1 layers were traced fused, 1 as peft's own",
+        f"  {why}: 1",
+    ]
+    assert not fedms.stats(copy.deepcopy(model)).traced
+    fedms.stats(model, reset=True)
+    assert not fedms.stats(model).traced
 
 
 def test_a_layer_that_a_later_adapter_uses_is_not_idle():
