@@ -70,29 +70,31 @@ class Method:
     like: str | None = None
 
 
+NO_SAL, HALF, LOGITS = "sal.enabled=false", "mofm.gate=fixed", "mofm.combine=logits"
+LATE = ("stage1.rounds=8", "stage2.rounds=1")  # more of the same steps go into the shared model
 METHODS = {
-    name: Method((f"method={name}",), "zero_shot" if name == "zero_shot" else None)
-    for name in ALGORITHMS
-    if name != "fedavg_prior"  # is fedavg at a knob of 1
-} | {
-    name: Method(("method=fedms", *settings), like="fedms")
-    for name, settings in {
-        "fedms, no SAL": ["sal.enabled=false"],
-        "fedms, SAL at the bytes of no SAL": ["stage1.rounds=7"],
-        "fedms, one half": ["mofm.gate=fixed"],
-        "fedms, gate not anchored": ["mofm.anchor=0.0"],
-        "fedms, gate adapter not shared": ["mofm.share_adapter=false"],
-        "fedms, layer mixture": ["mofm.combine=layer", "mofm.gate_input=base"],
-        "fedms, logits, one half": ["mofm.combine=logits", "mofm.gate=fixed"],
-        "fedms, local expert from zero": ["mofm.local_from=zero"],
-        "fedms, no SAL, one half": ["sal.enabled=false", "mofm.gate=fixed"],
-        "fedms, no SAL, logits, one half": [
-            "sal.enabled=false",
-            "mofm.combine=logits",
-            "mofm.gate=fixed",
-        ],
-    }.items()
+    **{
+        name: Method((f"method={name}",), "zero_shot" if name == "zero_shot" else None)
+        for name in ALGORITHMS
+        if name != "fedavg_prior"  # is fedavg at a knob of 1
+    },
+    **{
+        name: Method(("method=fedms", *settings), like="fedms")
+        for name, settings in {
+            "fedms, no SAL": (NO_SAL,),
+            "fedms, SAL at the bytes of no SAL": ("stage1.rounds=7",),
+            "fedms, one half": (HALF,),
+            "fedms, gate not anchored": ("mofm.anchor=0.0",),
+            "fedms, gate adapter not shared": ("mofm.share_adapter=false",),
+            "fedms, layer mixture": ("mofm.combine=layer", "mofm.gate_input=base"),
+            "fedms, local expert from zero": ("mofm.local_from=zero",),
+            "fedms, no SAL, logits, one half": (NO_SAL, HALF, LOGITS),
+        }.items()
+    },
+    "fedms, no SAL, logits, one half, 8 + 1": Method(("method=fedms", NO_SAL, HALF, LOGITS, *LATE)),
+    "fedavg_ft, 8 + 1": Method(("method=fedavg_ft", *LATE)),
 }
+"""By name. Those without ``like`` choose rates of their own."""
 
 
 class Cell(NamedTuple):

@@ -20,10 +20,9 @@ REFERENCE = "fedms"
 RIVAL = "fedavg_ft"
 Row = Sequence[str]
 LABELS = {
-    "fedms": "**FedMS**",
+    "fedms": "FedMS",
     "fedavg": "FedAvg-LoRA",
     "fedavg_ft": "FedAvg-LoRA + fine-tuning",
-    "fedavg_prior": "FedAvg-LoRA, prior-adjusted",
     "local_only": "local only",
     "zero_shot": "zero-shot",
     "fedprox": "FedProx",
@@ -31,6 +30,11 @@ LABELS = {
     "fedsa_lora": "FedSA-LoRA",
     "fedex_lora": "FedEx-LoRA",
     "ditto": "Ditto",
+    "rolora": "RoLoRA",
+    "fedntd": "FedNTD",
+    "balanced_ft": "fine-tuning, balanced softmax",
+    "not_true_ft": "fine-tuning, not-true distillation",
+    "lp_ft": "LP-FT",
 }
 SCORES: dict[str, Callable[[Line], float]] = {
     "own": lambda line: line["own"],
@@ -57,7 +61,8 @@ def write_report(lines: Lines, page: Path = PAGE) -> list[Path]:
 
 
 def label(method: str) -> str:
-    return LABELS.get(method, method.replace("fedms", "FedMS"))
+    name, comma, more = method.partition(",")
+    return LABELS.get(name, name) + comma + more
 
 
 # Tables -------------------------------------------------------------------------------------------
