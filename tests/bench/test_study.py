@@ -11,7 +11,7 @@ import pytest
 sys.path.append(str(Path(__file__).parents[2] / "bench"))
 
 import study
-from study_cells import METHODS, TASKS, Cell, Group, Task, overrides
+from study_cells import TASKS, Cell, Group, Task, overrides
 from study_lines import Lines, append
 from study_numbers import Study, balance, frontier, interval, own_at
 from study_report import TABLES
