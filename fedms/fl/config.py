@@ -25,7 +25,10 @@ from fedms.fl.algorithms.ditto import Settings as DittoConfig
 from fedms.fl.algorithms.fedavg_prior import Settings as FedAvgPriorConfig
 from fedms.fl.algorithms.fedms import Settings as MofmConfig
 from fedms.fl.algorithms.fedntd import Settings as FedNTDConfig
+from fedms.fl.algorithms.fedper import Settings as FedPerConfig
 from fedms.fl.algorithms.fedprox import Settings as FedProxConfig
+from fedms.fl.algorithms.fedrep import Settings as FedRepConfig
+from fedms.fl.algorithms.fedrod import Settings as FedRoDConfig
 from fedms.fl.algorithms.lp_ft import Settings as LpFtConfig
 from fedms.fl.algorithms.not_true_ft import Settings as NotTrueFtConfig
 from fedms.fl.sal import SalConfig
@@ -225,6 +228,9 @@ class Config(Section):
     fedntd: FedNTDConfig = FedNTDConfig()
     fedprox: FedProxConfig = FedProxConfig()
     ditto: DittoConfig = DittoConfig()
+    fedper: FedPerConfig = FedPerConfig()
+    fedrep: FedRepConfig = FedRepConfig()
+    fedrod: FedRoDConfig = FedRoDConfig()
     server: ServerConfig = ServerConfig()
     eval: EvalConfig = EvalConfig()
     engine: EngineConfig = EngineConfig()

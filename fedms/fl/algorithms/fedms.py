@@ -143,11 +143,11 @@ class GateLoss:
 
 @dataclass(frozen=True)
 class BuildGate:
-    """The gate network for a backbone of some width."""
+    """The gate network for a backbone of some width D, for any number of classes C."""
 
     settings: Settings
 
-    def __call__(self, width: int) -> nn.Module:
+    def __call__(self, width: int, num_classes: int) -> nn.Module:
         return Gate(gate_width(self.settings.gate_input, width), self.settings.bottleneck)
 
 

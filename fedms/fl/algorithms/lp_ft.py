@@ -31,9 +31,9 @@ class Settings(Section):
 
 def stages(settings: Settings, rounds: Rounds) -> tuple[Stage, ...]:
     first, second = rounds
-    head, loss = ("local.head.*",), CrossEntropy("local")
-    probe = Phase(head, loss, whole=True, steps=settings.probe_steps, lr=settings.head_lr)
-    tune = Phase(("local.*",), loss, rates=((*head, settings.head_lr),))
+    head, loss = "local.head.*", CrossEntropy("local")
+    probe = Phase((head,), loss, whole=True, steps=settings.probe_steps, lr=settings.head_lr)
+    tune = Phase(("local.*",), loss, rates=((head, settings.head_lr),))
     return (
         global_expert(*first),
         replace(local_expert(*second), heads=("local",), phases=(probe, tune)),

@@ -24,8 +24,8 @@ Predict = Callable[[View], Tensor]
 GLOBAL = Expert("global")
 Start = Callable[[State, State], State]
 End = Callable[[State, State], State]
-Build = Callable[[int], nn.Module]
-"""The backbone's width D -> a small network."""
+Build = Callable[[int, int], nn.Module]
+"""The backbone's width D and the number of classes C -> a small network."""
 
 
 class StageConfig(Section):

@@ -59,14 +59,14 @@ class Model:
     head: Tensor | None = None
     frequencies: Tensor | None = None
 
-    def build(self, modules: Mapping[str, Callable[[int], nn.Module]]) -> None:
-        """Make the small networks of a stage; each is built from D."""
+    def build(self, modules: Mapping[str, Callable[[int, int], nn.Module]]) -> None:
+        """Make the small networks of a stage; each is built from D and C."""
         self.modules = {}
         for name, build in modules.items():
             with torch.random.fork_rng(devices=[]):
                 # Clients must agree on the start, or an average means nothing.
                 torch.manual_seed(0)
-                module = build(self.backbone.width)
+                module = build(self.backbone.width, self.task.num_classes)
             module.to(self.backbone.device, self.backbone.master).requires_grad_(False)
             self.modules[name] = module
 

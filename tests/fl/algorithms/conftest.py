@@ -17,6 +17,8 @@ def setting(config, world, in_float64):
     model.prefix.keep([2])
 
     def choose(*overrides: str, stage: int = 0):
-        return stages_of(config(in_float64, *overrides))[stage], model, world.federation.clients
+        chosen = stages_of(config(in_float64, *overrides))[stage]
+        model.build(dict(chosen.modules))
+        return chosen, model, world.federation.clients
 
     return choose

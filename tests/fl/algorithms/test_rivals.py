@@ -8,12 +8,12 @@ import pytest
 import torch
 from visits import a_view, one_visit
 
-from fedms.fl.algorithms import ALGORITHMS, fedex_lora, stages_of
+from fedms.fl.algorithms import ALGORITHMS, fedex_lora, flexlora, stages_of
 from fedms.fl.client import received
 from fedms.fl.server import Totals
 from fedms.fl.types import Update, renamed, select
 
-RIVALS = ("fedprox", "ffa_lora", "fedsa_lora", "fedex_lora", "ditto")
+RIVALS = sorted(ALGORITHMS.keys() - {"zero_shot", "fedms"})
 B_IN_BLOCK_3 = "global.encoder.layer.3.attention.self.query.lora_B"
 
 
@@ -172,3 +172,43 @@ def test_equal_stages_are_equal_values(config):
     assert avg == ft
     assert avg != stages_of(config("method=fedprox"))[0]
     assert avg != replace(avg, settings=avg.settings.replace(lr=0.5))
+
+
+def test_flexlora_of_full_rank_is_fedex_lora():
+    """B A and what FedEx adds to the base are the mean of the products; here r is their rank."""
+    draw = torch.Generator().manual_seed(1)
+
+    def update(n: int) -> Update:
+        shared = {
+            "global.x.lora_A": torch.randn(3, 4, generator=draw, dtype=torch.double),
+            "global.x.lora_B": torch.randn(3, 3, generator=draw, dtype=torch.double),
+            "global.head.weight": torch.full((2, 4), float(n), dtype=torch.double),
+        }
+        return Update("c", n, shared, {}, train_loss=0.0, steps=1)
+
+    updates = [update(1), update(3)]
+    servers = []
+    for module in (fedex_lora, flexlora):
+        totals = Totals(module.Aggregate(fedex_lora.with_products, module.finish))
+        for each in updates:
+            totals.add(each)
+        servers.append(totals.finish({}))
+    fedex, flex = servers
+    exact = fedex["global.x.lora_B"] @ fedex["global.x.lora_A"] + fedex["base.x"]
+    torch.testing.assert_close(flex["global.x.lora_B"] @ flex["global.x.lora_A"], exact)
+    assert flex.keys() == {"global.x.lora_A", "global.x.lora_B", "global.head.weight"}
+    assert (flex["global.head.weight"] == (1 + 9) / 4).all()
+
+
+def test_flexlora_cuts_to_the_largest_singular_values(config):
+    """Two clients of rank 1: B A = diag(3, 0) and diag(0, 1), mean diag(1.5, 0.5)."""
+    totals = Totals(stages_of(config("method=flexlora"))[0].aggregate)
+    for row, size in ((0, 3.0), (1, 1.0)):
+        A, B = torch.zeros(1, 2), torch.zeros(2, 1)
+        A[0, row], B[row, 0] = 1.0, size
+        shared = {"global.x.lora_A": A, "global.x.lora_B": B}
+        totals.add(Update("c", 2, shared, {}, train_loss=0.0, steps=1))
+    server = totals.finish({})
+    product = server["global.x.lora_B"] @ server["global.x.lora_A"]
+    torch.testing.assert_close(product, torch.tensor([[1.5, 0.0], [0.0, 0.0]]))
+    assert server["global.x.lora_A"].shape == (1, 2)
