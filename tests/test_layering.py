@@ -69,6 +69,7 @@ KERNELS = {
 }  # fmt: skip
 SURFACE = {
     "peft": {"kernels"},
+    "__main__": {"fl.cli"},
     # these two report what is under the hood
     "doctor": {"", "kernels", "kernels.native", "kernels.plan", "kernels.tiles"},
     "tuning": {"kernels.tiles", "kernels.tune"},

@@ -30,6 +30,9 @@ data.label_column=code data.client_column=ward data.partitioner=column
   fedms run task.kind=images data.source=FOLDER model.path=openai/clip-vit-base-patch32 \
 'lora.targets=["q_proj", "v_proj"]'
 
+Several processes, e.g. one a GPU, share the clients:
+  torchrun --nproc-per-node 8 -m fedms run my.toml --out runs/mine
+
 A run that was stopped goes on with `fedms resume DIR`. `fedms run --settings` explains every \
 setting;
 what it prints is a settings file itself.
@@ -52,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.command(args)
     except FedMSError as error:
-        print(f"fedms: {error}", file=sys.stderr)
+        if _speaks():  # under torchrun all ranks find the same mistakes
+            print(f"fedms: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(
@@ -64,6 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0
+
+
+def _speaks() -> bool:
+    """Whether this process is alone or the first of torchrun's ranks."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _take_any_text() -> None:
@@ -156,20 +165,25 @@ def _run(args: argparse.Namespace) -> None:
         return
     from fedms.fl.journal.progress import Progress
     from fedms.fl.runs.folder import start
+    from fedms.fl.runs.ranks import on_all_ranks
 
     folder = args.out or Path("runs") / f"{config.method}-{time.strftime('%Y%m%d-%H%M%S')}"
-    with Progress(quiet=args.quiet) as progress:
-        start(config, folder, progress)
-    _print_table(folder)
+    with Progress(quiet=args.quiet or not _speaks()) as progress:
+        here = on_all_ranks(config, lambda engine: start(config, folder, progress, engine=engine))
+    if here:
+        _print_table(folder)
 
 
 def _resume(args: argparse.Namespace) -> None:
     from fedms.fl.journal.progress import Progress
-    from fedms.fl.runs.folder import resume
+    from fedms.fl.runs.folder import config_of, resume
+    from fedms.fl.runs.ranks import on_all_ranks
 
-    with Progress(quiet=args.quiet) as progress:
-        resume(args.folder, progress)
-    _print_table(args.folder)
+    config = config_of(args.folder)
+    with Progress(quiet=args.quiet or not _speaks()) as progress:
+        here = on_all_ranks(config, lambda engine: resume(args.folder, progress, engine=engine))
+    if here:
+        _print_table(args.folder)
 
 
 def _report(args: argparse.Namespace) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -47,6 +48,27 @@ class Scores:
 
     common: Tally
     clients: tuple[ClientScore, ...]
+
+    @staticmethod
+    def merged(parts: Sequence[Scores], clients: Iterable[str]) -> Scores:
+        """Those of some clients each as one, in the order of ``clients``."""
+        found = {score.client_id: score for part in parts for score in part.clients}
+        common = sum((part.common for part in parts), Tally())
+        return Scores(common, tuple(found[client] for client in clients if client in found))
+
+    def to_bytes(self) -> bytes:
+        """As JSON."""
+        return json.dumps(asdict(self)).encode()
+
+    @staticmethod
+    def from_bytes(content: bytes) -> Scores:
+        """What :meth:`to_bytes` wrote; ValueError if it is something else."""
+        try:
+            record = json.loads(content)
+            clients = tuple(ClientScore(**client) for client in record["clients"])
+            return Scores(Tally(**record["common"]), clients)
+        except (LookupError, TypeError) as error:
+            raise ValueError(f"no scores: {error}") from error
 
 
 def spread(values: Sequence[float]) -> Spread | None:

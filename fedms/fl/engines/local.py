@@ -72,8 +72,9 @@ class LocalEngine:
 
     def validate(self, order: Order) -> Tally:
         stage = self._enter(order)
+        none = np.array([], dtype=np.int64)
         own = [self._federation.client(client_id).val for client_id in order.clients]
-        examples = np.intersect1d(self._validation, np.concatenate(own))
+        examples = np.intersect1d(self._validation, np.concatenate([none, *own]))
         return common_score(self._model, stage, order.received, self._federation, examples)
 
     def evaluate(self, order: Order) -> Scores:

@@ -31,7 +31,7 @@ class ClientStates:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
         self._touched: set[Path] = set()
 
     def write(self, client_id: str, round: int, state: State) -> None:
@@ -55,7 +55,7 @@ class ClientStates:
 
     def sync(self) -> None:
         """Wait until all that was written is on the disk under its name."""
-        for folder in (self._folder, *self._touched) if self._touched else ():
+        for folder in (self.folder, *self._touched) if self._touched else ():
             sync_folder(folder)
         self._touched.clear()
 
@@ -96,7 +96,7 @@ class ClientStates:
 
     def forget_after(self, round: int) -> None:
         """Delete what a run that was killed has left of later rounds, and torn files."""
-        for path in self._folder.glob("*/*"):
+        for path in self.folder.glob("*/*"):
             if path.name.startswith(".") or _round(path) > round:
                 path.unlink()
 
@@ -114,7 +114,7 @@ class ClientStates:
         """
         digest = hashlib.sha256(client_id.encode(errors="surrogatepass")).hexdigest()
         readable = quote(client_id, safe="", errors="replace").replace(".", "%2E")[:80]
-        return self._folder / digest[:2] / f"{readable}-{digest[:16]}"
+        return self.folder / digest[:2] / f"{readable}-{digest[:16]}"
 
     @staticmethod
     def _versions(stem: Path) -> list[_Version]:

@@ -71,10 +71,16 @@ def resume(
         FedMSError: the folder holds no run, another process works on it, or the data, the model or
             the settings are not those that it was started with.
     """
+    config = config_of(folder)
+    with locked(folder, progress.warn):
+        _carry_on(config, folder, progress, source, engine)
+
+
+def config_of(folder: Path) -> Config:
+    """The settings of a run; FedMSError where there is none."""
     if not (folder / "config.toml").is_file():
         raise FedMSError(f"{folder} holds no run: it has no config.toml")
-    with locked(folder, progress.warn):
-        _carry_on(load_config(folder / "config.toml"), folder, progress, source, engine)
+    return load_config(folder / "config.toml")
 
 
 def _refuse_what_is_there(folder: Path) -> None:
