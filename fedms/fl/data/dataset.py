@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from fedms.fl.data.duplicates import contents
 from fedms.fl.data.federation import Dataset
 from fedms.fl.data.icd10 import load_icd10
 from fedms.fl.data.images import images_in, read_class_folders
@@ -55,7 +56,7 @@ def load_dataset(
         split_column: holds "train" or "test"; without it Parquet files named as on the hub,
             ``train-00000-of-00001.parquet``, say it, or the whole can be split at will.
         group_column: rows of one group never stand on both sides of a split. Without it, and
-            without ``split_column``, rows of the same text are one group.
+            without ``split_column``, rows of the same text, or of the same image, are one group.
         class_names: names in words, for the class-name head: one for each class in sorted order, or
             a mapping from label to name. Default: what the file records, else the labels.
         every_class: the classes are all that ``class_names``, a mapping, has, and no label beside
@@ -72,7 +73,8 @@ def load_dataset(
     path = source if isinstance(source, Path) else None
     if path is not None and image_column and path.is_dir() and not parquet_files(path):
         images, folders, splits = read_class_folders(path)
-        return _dataset(str(path), images, folders, None, splits, None, class_names, every_class)
+        groups = images.digests if splits is None else None
+        return _dataset(str(path), images, folders, None, splits, groups, class_names, every_class)
     example = image_column or text_column
     chosen = (example, label_column, client_column, split_column, group_column)
     columns = list(dict.fromkeys(column for column in chosen if column is not None))
@@ -91,8 +93,9 @@ def load_dataset(
     if image_column:
         inputs = images_in(table, image_column)
     else:
-        inputs = texts = tuple(table.cells(text_column, "a text", str))
-        groups = texts if groups is None and splits is None else groups
+        inputs = tuple(table.cells(text_column, "a text", str))
+    if groups is None and splits is None:
+        groups = contents(inputs)
     if splits is not None and set(splits) != {"train", "test"}:
         raise DataError(
             f"{table.origin}: column {split_column!r} must hold 'train' and 'test' and nothing "

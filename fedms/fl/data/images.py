@@ -6,7 +6,9 @@ file that is no image is named before anything is trained.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, overload
@@ -53,6 +55,11 @@ class Images(Sequence["Image"]):
         if not 0 <= index < self._size:
             raise IndexError(index)
         return self._opened(index, _in_rgb)
+
+    @cached_property
+    def digests(self) -> tuple[str, ...]:
+        """A digest of each image as it is stored: equal for copies, not for images saved anew."""
+        return tuple(_digest(self._read(index)) for index in range(self._size))
 
     def _opened(self, index: int, use: Callable[[Image], T]) -> T:
         pil = _pillow()
@@ -117,6 +124,12 @@ def read_class_folders(root: Path) -> tuple[Images, list[str], tuple[str, ...] |
             splits += [top.name] * len(found)
     images = Images(lambda i: files[i], lambda i: str(files[i]), len(files))
     return images, labels, tuple(splits) if split else None
+
+
+def _digest(stored: Any) -> str:
+    if not isinstance(stored, bytes):
+        stored = stored.tobytes() if hasattr(stored, "tobytes") else Path(stored).read_bytes()
+    return hashlib.sha256(stored).hexdigest()
 
 
 def _folders(path: Path) -> list[Path]:

@@ -11,7 +11,7 @@ import torch
 
 from fedms.fl.config import Config
 from fedms.fl.data.dataset import in_order, load_dataset
-from fedms.fl.data.duplicates import repeated_texts
+from fedms.fl.data.duplicates import repeated_examples
 from fedms.fl.data.federation import ClientData, Dataset, Federation
 from fedms.fl.data.images import Images
 from fedms.fl.data.partition import Fractions, make_federation
@@ -42,7 +42,7 @@ class World:
             torch.set_num_threads(config.engine.threads)
         with progress.phase("data"):
             self.federation = load_federation(config, source)
-            if note := repeated_texts(self.federation.dataset):
+            if note := repeated_examples(self.federation.dataset):
                 progress.say(note)
         with progress.phase("model"):
             self.model = load_model(config, self.federation)
