@@ -95,6 +95,37 @@ METHODS = {
     "fedavg_ft, 8 + 1": Method(("method=fedavg_ft", *LATE)),
 }
 """By name. Those without ``like`` choose rates of their own."""
+LABELS = {
+    "fedms": "FedMS",
+    "fedavg": "FedAvg-LoRA",
+    "fedavg_ft": "FedAvg-LoRA + fine-tuning",
+    "local_only": "local only",
+    "zero_shot": "zero-shot",
+    "fedprox": "FedProx",
+    "ffa_lora": "FFA-LoRA",
+    "fedsa_lora": "FedSA-LoRA",
+    "fedex_lora": "FedEx-LoRA",
+    "ditto": "Ditto",
+    "rolora": "RoLoRA",
+    "fedntd": "FedNTD",
+    "balanced_ft": "fine-tuning, balanced softmax",
+    "not_true_ft": "fine-tuning, not-true distillation",
+    "lp_ft": "LP-FT",
+    "flexlora": "FlexLoRA",
+    "fedper": "FedPer",
+    "fedrep": "FedRep",
+    "fedrod": "FedRoD",
+    "fedalt": "FedALT",
+    "feddpa_f": "FedDPA-F",
+    "feddpa_t": "FedDPA-T",
+    "centralised": "centralised",
+}
+
+
+def label(method: str) -> str:
+    """A method's name for people."""
+    name, comma, more = method.partition(",")
+    return LABELS.get(name, name) + comma + more
 
 
 class Cell(NamedTuple):

@@ -40,8 +40,8 @@ class Lines:
         return [line for line in lines if line["kind"] == kind]
 
     def runs(self) -> dict[Cell, Line]:
-        """The last line of every cell."""
-        return {cell_of(line): line for line in self._all("run")}
+        """The last line of every cell of the table."""
+        return {cell_of(line): line for line in self._all("run") if line["method"] in METHODS}
 
     def choices(self, task: str, method: str) -> dict[float, Line]:
         """By scale, the last line of every one that was tried."""

@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from study_cells import TASKS
+from study_cells import TASKS, label
 from study_lines import Line
 from study_numbers import Study, balance, frontier
 
@@ -63,7 +63,7 @@ def _frontiers(study: Study) -> Figure:
             at = mean(100 * run["everyone"] for run in runs), mean(100 * run["own"] for run in runs)
             size = 15 + 120 * _bytes(runs) / most
             axes.scatter(*at, s=size, color=color, marker=marker, zorder=3 + known,
-                         label=method if known else None)  # fmt: skip
+                         label=label(method) if known else None)  # fmt: skip
         _decorate(axes, _title(task, alpha), "everyone's data, %")
     grid[0].set_ylabel("own data, %")
     _legend(figure, grid)
@@ -83,7 +83,7 @@ def _costs(study: Study) -> Figure:
             runs = [study.lines[block][method] for block in blocks]
             color, marker = LOOKS.get(method, GREY)
             axes.scatter(cost(runs), 100 * mean(map(balance, runs)), color=color, marker=marker,
-                         s=60, label=method if method in LOOKS else None)  # fmt: skip
+                         s=60, label=label(method) if method in LOOKS else None)  # fmt: skip
             if method not in LOOKS:
                 place = (cost(runs), 100 * mean(map(balance, runs)))
                 axes.annotate(
@@ -104,7 +104,7 @@ def _ranks(study: Study) -> Figure:
         color, marker = LOOKS.get(method, GREY)
         axes.plot([low, high], [place, place], color=color, linewidth=2)
         axes.plot([middle], [place], color=color, marker=marker)
-    axes.set_yticks(range(len(order)), order, fontsize=8)
+    axes.set_yticks(range(len(order)), list(map(label, order)), fontsize=8)
     _decorate(axes, "", "mean rank by own + everyone's, 95 % of the bootstrap over blocks")
     return figure
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean
 
-from study_cells import METHODS, SCALES, TASKS
+from study_cells import METHODS, SCALES, TASKS, label
 from study_lines import ROOT, Line, Lines
 from study_numbers import Interval, Study, at_knob, balance, frontier, own_at
 
@@ -19,23 +19,6 @@ PAGE = ROOT / "docs" / "study.md"
 REFERENCE = "fedms"
 RIVAL = "fedavg_ft"
 Row = Sequence[str]
-LABELS = {
-    "fedms": "FedMS",
-    "fedavg": "FedAvg-LoRA",
-    "fedavg_ft": "FedAvg-LoRA + fine-tuning",
-    "local_only": "local only",
-    "zero_shot": "zero-shot",
-    "fedprox": "FedProx",
-    "ffa_lora": "FFA-LoRA",
-    "fedsa_lora": "FedSA-LoRA",
-    "fedex_lora": "FedEx-LoRA",
-    "ditto": "Ditto",
-    "rolora": "RoLoRA",
-    "fedntd": "FedNTD",
-    "balanced_ft": "fine-tuning, balanced softmax",
-    "not_true_ft": "fine-tuning, not-true distillation",
-    "lp_ft": "LP-FT",
-}
 SCORES: dict[str, Callable[[Line], float]] = {
     "own": lambda line: line["own"],
     "worst tenth": lambda line: line["worst10"],
@@ -58,11 +41,6 @@ def write_report(lines: Lines, page: Path = PAGE) -> list[Path]:
             raise SystemExit(f"{page} has no place for the table {name!r}")
     page.write_text(text, "utf-8")
     return [page, *draw(study, page.parent / page.stem)]
-
-
-def label(method: str) -> str:
-    name, comma, more = method.partition(",")
-    return LABELS.get(name, name) + comma + more
 
 
 # Tables -------------------------------------------------------------------------------------------

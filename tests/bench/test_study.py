@@ -92,26 +92,28 @@ def test_what_has_a_line_is_not_run_again_and_the_last_line_counts(lines):
 def test_ranks_share_ties_and_leave_gaps_out(lines):
     write(
         lines,
-        run_line("a", 0.9, 0.5), run_line("b", 0.9, 0.4), run_line("c", 0.1, 0.9),
-        run_line("a", 0.5, 0.5, seed=1), run_line("b", 0.6, 0.4, seed=1),
-        run_line("c", 0.7, 0.1, seed=1), run_line("d", 0.7, 0.1, seed=1),
+        run_line("fedavg", 0.9, 0.5), run_line("ditto", 0.9, 0.4), run_line("fedprox", 0.1, 0.9),
+        run_line("fedavg", 0.5, 0.5, seed=1), run_line("ditto", 0.6, 0.4, seed=1),
+        run_line("fedprox", 0.7, 0.1, seed=1), run_line("fedms", 0.7, 0.1, seed=1),
     )  # fmt: skip
     found = Study(lines.runs())
     methods, blocks = found.complete()
-    assert (methods, len(blocks)) == (["a", "b", "c"], 2)
+    assert (methods, len(blocks)) == (["fedavg", "ditto", "fedprox"], 2)
     ranks = found.ranks(lambda line: line["own"])
-    assert {m: r.mean for m, r in ranks.items()} == {"a": 2.25, "b": 1.75, "c": 2.0}
-    assert (ranks["c"].low, ranks["c"].high) == (1.0, 3.0)
-    gain = found.difference(balance, "a", "b")
+    assert {m: r.mean for m, r in ranks.items()} == {
+        "fedavg": 2.25, "ditto": 1.75, "fedprox": 2.0,
+    }  # fmt: skip
+    assert (ranks["fedprox"].low, ranks["fedprox"].high) == (1.0, 3.0)
+    gain = found.difference(balance, "fedavg", "ditto")
     assert gain is not None
     assert gain.mean == pytest.approx(0.025)
-    assert found.difference(balance, "a", "nobody") is None
+    assert found.difference(balance, "fedavg", "nobody") is None
     assert interval([2.0, 2.0, 2.0]) == (2.0, 2.0, 2.0)
 
 
 def test_own_data_at_equal_everyones_lies_between_the_knobs():
     points = {"0.5": {"own": 0.8, "everyone": 0.6}, "-0.5": {"own": 0.4, "everyone": 0.7}}
-    line = run_line("a", 0.7, 0.7, frontier=points)
+    line = run_line("fedavg", 0.7, 0.7, frontier=points)
     curve = frontier([line])
     assert curve == [(-0.5, 0.7, 0.4), (0.0, 0.7, 0.7), (0.5, 0.6, 0.8)]
     assert own_at(curve, 0.65) == pytest.approx(0.75)
