@@ -22,11 +22,13 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft.tuners.lora.layer import LoraLayer
 from peft_models import relative_error, small_llama
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -65,12 +67,11 @@ class Texts(Dataset):
 IDS = Texts().rows[:8]
 
 
-def accelerated(model: nn.Module, fused: bool) -> tuple[int, int]:
-    """Accelerate where that is asked for; fused layers, all layers."""
-    if not fused:
-        return 0, 0
-    report = fedms.accelerate(model)
-    return len(report.fused), len(report.fused) + len(report.fallback)
+def ran(model: nn.Module) -> tuple[int, int]:
+    """LoRA layers whose every call, or every trace into a graph, was fused; all LoRA layers."""
+    stats = fedms.stats(model)
+    reasons = [{*calls, *stats.traced.get(name, ())} for name, calls in stats.layers.items()]
+    return reasons.count({""}), sum(isinstance(module, LoraLayer) for module in model.modules())
 
 
 def llama(quantise: Callable[[nn.Module], nn.Module] | None = None) -> PeftModel:
@@ -98,20 +99,21 @@ def logits(model: nn.Module) -> Tensor:
         return model.eval()(input_ids=IDS).logits
 
 
-def trainer(fused: bool) -> Found:
+def trainer(fused: bool, **more: Any) -> Found:
     from transformers import Trainer, TrainingArguments
 
     model = llama()
-    counts = accelerated(model, fused)
+    if fused:
+        fedms.accelerate(model)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder, max_steps=STEPS, per_device_train_batch_size=8, logging_steps=1, report_to=[],
             use_cpu=True, learning_rate=1e-3, disable_tqdm=True, save_strategy="no", seed=0,
-            dataloader_pin_memory=False, gradient_checkpointing=True,
+            dataloader_pin_memory=False, **more,
         )  # fmt: skip
         made = Trainer(model, arguments, train_dataset=Texts())
         made.train()
-    return Found([_losses(made.state.log_history), logits(model)], *counts)
+    return Found([_losses(made.state.log_history), logits(model)], *ran(model))
 
 
 def trl(fused: bool) -> Found:
@@ -121,7 +123,8 @@ def trl(fused: bool) -> Found:
     from trl import SFTConfig, SFTTrainer
 
     model = llama()
-    counts = accelerated(model, fused)
+    if fused:
+        fedms.accelerate(model)
     words = {f"<{i}>": i for i in range(40)}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<0>")), pad_token="<0>",
@@ -136,7 +139,7 @@ def trl(fused: bool) -> Found:
         table = Table.from_dict({"input_ids": Texts().rows.tolist()})
         made = SFTTrainer(model, arguments, train_dataset=table, processing_class=tokenizer)
         made.train()
-    return Found([_losses(made.state.log_history), logits(model)], *counts)
+    return Found([_losses(made.state.log_history), logits(model)], *ran(model))
 
 
 def _losses(history: list[dict[str, float]]) -> Tensor:
@@ -157,7 +160,8 @@ def sentence_transformers(fused: bool) -> Found:
     torch.manual_seed(0)
     config = LoraConfig(r=4, target_modules=["query", "value"], init_lora_weights=False)
     inject_adapter_in_model(config, model)  # its add_adapter asks for a peft that is not out yet
-    counts = accelerated(model, fused)
+    if fused:
+        fedms.accelerate(model)
     texts = [f"sentence number {i} is about {i % 5}" for i in range(16)]
     with tempfile.TemporaryDirectory() as folder:
         arguments = SentenceTransformerTrainingArguments(
@@ -174,7 +178,7 @@ def sentence_transformers(fused: bool) -> Found:
         )
         made.train()
     said = model.encode(texts, convert_to_tensor=True, show_progress_bar=False)
-    return Found([_losses(made.state.log_history), said], *counts)
+    return Found([_losses(made.state.log_history), said], *ran(model))
 
 
 def diffusers(fused: bool) -> Found:
@@ -191,7 +195,8 @@ def diffusers(fused: bool) -> Found:
             r=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False
         )
     )
-    counts = accelerated(model, fused)
+    if fused:
+        fedms.accelerate(model)
     noisy, text = torch.randn(2, 4, 16, 16), torch.randn(2, 5, 8)
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     losses = []
@@ -202,7 +207,7 @@ def diffusers(fused: bool) -> Found:
         optimiser.step()
         losses.append(loss.detach())
     with torch.no_grad():
-        return Found([torch.stack(losses), model(noisy, 1, text).sample], *counts)
+        return Found([torch.stack(losses), model(noisy, 1, text).sample], *ran(model))
 
 
 def lightning(fused: bool) -> Found:
@@ -225,12 +230,13 @@ def lightning(fused: bool) -> Found:
             return torch.optim.AdamW(trained, lr=1e-3)
 
     module = Module(llama())
-    counts = accelerated(module, fused)
+    if fused:
+        fedms.accelerate(module)
     lightning.Trainer(
         max_steps=STEPS, accelerator="cpu", logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False,
     ).fit(module, DataLoader(Texts(), batch_size=8))  # fmt: skip
-    return Found([torch.stack(module.losses), logits(module.model)], *counts)
+    return Found([torch.stack(module.losses), logits(module.model)], *ran(module))
 
 
 def fsdp2(fused: bool) -> Found:
@@ -242,11 +248,31 @@ def _sharded(fused: bool) -> tuple[list[Tensor], int, int]:
     from torch.distributed.fsdp import fully_shard
 
     model = llama()
-    counts = accelerated(model, fused)
+    if fused:
+        fedms.accelerate(model)
     for block in model.base_model.model.model.layers:
         fully_shard(block)
     fully_shard(model)
-    return train(model), *counts
+    return train(model), *ran(model)
+
+
+def fsdp1(fused: bool) -> Found:
+    return Found(*run_ranks(_in_units, fused)[0])
+
+
+def _in_units(fused: bool) -> tuple[list[Tensor], int, int]:
+    """As accelerate does it for peft: with peft's policy."""
+    from peft.utils.other import fsdp_auto_wrap_policy
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = llama()
+    if fused:
+        fedms.accelerate(model)
+    wrapped = FullyShardedDataParallel(
+        model, auto_wrap_policy=fsdp_auto_wrap_policy(model), use_orig_params=True,
+        device_id=torch.device("cpu"),
+    )  # fmt: skip
+    return train(wrapped), *ran(wrapped)
 
 
 def quantised(kind: str) -> Callable[[bool], Found]:
@@ -254,8 +280,9 @@ def quantised(kind: str) -> Callable[[bool], Found]:
         from test_quantized import QUANTISE
 
         model = llama(QUANTISE[kind])
-        counts = accelerated(model, fused)
-        return Found(train(model), *counts)
+        if fused:
+            fedms.accelerate(model)
+        return Found(train(model), *ran(model))
 
     return run
 
@@ -267,11 +294,15 @@ class Stack(NamedTuple):
 
 
 STACKS = {
-    "transformers Trainer, checkpointing": Stack("transformers", trainer),
+    "transformers Trainer, checkpointing": Stack(
+        "transformers", partial(trainer, gradient_checkpointing=True)
+    ),
+    "transformers Trainer, compiled": Stack("transformers", partial(trainer, torch_compile=True)),
     "TRL SFTTrainer": Stack("trl", trl),
     "sentence-transformers": Stack("sentence-transformers", sentence_transformers),
     "diffusers UNet": Stack("diffusers", diffusers),
     "Lightning": Stack("lightning", lightning),
+    "FSDP, peft's policy, two ranks": Stack("torch", fsdp1),
     "FSDP2, two ranks": Stack("torch", fsdp2),
     "bitsandbytes 4 bit": Stack("bitsandbytes", quantised("bitsandbytes 4 bit, fp32 products")),
     "bitsandbytes 8 bit": Stack("bitsandbytes", quantised("bitsandbytes 8 bit")),

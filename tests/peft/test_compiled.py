@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 from peft_models import IN, mlp
 from test_binding import CHECKPOINTS, WAYS
+from torch._dynamo.utils import counters
 
 import fedms
 
@@ -131,3 +133,46 @@ def test_biases_of_named_samples_are_one_graph():
         with fedms.mixed_adapters(model, names):
             torch.testing.assert_close(compiled(x), model(x))
     assert len(graphs) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("routing", ["plain", "gated", "mixed"])
+def test_inductor_gives_stock_pefts_means_under_dropout(routing):
+    """One adapted layer is linear in its masks: means over calls are peft's values without them."""
+    torch.compiler.reset()
+    counters.clear()
+    model = mlp(*NAMES, dtype=DOUBLE, target_modules=["b"], lora_dropout=0.05)
+    model.base_model.set_adapter(NAMES)
+    stock = copy.deepcopy(model).eval()
+    fedms.accelerate(model)
+    x, factor = torch.randn(4, 3, IN, dtype=DOUBLE), model.base_model.model.b.lora_B["one"].weight
+    weights = {
+        "plain": torch.ones(4, 2), "gated": torch.tensor([[0.3, 1.7]] * 4),
+        "mixed": torch.tensor([[1.0, 0], [0, 1], [0, 1], [0, 0]]),
+    }[routing].to(DOUBLE)  # fmt: skip
+    block = {
+        "plain": nullcontext(), "gated": fedms.gated(model, weights[0], adapters=NAMES),
+        "mixed": fedms.mixed_adapters(model, ["one", "two", "two", "__base__"]),
+    }[routing]  # fmt: skip
+    with stock.disable_adapter():
+        want = base = stock(x)
+    for name, weight in zip(NAMES, weights.T, strict=True):
+        stock.set_adapter(name)
+        stock.set_requires_grad(NAMES, True)
+        want = want + weight[:, None, None] * (stock(x) - base)
+    first = stock.base_model.model.b.lora_B["one"].weight
+    want.square().sum().backward()
+    compiled, found, gradients = torch.compile(model, fullgraph=True), [], []
+    with block:
+        for _ in range(100):
+            y = compiled(x)
+            found.append(y.detach())
+            (2 * want.detach() * y).sum().backward()
+            gradients.append(factor.grad)
+            factor.grad = None
+    assert counters["stats"]["unique_graphs"] == 1
+    for draws, right in ((found, want.detach()), (gradients, first.grad)):
+        values = torch.stack(draws)
+        error = (values.var(0).sum() / len(draws)).sqrt()  # of the mean
+        assert 0 < error < 0.05 * right.norm()
+        assert (values.mean(0) - right).norm() < 3 * error
