@@ -10,7 +10,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
@@ -18,13 +18,13 @@ import torch.distributed as dist
 
 
 def run_ranks(
-    work: Callable[..., Any], *args: Any, ranks: int = 2, seconds: float = 240
+    work: Callable[..., Any], *args: Any, ranks: int = 2, seconds: float = 600
 ) -> list[Any]:
     """What `work(*args)` returns in each of `ranks` processes, by rank.
 
     work: a function of a test module; it and args are pickled. Its process is in the default group
         and has torchrun's RANK and WORLD_SIZE. What it returns goes through torch.save.
-    seconds: how long all ranks may take.
+    seconds: how long all ranks may take; it ends a hang, and is long because a busy machine is not.
 
     Ranks are killed once every answer has come: how torch takes a group down decides no test.
     (torch 2.13 aborts now and then where a DDP module is alive at that moment.)
@@ -45,15 +45,27 @@ def run_ranks(
                 processes.append(process)
                 process.start()
                 theirs.close()  # so that a dead rank's pipe is at its end
-            return [_answer(pipe, rank, until) for rank, pipe in enumerate(pipes)]
+            return _answers(pipes, until)
         finally:
             for process in processes:
                 process.kill()
                 process.join()
 
 
-def _answer(pipe: Connection, rank: int, until: float) -> Any:
-    assert pipe.poll(max(0.0, until - time.monotonic())), f"rank {rank} did not answer in time"
+def _answers(pipes: list[Connection], until: float) -> list[Any]:
+    """The first rank that fails is the one to name: the others may be waiting for it."""
+    found: dict[int, Any] = {}
+    waiting = {pipe: rank for rank, pipe in enumerate(pipes)}
+    while waiting:
+        ready = wait(list(waiting), max(0.0, until - time.monotonic()))
+        assert ready, f"ranks {sorted(waiting.values())} did not answer in time"
+        for pipe in ready:
+            rank = waiting.pop(pipe)  # type: ignore[arg-type]
+            found[rank] = _answer(pipe, rank)  # type: ignore[arg-type]
+    return [found[rank] for rank in range(len(pipes))]
+
+
+def _answer(pipe: Connection, rank: int) -> Any:
     try:
         failure, found = pipe.recv()
     except EOFError:

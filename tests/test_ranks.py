@@ -36,10 +36,25 @@ def _fail(how):
     [
         ("raises", "rank 0 failed:(?s:.*)what went wrong"),
         ("dies", "rank 0 ended without"),
-        ("hangs", "rank 0 did not answer"),
+        ("hangs", r"ranks \[0\] did not answer"),
     ],
 )
 def test_a_failed_rank_is_named(how, said):
-    seconds = 1 if how == "hangs" else 240
+    seconds = 1 if how == "hangs" else 600
     with pytest.raises(AssertionError, match=said):
         run_ranks(_fail, how, ranks=1, seconds=seconds)
+
+
+def _fail_on_the_second(how):
+    if dist.get_rank() == 1:
+        _fail(how)
+    dist.all_reduce(torch.zeros(1))
+
+
+@pytest.mark.parametrize(("how", "said"), [("raises", "failed:"), ("dies", "ended without")])
+def test_a_failed_rank_is_named_while_others_wait_for_it(how, said):
+    with pytest.raises(AssertionError, match=f"rank [01] {said}") as caught:
+        run_ranks(_fail_on_the_second, how)
+    if how == "raises":  # a dead one may take the first down before it is seen
+        assert "rank 1 failed" in str(caught.value)
+        assert "what went wrong" in str(caught.value)

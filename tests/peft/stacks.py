@@ -1,7 +1,7 @@
 """What people run peft under, stock and fused: how much of it runs fused, and how far it is off.
 
     pip install ".[test,quantized]" trl sentence-transformers diffusers lightning
-    python tests/peft/stacks.py                  every stack that is installed; about two minutes
+    python tests/peft/stacks.py                  every stack that is installed; about three minutes
     python tests/peft/stacks.py Trainer FSDP2    these
 
 Each stack trains a small random model for a few steps from one start on peft's own layers and on
