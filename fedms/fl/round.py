@@ -160,6 +160,7 @@ class Run:
     ) -> RoundRecord:
         seen = [client for client in scores.clients if client.seen]
         unseen = [client for client in scores.clients if not client.seen]
+        pooled = [c.pooled_accuracy for c in seen if c.pooled_accuracy is not None]
         gates = [client.gate_local for client in seen if client.gate_local is not None]
         trainable = self.server.trainable_parameters(stage, awake)
         return RoundRecord(
@@ -176,7 +177,7 @@ class Run:
             train_loss=reply.train_loss,
             global_accuracy=scores.common.mean,
             personalized_accuracy=spread([client.accuracy for client in seen]),
-            pooled_accuracy=spread([client.pooled_accuracy for client in seen]),
+            pooled_accuracy=spread(pooled),
             unseen_accuracy=spread([client.accuracy for client in unseen]),
             gate_local_mean=sum(gates) / len(gates) if gates else None,
             peak_memory_mb=peak_memory_mb(),

@@ -30,11 +30,20 @@ class LocalEngine:
         world: clients and model; other engines may work on it, too.
         states: what the clients hold of their own.
         progress: hears of every client.
+        everyone: whether the world's clients are all that there are; else nobody is scored on
+            everyone's examples.
     """
 
     def __init__(
-        self, config: Config, world: World, states: ClientStates, progress: Progress
+        self,
+        config: Config,
+        world: World,
+        states: ClientStates,
+        progress: Progress,
+        *,
+        everyone: bool = True,
     ) -> None:
+        self._everyone = everyone
         self._config, self._progress, self._states = config, progress, states
         self._stages = stages_of(config)
         self._federation, self._model = world.federation, world.model
@@ -142,6 +151,8 @@ class LocalEngine:
 
     @cached_property
     def _pooled(self) -> np.ndarray:
+        if not self._everyone:
+            return np.zeros(0, dtype=np.int64)
         return pooled_sample(self._federation, self._config.eval.pooled_examples, self._config.seed)
 
     @cached_property

@@ -30,7 +30,7 @@ class World:
     """What all methods of a run share: clients, model, what is kept of it, equal first stages.
 
     Args:
-        source: of the data, in place of what ``data.source`` names.
+        source: of the data, in place of what ``data.source`` names; or the clients themselves.
 
     Attributes:
         outcomes: of first stages, by all that decides them.
@@ -41,7 +41,8 @@ class World:
         if config.engine.threads:
             torch.set_num_threads(config.engine.threads)
         with progress.phase("data"):
-            self.federation = load_federation(config, source)
+            given = isinstance(source, Federation)
+            self.federation = source if given else load_federation(config, source)
             if note := repeated_examples(self.federation.dataset):
                 progress.say(note)
         with progress.phase("model"):

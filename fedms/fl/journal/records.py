@@ -24,15 +24,16 @@ class Spread:
 class ClientScore:
     """A client's scores, accuracies in [0, 1].
 
-    ``gate_local`` is the mean weight of the local expert or None. ``by_prior`` has ``accuracy`` and
-    ``pooled_accuracy`` at each of ``eval.priors``, by that number as text.
+    ``pooled_accuracy`` is None where nobody has everyone's examples. ``gate_local`` is the mean
+    weight of the local expert or None. ``by_prior`` has ``accuracy`` and ``pooled_accuracy`` at
+    each of ``eval.priors``, by that number as text.
     """
 
     client_id: str
     seen: bool
     num_test: int
     accuracy: float
-    pooled_accuracy: float
+    pooled_accuracy: float | None
     gate_local: float | None
     by_prior: dict[str, tuple[float, float]] = field(default_factory=dict, kw_only=True)
 

@@ -107,6 +107,15 @@ class ClientStates:
                 if version.round < round:
                     version.path.unlink()
 
+    def forget_older(self, client_id: str, round: int) -> None:
+        """Delete what a client held before its last visit up to a round.
+
+        For who keeps a client without a checkpoint beside it: nobody goes back further than that.
+        """
+        versions = [v.round for v in self._versions(self._stem(client_id)) if v.round <= round]
+        if versions:
+            self.forget_before(max(versions), [client_id])
+
     def _stem(self, client_id: str) -> Path:
         """Bucket and beginning of a client's file names: told apart where case is not, and short.
 

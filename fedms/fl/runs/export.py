@@ -17,6 +17,7 @@ from safetensors.torch import save
 from fedms.fl.journal.files import replace_file
 from fedms.fl.journal.progress import Progress
 from fedms.fl.model.slots import Slots
+from fedms.fl.model.view import Model
 from fedms.fl.runs.opened import open_run
 from fedms.fl.types import FedMSError, State, matches, renamed, select
 
@@ -86,12 +87,18 @@ def export_clients(folder: Path, client_ids: Sequence[str], progress: Progress) 
         raise FedMSError(f"the clients of {folder} have no expert of their own to export")
     for client_id in client_ids or run.counts:
         place = folder / "adapters" / "clients" / folder_name(client_id)
-        state, base = run.client(client_id), run.config.model.path
-        for expert in own:
-            save_adapter(run.model.slots, state, expert, place / expert, base_model=base)
-        for module in run.model.modules:
-            _save_module(state, module, place)
+        write_client(run.model, run.client(client_id), own, place, run.config.model.path)
         yield place
+
+
+def write_client(
+    model: Model, state: State, experts: Sequence[str], folder: Path, base_model: str
+) -> None:
+    """Write these experts of a client's model to folders of their names, and its networks."""
+    for expert in experts:
+        save_adapter(model.slots, state, expert, folder / expert, base_model=base_model)
+    for module in model.modules:
+        _save_module(state, module, folder)
 
 
 def folder_name(client_id: str) -> str:

@@ -45,7 +45,7 @@ def start(
     """Begin a run in a new folder and carry it to its end.
 
     Args:
-        source: a ``datasets.Dataset`` in place of what ``data.source`` names.
+        source: a ``datasets.Dataset`` in place of what ``data.source`` names, or the clients.
         engine: where clients run.
 
     Raises:
@@ -56,7 +56,7 @@ def start(
         folder.mkdir(parents=True, exist_ok=True)
     with locked(folder, progress.warn):
         _refuse_what_is_there(folder)  # another process may have begun in it
-        _carry_on(_from_anywhere(config), folder, progress, source, engine)
+        _carry_on(from_anywhere(config), folder, progress, source, engine)
 
 
 def resume(
@@ -91,7 +91,7 @@ def _refuse_what_is_there(folder: Path) -> None:
         )
 
 
-def _from_anywhere(config: Config) -> Config:
+def from_anywhere(config: Config) -> Config:
     """The configuration with its files named so that a resume finds them from any folder."""
     names = {"icd10", "minilm", *RECIPES}
 

@@ -97,11 +97,7 @@ class Origin:
             return
         record = json.loads(path.read_bytes())
         then = record.pop("settings")
-        differ = [
-            f"{key} was {then[key]!r}, is {settings[key]!r}"
-            for key in then
-            if key in settings and then[key] != settings[key] and not key.startswith(FREE)
-        ]
+        differ = _changes(then, settings)
         differ += Origin(**record)._differences(self, config)
         if differ:
             raise FedMSError(
@@ -132,6 +128,19 @@ def check_model(folder: Path, weights: Mapping[str, Tensor], path: str) -> None:
     """
     if json.loads((folder / FILE).read_bytes())["model"] != model_digest(weights):
         raise FedMSError(f"the model in {path} is not the one that {folder} was trained on")
+
+
+def changed_settings(then: Config, now: Config) -> list[str]:
+    """A line for each setting that a run may not change on its way."""
+    return _changes(dict(_flat(then)), dict(_flat(now)))
+
+
+def _changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{key} was {then[key]!r}, is {now[key]!r}"
+        for key in then
+        if key in now and then[key] != now[key] and not key.startswith(FREE)
+    ]
 
 
 def _flat(section: Section, prefix: str = "") -> Iterator[tuple[str, Any]]:

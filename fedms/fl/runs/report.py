@@ -352,7 +352,7 @@ def _client_rows(
                 client.client_id if client.seen else f"{client.client_id} (unseen)",
                 str(client.num_test),
                 run.metric.shown(client.accuracy),
-                run.metric.shown(client.pooled_accuracy),
+                "–" if client.pooled_accuracy is None else run.metric.shown(client.pooled_accuracy),
                 _percent(client.gate_local),
                 largest.get(client.client_id, "–"),
             )

@@ -1,0 +1,277 @@
+"""The Flower engine: orders go out through a Grid, answers come back. The loop stays ours.
+
+A message is one ConfigRecord of strings and bytes, JSON and safetensors within; a client's answer
+is read as it comes. Nothing is waited for longer than ``engine.deadline``, and a client that says
+nothing, something else or too late is a failure with its reason. Flower's own simulation hands
+messages to its workers by Ray, within one machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+from flwr.app import DEFAULT_TTL, ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedms.fl.algorithms import stages_of
+from fedms.fl.client import prepare
+from fedms.fl.config import Config
+from fedms.fl.engines.answers import (
+    EVALUATE,
+    HELLO,
+    IMPORTANCE,
+    TRAIN,
+    VALIDATE,
+    Introduction,
+    Trained,
+    hear,
+)  # fmt: skip
+from fedms.fl.engines.engine import Order, Reply
+from fedms.fl.engines.intake import Intake
+from fedms.fl.evaluate import Scores, Tally
+from fedms.fl.journal.progress import Progress
+from fedms.fl.model.view import Model
+from fedms.fl.server import Sent, expected
+from fedms.fl.types import ClientFailure, Failure, State
+from fedms.fl.wire import pack
+
+T = TypeVar("T")
+
+Content = Callable[[str], ConfigRecord]
+"""What a client is sent."""
+
+RECORD = "fedms"
+PAUSE = 0.2
+"""Seconds between two looks for answers."""
+LOOK = 5.0
+"""Seconds between two looks at who is connected."""
+
+
+class Sites:
+    """The clients that can be reached, each through a node of the grid.
+
+    Args:
+        grid: Flower's.
+        deadline: seconds that an answer may take; 0: as long as it likes.
+        progress: is warned of whoever cannot be understood.
+    """
+
+    def __init__(self, grid: Grid, deadline: float, progress: Progress) -> None:
+        self._grid, self._deadline, self._progress = grid, deadline, progress
+        self._nodes: dict[str, int] = {}
+        self._asked: set[int] = set()
+        self._connected: set[int] = set()
+        self._next_look = 0.0
+        self.introduced: dict[str, Introduction] = {}
+
+    def find(self) -> None:
+        """Ask every node that has come since the last time, or had no answer then, who it is."""
+        self._connected = set(self._grid.get_node_ids())
+        new = sorted(self._connected - self._asked)
+        self._asked.update(new)
+        for node, reply in self._exchange(HELLO, new, lambda _: ConfigRecord(), ""):
+            try:
+                who, _ = hear(_content(reply), Introduction)
+            except ClientFailure as error:
+                self._progress.warn(f"a site (node {node}) is left out: {error}")
+                self._asked.discard(node)
+                continue
+            if who.client_id in self._nodes:
+                self._progress.warn(f"{who.client_id} has come again, as node {node}")
+            self._nodes[who.client_id] = node
+            self.introduced[who.client_id] = who
+
+    def ask(
+        self, what: str, clients: Iterable[str], content: Content, group: str
+    ) -> Iterator[tuple[str, bytes | Failure]]:
+        """Ask clients and yield their answers as they come; who cannot be reached comes first."""
+        self.find()
+        reached: dict[int, str] = {}
+        for client in clients:
+            node = self._nodes.get(client)
+            if node in self._connected:
+                reached[node] = client
+            else:
+                yield client, Failure(client, "no SuperNode that is connected stands for it")
+        for node, found in self._exchange(what, reached, lambda n: content(reached[n]), group):
+            client = reached[node]
+            try:
+                yield client, _content(found)
+            except ClientFailure as error:
+                yield client, Failure(client, str(error))
+
+    def _exchange(
+        self, what: str, nodes: Iterable[int], content: Callable[[int], ConfigRecord], group: str
+    ) -> Iterator[tuple[int, Message | str]]:
+        """Messages to nodes, and their replies as they come, or why there is none."""
+        waiting: dict[str, int] = {}
+        ttl = self._deadline or DEFAULT_TTL
+        until = time.monotonic() + ttl
+        for node in nodes:  # one by one: a cohort's orders are never held at once
+            record = RecordDict({RECORD: content(node)})
+            message = Message(record, node, what, ttl=ttl, group_id=group)
+            (sent,) = [*self._grid.push_messages([message])] or [None]
+            if sent:
+                waiting[sent] = node
+            else:
+                yield node, "the SuperLink did not take its order"
+        while waiting:
+            for reply in self._grid.pull_messages([*waiting]):
+                node = waiting.pop(reply.metadata.reply_to_message_id, None)
+                if node is not None:
+                    yield node, reply
+            if time.monotonic() >= until:
+                break
+            for message_id in self._lost(waiting):
+                yield waiting.pop(message_id), "its SuperNode has gone"
+            time.sleep(PAUSE if waiting else 0.0)
+        for node in waiting.values():
+            yield node, f"it did not answer within engine.deadline, {self._deadline:g} s"
+
+    def _lost(self, waiting: Mapping[str, int]) -> list[str]:
+        """Messages to nodes that are not connected any more; looked for now and then."""
+        if time.monotonic() < self._next_look:
+            return []
+        self._next_look = time.monotonic() + LOOK
+        self._connected = set(self._grid.get_node_ids())
+        return [message_id for message_id, node in waiting.items() if node not in self._connected]
+
+
+class FlowerEngine:
+    """Lets sites train and score.
+
+    Args:
+        config: of one method.
+        model: the server's, for names and shapes.
+        sites: where the clients are.
+        run: names the run on the sites' disks.
+        digest: of the model, which sites compare with theirs; "": they need not.
+        here: whether what clients keep is written to the run's own folder (a simulation).
+        progress: hears of every client.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: Model,
+        sites: Sites,
+        run: str,
+        digest: str,
+        here: bool,
+        progress: Progress,
+    ) -> None:
+        self._stages, self._model, self._sites = stages_of(config), model, sites
+        self._run, self._digest, self._here, self._progress = run, digest, here, progress
+        self._holding: set[tuple[str, str]] = set()
+        """(client, digest) of the frozen parts that clients have answered with."""
+
+    def train(self, order: Order) -> Reply:
+        stage = self._stages[order.stage]
+        frozen = Frozen(order.frozen)
+        order = replace(order, lacking=frozenset(order.clients) - self._holders(frozen))
+        prepare(self._model, stage, order.awake)
+        may_hold = expected(self._model, stage, order.received)
+        intake = Intake(order, stage, may_hold, self._progress.warn)
+        for client, found in self._ask(TRAIN, order, frozen, Trained, may_hold):
+            intake.take(found if isinstance(found, Failure) else self._sent(client, *found))
+            self._progress.advance(1)
+        return intake.reply()
+
+    def validate(self, order: Order) -> Tally:
+        return sum(self._collect(VALIDATE, order, Tally), Tally())
+
+    def evaluate(self, order: Order) -> Scores:
+        parts = self._collect(EVALUATE, order, Scores)
+        common = sum((part.common for part in parts), Tally())
+        return Scores(common, tuple(score for part in parts for score in part.clients))
+
+    def importance(self, clients: Sequence[str]) -> list[float]:
+        order = Order("", 0, 0, (), (), dict.fromkeys(clients, ()), {}, {})
+        return [
+            sum(each) for each in zip(*self._collect(IMPORTANCE, order, list[float]), strict=True)
+        ]
+
+    # Inside ---------------------------------------------------------------------------------------
+
+    def _collect(self, what: str, order: Order, form: type[T]) -> list[T]:
+        """What the clients of an order say, in its order; who fails is missing and warned of."""
+        said: dict[str, T] = {}
+        for client, found in self._ask(what, order, Frozen(order.frozen), form, {}):
+            if isinstance(found, Failure):
+                self._progress.warn(f"round {order.round}: no {what} of {client}, {found.reason}")
+            else:
+                said[client], _ = found
+            self._progress.advance(1 if what == EVALUATE else 0)
+        return [said[client] for client in order.clients if client in said]
+
+    def _ask(
+        self, what: str, order: Order, frozen: Frozen, form: type[T], tensors: State
+    ) -> Iterator[tuple[str, tuple[T, State] | Failure]]:
+        holders = self._holders(frozen)
+
+        def content(client: str) -> ConfigRecord:
+            own = replace(order.share([client]), frozen={}, lacking=frozenset())
+            return ConfigRecord(
+                {
+                    "run": self._run,
+                    "model": self._digest,
+                    "order": own.to_bytes(),
+                    "frozen": frozen.digest,
+                    "frozen bytes": b"" if client in holders else frozen.content,
+                }
+            )
+
+        for client, answer in self._sites.ask(what, order.clients, content, str(order.round)):
+            if isinstance(answer, bytes):
+                try:
+                    found = hear(answer, form, tensors)
+                    self._holding.add((client, frozen.digest))
+                except ClientFailure as error:
+                    found = Failure(client, str(error))
+                    self._holding.discard((client, frozen.digest))  # it may have lost it
+            else:
+                found = answer
+            yield client, found
+
+    def _holders(self, frozen: Frozen) -> set[str]:
+        return {client for client, digest in self._holding if digest == frozen.digest}
+
+    def _sent(self, client: str, said: Trained, shared: State) -> Sent | Failure:
+        if said.client_id != client:
+            return Failure(client, f"it speaks for {said.client_id[:200]!r}")
+        kept = said.kept and self._here
+        return Sent(client, said.round, said.num_examples, shared, kept, said.train_loss)
+
+
+class Frozen:
+    """What stays the same for a whole stage, to be sent once to each client and kept by it.
+
+    Attributes:
+        content: safetensors; nothing if there is no such part.
+        digest: names it.
+    """
+
+    def __init__(self, state: State) -> None:
+        self.content = pack({}, frozen=state) if state else b""
+        self.digest = hashlib.sha256(self.content).hexdigest() if state else ""
+
+
+def _content(reply: Message | str) -> bytes:
+    """The bytes of a reply.
+
+    Raises:
+        ClientFailure: there are none, and why.
+    """
+    if isinstance(reply, str):
+        raise ClientFailure(reply)
+    if reply.has_error():
+        raise ClientFailure(f"Flower says: {reply.error.reason or reply.error.code}")
+    record = reply.content.config_records.get(RECORD)
+    content = record.get("answer") if record is not None else None
+    if not isinstance(content, bytes):
+        raise ClientFailure(f"its reply has no bytes named {RECORD}/answer")
+    return content

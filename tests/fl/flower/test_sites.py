@@ -1,0 +1,175 @@
+"""Sites with their own data and disks, without Flower's processes: what they end with and leave."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+
+from fedms.fl.config import load_config
+from fedms.fl.runs.folder import start
+
+pytest.importorskip("flwr")
+
+from flwr.app import Message
+from post import Post, app_of
+
+from fedms.fl.engines.flower import RECORD
+from fedms.fl.runs.flower import serve
+from fedms.fl.types import ConfigError, FedMSError
+from fedms.fl.wire import unpack
+
+
+@pytest.fixture
+def federation(wards, tmp_path, quiet):
+    """``federation("key=value")``: (post, carry), four wards of which one may be unseen."""
+
+    def build(*overrides: str, unseen: str = "west"):
+        config = load_config(None, [*wards.settings, *overrides])
+        post = Post(wards.nodes(tmp_path / "sites", unseen), app_of(config, tmp_path / "app"))
+
+        def carry(out: str = "server", wait: float = 5.0) -> None:
+            config_now = load_config(None, [*wards.settings, *overrides])
+            serve(config_now, tmp_path / out, post, wait, quiet)
+
+        return post, carry
+
+    return build
+
+
+def without_everyone(lines: list[dict]) -> list[dict]:
+    """What a site can measure: nobody has everyone's test examples."""
+    return [{k: v for k, v in line.items() if k != "pooled_accuracy"} for line in lines]
+
+
+def test_sites_end_with_the_metrics_of_the_local_engine(
+    federation, wards, tmp_path, quiet, read_lines, same_lines
+):
+    settings = ["data.num_clients=3", "data.unseen_clients=1", "stage1.rounds=2", "stage2.rounds=2"]
+    local = tmp_path / "local"
+    start(load_config(None, [*wards.settings, *settings]), local, quiet)
+    (unseen,) = {c["client_id"] for c in read_lines(local / "clients.jsonl") if not c["seen"]}
+    _, carry = federation(*settings, unseen=unseen)
+    carry()
+    for name in ("metrics.jsonl", "clients.jsonl"):
+        found, wanted = (read_lines(place / name) for place in (tmp_path / "server", local))
+        same_lines(without_everyone(found), without_everyone(wanted))
+        assert all(line["pooled_accuracy"] is None for line in found)
+    assert not (tmp_path / "server" / "clients").exists()  # what is a client's own stays there
+
+
+SHORT = ("data.num_clients=4", "data.unseen_clients=0", "stage1.rounds=1", "stage2.rounds=2")
+
+
+class Killed(BaseException):
+    """What ends a server between two lines of its program."""
+
+
+def test_a_server_that_was_killed_goes_on_and_ends_alike(
+    federation, tmp_path, read_lines, same_lines
+):
+    """In the first round, when stage 2's visits are done and not committed, and after the last."""
+    _, carry = federation(*SHORT, unseen="")
+    carry("whole")
+    post, carry = federation(*SHORT, unseen="")
+    moments = [("1", "train"), ("2", "evaluate"), ("3", "evaluate")]
+
+    def spoil(client: str, order: Message, reply: Message) -> list[Message]:
+        now = order.metadata.group_id, order.metadata.message_type
+        if moments and now == moments[0] and client == "south":
+            moments.pop(0)
+            raise Killed
+        return [reply]
+
+    post.spoil = spoil
+    for _ in range(3):
+        with pytest.raises(Killed):
+            carry("killed")
+    carry("killed")
+    assert not moments
+    for name in ("metrics.jsonl", "clients.jsonl"):
+        found, wanted = (read_lines(tmp_path / run / name) for run in ("killed", "whole"))
+        for line in (*found, *wanted):  # the frozen part is sent anew after a kill
+            line.pop("bytes_down", None)
+        same_lines(found, wanted)
+
+
+def test_what_leaves_a_site(federation, wards, tmp_path):
+    """No text, label count, local expert or weight of the gate's own is among its answers."""
+    post, carry = federation("data.num_clients=3", "data.unseen_clients=1", "eval.every=2")
+    carry()
+    words = {
+        row["text"].encode()
+        for path in wards.own.values()
+        for row in csv.DictReader(path.read_text(encoding="utf-8").splitlines())
+    }
+    replies = [m for _, m in post.sent if m.metadata.reply_to_message_id]
+    assert len(replies) > 20
+    names, fields = set(), set()
+    for reply in replies:
+        answer = reply.content.config_records[RECORD]["answer"]
+        assert list(reply.content) == [RECORD]
+        assert not any(word in answer for word in words)
+        record, states = unpack(answer)
+        said = record["said"]
+        fields |= set(said)
+        names |= set(states.get("shared", {}))
+    assert fields == {
+        "client_id", "unseen",  # who it is
+        "round", "num_examples", "kept", "train_loss",  # a visit
+        "total", "count", "common", "clients",  # scores
+    }  # fmt: skip
+    assert {name.split(".")[0] for name in names} == {"global", "gate"}
+    assert all(name.startswith(("global.", "gate.adapter.")) for name in names)
+
+
+def test_what_a_site_keeps_and_exports(federation, tmp_path):
+    settings = (*SHORT[:2], "stage1.rounds=1", "stage2.rounds=4", "eval.every=9")
+    post, carry = federation(*settings, unseen="")
+    carry()
+    (run,) = (tmp_path / "sites" / "north").glob("*/clients")
+    kept = sorted(int(path.name.split(".")[1]) for path in run.glob("*/*"))
+    assert kept == [3, 4, 5]  # what two checkpoints of the server can go back to, and the newest
+    adapters = run.parent / "adapters"
+    assert {path.name for path in adapters.iterdir()} == {"global", "local", "gate.safetensors"}
+    assert (adapters / "local" / "adapter_model.safetensors").is_file()
+    first = [m for _, m in post.sent if not m.metadata.reply_to_message_id]
+    frozen = [m for m in first if m.content.config_records[RECORD].get("frozen bytes")]
+    assert len(frozen) == 4  # once to each site in all of stage 2
+
+
+def test_who_is_there_is_decided_when_a_run_begins(federation, tmp_path, capfd):
+    settings = ("data.num_clients=3", "data.unseen_clients=0", "stage1.rounds=2", "eval.every=9")
+    post, carry = federation(*settings, "stage2.rounds=0", unseen="")
+    post.away = {"west", "south"}
+    with pytest.raises(FedMSError, match=r"2 sites and 0 unseen ones have come within 0\.1 s"):
+        carry(wait=0.1)
+    post.away = {"west"}
+
+    def spoil(client: str, order: Message, reply: Message) -> list[Message]:
+        post.away = {"south"} if order.metadata.message_type == "evaluate.validate" else post.away
+        return [reply]
+
+    post.spoil = spoil
+    carry()
+    lines = (tmp_path / "server" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rounds = [json.loads(line) for line in lines]
+    assert [line["participants"] for line in rounds] == [
+        ["east", "north", "south"],
+        ["east", "north"],
+    ]
+
+
+def test_other_settings_do_not_go_on_with_a_run(federation):
+    _, carry = federation(*SHORT, unseen="")
+    carry()
+    _, carry = federation(*SHORT, "stage1.lr=0.5", unseen="")
+    with pytest.raises(FedMSError, match=r"stage1.lr was 0.01, is 0.5"):
+        carry()
+
+
+def test_what_needs_everyones_labels_is_refused(federation):
+    _, carry = federation(*SHORT, "prior=0.5")
+    with pytest.raises(ConfigError, match="everyone's label frequencies"):
+        carry()
