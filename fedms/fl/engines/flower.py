@@ -8,6 +8,8 @@ messages to its workers by Ray, within one machine.
 
 from __future__ import annotations
 
+# pyright: reportMissingImports=false  # Flower is an extra
+
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -7,6 +7,8 @@ reaches the clients through Flower's Grid, the ClientApp hands what arrives to a
 
 from __future__ import annotations
 
+# pyright: reportMissingImports=false  # Flower is an extra
+
 import json
 import logging
 import os
