@@ -46,7 +46,7 @@ def prepare(model: Model, stage: Stage, awake: Sequence[int]) -> None:
 def received(model: Model, stage: Stage, server: State) -> State:
     """What every client of a stage has from the server, over what nobody has trained yet."""
     sent = select(server, (*stage.sends_every_round, *stage.frozen))
-    return {**model.fresh(stage.experts, stage.heads), **sent}
+    return {**model.fresh(stage.experts, stage.heads, stage.routers), **sent}
 
 
 def class_counts(model: Model, clients: Iterable[ClientData]) -> Tensor:
@@ -94,7 +94,7 @@ def _train(
     history = torch.cat(losses).to("cpu", torch.float64)  # the only time a visit waits for a device
     now = {name: leaf.to("cpu") for name, leaf in model.slots.live.items()}
     before = {name: leaf.to("cpu") for name, leaf in began.items()}
-    first = len(losses[0])
+    first = next(filter(None, map(len, losses)), 0)
     return [
         _leave(
             model,
@@ -127,6 +127,7 @@ def _run_phase(
     if not steps or not leaves or not any(map(len, examples)):
         return torch.zeros(0, len(visits), device=counts.device)
     seeds = _seeds(visits, number, round, seed)
+    own = [each.client.own for each in visits]
     idle = _idle(model, visits, examples, leaves)
     losses: list[Tensor] = []
     with learning(leaves.values()):
@@ -134,7 +135,7 @@ def _run_phase(
         view: View | None = None
         for rows in steps:
             if view is None or not phase.whole:
-                view = View(model, rows, counts, began, seeds)
+                view = View(model, rows, counts, began, seeds, own)
             loss = phase.loss(view)
             optimizer.zero_grad(set_to_none=True)
             loss.sum().backward()
@@ -236,7 +237,7 @@ def _leave(
     losses: Tensor,
     first: int,
 ) -> Update | ClientFailure:
-    """A client's update; ``losses`` [steps] of all phases, the first phase's ``first`` in front."""
+    """A client's update; ``losses`` [steps] of all phases, ``first`` of them the first one's."""
     for step, value in enumerate(losses.tolist()):
         if not math.isfinite(value):
             where = f"local step {step + 1} of {first}" if step < first else "a later phase"

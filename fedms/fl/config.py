@@ -23,6 +23,8 @@ from pydantic_core import ErrorDetails
 from fedms.fl.algorithms import ALGORITHMS, StageConfig, stages_of
 from fedms.fl.algorithms.ditto import Settings as DittoConfig
 from fedms.fl.algorithms.fedavg_prior import Settings as FedAvgPriorConfig
+from fedms.fl.algorithms.feddpa_f import Settings as FedDpaFConfig
+from fedms.fl.algorithms.feddpa_t import Settings as FedDpaTConfig
 from fedms.fl.algorithms.fedms import Settings as MofmConfig
 from fedms.fl.algorithms.fedntd import Settings as FedNTDConfig
 from fedms.fl.algorithms.fedper import Settings as FedPerConfig
@@ -235,6 +237,8 @@ class Config(Section):
     fedntd: FedNTDConfig = FedNTDConfig()
     fedprox: FedProxConfig = FedProxConfig()
     ditto: DittoConfig = DittoConfig()
+    feddpa_f: FedDpaFConfig = FedDpaFConfig()
+    feddpa_t: FedDpaTConfig = FedDpaTConfig()
     fedper: FedPerConfig = FedPerConfig()
     fedrep: FedRepConfig = FedRepConfig()
     fedrod: FedRoDConfig = FedRoDConfig()

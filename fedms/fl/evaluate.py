@@ -220,6 +220,7 @@ def _score(
     Of the score, once for each of ``priors``; and of the local expert's weight.
     """
     counts = class_counts(model, clients)
+    own_examples = [client.own for client in clients]
     most = max(1, MOST_LOGITS // (model.task.num_classes * int(model.task.lengths.max())))
     size = min(model.rows, most)
     by_length = [own[np.argsort(model.task.lengths[own], kind="stable")] for own in examples]
@@ -227,7 +228,7 @@ def _score(
     weights: list[list[Tensor]] = [[] for _ in clients]
     for start in range(0, max(map(len, examples)), size):
         rows = [own[start : start + size] for own in by_length]
-        view = View(model, rows, counts)
+        view = View(model, rows, counts, own=own_examples)
         log_p = predict(view)
         each = [model.task.score(view.adjusted(log_p, a), view.targets) for a in priors]
         values = zip(*map(view.by_example, each), strict=True)

@@ -162,7 +162,7 @@ class Run:
         unseen = [client for client in scores.clients if not client.seen]
         pooled = [c.pooled_accuracy for c in seen if c.pooled_accuracy is not None]
         gates = [client.gate_local for client in seen if client.gate_local is not None]
-        trainable = self.server.trainable_parameters(stage, awake)
+        trainable = self.server.trainable_parameters(stage.in_round(round), awake)
         return RoundRecord(
             round=round,
             stage=stage.name,

@@ -102,7 +102,7 @@ class Mixture:
     def __call__(self, view: View) -> Tensor:
         weights, how = Weights(self.settings)(view), self.settings.combine
         if how == "layer":
-            return view.log_p("global", "local", gates=weights)
+            return view.log_p("global", "local", gates=view.first(weights))
         if how == "features":
             z = mixed_features(weights, view.features("global"), view.features("local"))
             return view.log_p_of(z, "local")

@@ -122,6 +122,7 @@ class Stage:
             stays with the client.
         receives: patterns that the cohort is sent every round; default ``shares``.
         frozen: patterns that nobody trains any more; sent once, to whoever lacks them.
+        routers: by name, for how many experts; see :meth:`fedms.fl.model.slots.Slots.fresh_router`.
         modules: small networks beside the backbone, by name; asked by :meth:`View.call`.
         start: (received, kept) -> what a visit, an evaluation and a prediction begin with.
             ``received``: what the server sent, over fresh experts and modules.
@@ -144,6 +145,7 @@ class Stage:
     shares: Patterns = ()
     receives: Patterns | None = None
     frozen: Patterns = ()
+    routers: tuple[tuple[str, int], ...] = ()
     modules: tuple[tuple[str, Build], ...] = ()
     start: Start = received_and_kept
     end: End | None = None

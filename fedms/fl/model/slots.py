@@ -37,12 +37,14 @@ class _Route:
         rows: examples of each slot, in order; they sum to B.
         gates: [B, len(path)] or None; differentiable.
         seeds: a CPU generator a slot, where the experts drop out.
+        router: name of what makes the gates in each layer, of its input; or None.
     """
 
     path: Path = ()
     rows: Sequence[int] = ()
     gates: Tensor | None = None
     seeds: Sequence[torch.Generator] | None = None
+    router: str | None = None
     _made: dict[tuple[tuple[int, ...], int], Segments] = field(default_factory=dict)
 
     def of_slots(self, sizes: tuple[int, ...]) -> list[tuple[int, ...]]:
@@ -131,12 +133,14 @@ class ExpertLinear(nn.Module):
         """Which experts, counted through the stacks of ``sizes``, each row of x uses, and how."""
         route = self._shared.route
         drops = self.dropout > 0 and route.seeds is not None
-        gates = None if route.gates is None else route.gates[:, list(columns)]
+        gates = self._gates(x)
+        gates = None if gates is None else gates[..., list(columns)]
         if not drops and (len(route.rows) <= 1 or max(sizes) == 1):
             return {"gates": _to_tokens(gates, x)}
         if gates is not None:  # the op's gates have a column for every slot's expert
             place = route.experts(sizes, x.device)
-            gates = gates.new_zeros(len(gates), sum(sizes)).scatter(1, place, gates)
+            place = place.view(len(place), *[1] * (gates.dim() - 2), -1).expand_as(gates)
+            gates = gates.new_zeros(*gates.shape[:-1], sum(sizes)).scatter(-1, place, gates)
         routing: dict[str, Any] = {"gates": _to_tokens(gates, x)}
         routing["segments"] = route.segments(sizes, math.prod(x.shape[1:-1]), by_example=drops)
         if drops:
@@ -148,11 +152,25 @@ class ExpertLinear(nn.Module):
             routing |= {"dropout_p": self.dropout, "seed": torch.cat(drawn).to(x.device)}
         return routing
 
+    def _gates(self, x: Tensor) -> Tensor | None:
+        """Weights of the path's experts: [B, E], or of a router [B, ..., E], one set a token."""
+        route = self._shared.route
+        if route.router is None:
+            return route.gates
+        weight = self._shared.live[f"{route.router}.{self.name}.weight"]  # [S or 1, E, K]
+        if len(weight) == 1:
+            scores = nn.functional.linear(x.to(weight.dtype), weight[0])
+        else:
+            slot = np.repeat(np.arange(len(route.rows)), route.rows)
+            each = weight[torch.from_numpy(slot).to(x.device, non_blocking=True)]
+            scores = torch.einsum("b...k,bek->b...e", x.to(weight.dtype), each)
+        return scores.softmax(-1)
+
 
 def _to_tokens(gates: Tensor | None, x: Tensor) -> Tensor | None:
-    """Gates [B, E] for every row of x [B, ..., K]."""
-    if gates is None:
-        return None
+    """Gates [B, E] for every row of x [B, ..., K]; those that are by row already as they are."""
+    if gates is None or gates.dim() == x.dim():
+        return gates
     gates = gates.view(len(gates), *[1] * (x.dim() - 2), -1)
     return gates.expand(*x.shape[:-1], -1)
 
@@ -228,6 +246,20 @@ class Slots:
         """An untrained expert of all blocks, the same for everybody: A random, B zero."""
         return {f"{expert}.{name}": tensor for name, tensor in self._fresh.items()}
 
+    def fresh_router(self, router: str, num_experts: int) -> State:
+        """``<router>.<layer>.weight`` [E, K] of every layer, Kaiming-uniform, alike for everybody.
+
+        A layer's gates are the softmax of weight x, of each token's own input.
+        """
+        draw = torch.Generator().manual_seed(0)
+        place = {"device": self.backbone.device, "dtype": self.backbone.master}
+        state: State = {}
+        for name, layer in self.layers.items():
+            weight = torch.empty(num_experts, layer.base_layer.in_features, dtype=place["dtype"])
+            nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=draw)
+            state[f"{router}.{name}.weight"] = weight.to(**place)
+        return state
+
     @torch.no_grad()
     def load(self, states: Sequence[State], trains: Patterns = ()) -> None:
         """Stack S clients' states, which have the same names; sleeping blocks are left out.
@@ -262,6 +294,7 @@ class Slots:
         rows: Sequence[int],
         gates: Tensor | None = None,
         seeds: Sequence[torch.Generator] | None = None,
+        router: str | None = None,
     ) -> Iterator[None]:
         """Within the block ``rows[s]`` examples of a batch use slot s's experts of ``path``.
 
@@ -269,9 +302,10 @@ class Slots:
             rows: S numbers that sum to B.
             gates: [B, len(path)], one weight an expert for each example.
             seeds: a generator a slot: the experts drop out by what it draws.
+            router: in place of gates, what weighs the experts in each layer, token by token.
         """
         before = self._shared.route
-        self._shared.route = _Route(path, rows, gates, seeds)
+        self._shared.route = _Route(path, rows, gates, seeds, router)
         try:
             yield
         finally:

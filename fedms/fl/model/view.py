@@ -70,11 +70,17 @@ class Model:
             module.to(self.backbone.device, self.backbone.master).requires_grad_(False)
             self.modules[name] = module
 
-    def fresh(self, experts: Sequence[str], heads: Sequence[str] = ()) -> State:
+    def fresh(
+        self,
+        experts: Sequence[str],
+        heads: Sequence[str] = (),
+        routers: Sequence[tuple[str, int]] = (),
+    ) -> State:
         """What has not been trained yet, the same for everybody: experts and small networks.
 
         Args:
             heads: names that have a head of their own even where the task's is frozen.
+            routers: names and numbers of experts of :meth:`Slots.fresh_router`.
 
         Raises:
             ConfigError: the task has no head that could be trained.
@@ -86,6 +92,8 @@ class Model:
             if self.head is None:
                 raise ConfigError("the method trains a head, and this task has none to train")
             state.setdefault(f"{name}.head.weight", self.head)
+        for name, num_experts in routers:
+            state.update(self.slots.fresh_router(name, num_experts))
         for name, module in self.modules.items():
             state.update({f"{name}.{key}": value for key, value in module.named_parameters()})
         return state
@@ -102,6 +110,7 @@ class View:
         rows: each client's examples, as indices into the dataset.
         counts: int64 [S, C], each client's own training examples by class.
         began: the leaves as they were when the visit began; the live ones by default.
+        own: all of each client's own training examples, for :meth:`own`.
         seeds: a generator a client, where experts in training drop out.
 
     Attributes:
@@ -119,11 +128,12 @@ class View:
         counts: Tensor,
         began: State | None = None,
         seeds: Sequence[torch.Generator] | None = None,
+        own: Sequence[np.ndarray] | None = None,
     ) -> None:
         self.live = model.slots.live
         self.began = self.live if began is None else began
         self.counts = counts
-        self._model, self._seeds = model, seeds
+        self._model, self._seeds, self._own = model, seeds, own
         self._trained = {_part(name) for name, t in self.live.items() if t.requires_grad}
         self._rows = [len(own) for own in rows]
         self.indices = np.concatenate(rows)
@@ -148,42 +158,63 @@ class View:
 
     # Through the model ----------------------------------------------------------------------------
 
-    def features(self, *path: str, gates: Tensor | None = None) -> Tensor:
+    def features(
+        self, *path: str, gates: Tensor | None = None, router: str | None = None
+    ) -> Tensor:
         """What the head reads, [P, D], through the base and the experts of ``path``.
 
         Args:
             gates: [B, len(path)]: weights of the experts' outputs in every linear, an example each.
+            router: in place of gates, the router that weighs them, per layer and token.
         """
         if gates is not None:
             return self._forward(self.indices, self._rows, self._batch, path, gates)
 
+        parts = path if router is None else (*path, router)
+
         def compute() -> Tensor:
-            if self._is_trained(path):
-                return self._forward(self.indices, self._rows, self._batch, path)
-            return self._frozen(path)
+            if self._is_trained(parts):
+                return self._forward(self.indices, self._rows, self._batch, path, router=router)
+            return self._frozen(path, router)
 
-        return self._once(("features", path), path, compute)
+        return self._once(("features", path, router), parts, compute)
 
-    def log_p(self, *path: str, head: str | None = None, gates: Tensor | None = None) -> Tensor:
+    def log_p(
+        self,
+        *path: str,
+        head: str | None = None,
+        gates: Tensor | None = None,
+        router: str | None = None,
+    ) -> Tensor:
         """Log-probabilities [P, C] of the experts of ``path``, by a head: of the last of them."""
         if gates is not None:
             features = self.features(*path, gates=gates)
             return self.log_p_of(features, path[-1] if head is None else head)
-        return self.over(_log_p, path, heads=(head,))
+        return self.over(_log_p, path, heads=(head,), router=router)
 
     def log_p_of(self, z: Tensor, expert: str) -> Tensor:
         """Log-probabilities [P, C] of features [P, D] by an expert's head."""
         return self._in_pieces(_log_p, [z], [expert])
 
-    def nll(self, *path: str, head: str | None = None) -> Tensor:
+    def nll(
+        self,
+        *path: str,
+        head: str | None = None,
+        gates: Tensor | None = None,
+        router: str | None = None,
+    ) -> Tensor:
         """Negative log-probabilities [P] of the right answers; a large [P, C] is never held."""
-        return self.over(_nll, path, heads=(head,))
+        if gates is not None:
+            features = self.features(*path, gates=gates)
+            return self._in_pieces(_nll, [features], [path[-1] if head is None else head])
+        return self.over(_nll, path, heads=(head,), router=router)
 
     def over(
         self,
         function: OfAnswers,
         *paths: Path,
         heads: Sequence[str | None] | None = None,
+        router: str | None = None,
         detached: bool = False,
     ) -> Tensor:
         """A function of the answers' distributions, [P, ...], some answers at a time.
@@ -192,6 +223,7 @@ class View:
             function: (view, slot, targets [p], log_p [p, C] of each path ...) -> [p, ...], for p
                 answers of one client. Equal functions give equal results.
             heads: whose head each path ends in; None: that of its last expert.
+            router: weighs the experts of every path; see :meth:`features`.
             detached: no gradient goes back through the features.
         """
         last = [path[-1] if path else "" for path in paths]
@@ -199,12 +231,12 @@ class View:
             last = [end if own is None else own for own, end in zip(heads, last, strict=True)]
 
         def compute() -> Tensor:
-            z = [self.features(*path) for path in paths]
+            z = [self.features(*path, router=router) for path in paths]
             z = [each.detach() for each in z] if detached else z
             return self._in_pieces(function, z, last)
 
-        parts = *sum(paths, ()), *(f"{name}.head" for name in last)
-        return self._once((function, paths, tuple(last), detached), parts, compute)
+        parts = *sum(paths, ()), *(f"{name}.head" for name in last), router or ""
+        return self._once((function, paths, tuple(last), router, detached), parts, compute)
 
     def call(self, module: str, inputs: Tensor) -> Tensor:
         """Each client's own small network on its answers: inputs [P, F] -> [P, ...]."""
@@ -237,6 +269,27 @@ class View:
         assert everyone is not None, "whoever made the model did not say what everyone's labels are"
         shift = log_prior_of_counts(self.counts.to(log_p.dtype)) - everyone.to(log_p.dtype).log()
         return F.log_softmax(log_p + strength * shift[self.slot], dim=-1)
+
+    def own(self, count: int) -> View:
+        """``count`` of each client's own training examples, evenly spread over all of them.
+
+        Raises:
+            ConfigError: the view was made without them.
+        """
+        if self._own is None:
+            raise ConfigError("the method compares with a client's own examples: none are at hand")
+        rows = [own[np.linspace(0, len(own) - 1, count).astype(np.int64)] for own in self._own]
+        return View(self._model, rows, self.counts, self.began)
+
+    def first(self, values: Tensor) -> Tensor:
+        """Values [P, ...] -> [B, ...], of each example's first answer.
+
+        What weighs a whole text may know no token that is still to be predicted.
+        """
+        if self._batch.answers is None:
+            return values
+        each = torch.tensor(self._each)
+        return values[(each.cumsum(0) - each).to(values.device)]
 
     # Numbers a client -----------------------------------------------------------------------------
 
@@ -312,25 +365,28 @@ class View:
         batch: Batch,
         path: Path,
         gates: Tensor | None = None,
+        router: str | None = None,
     ) -> Tensor:
         model, depth = self._model, self._model.slots.depth
         entry = model.prefix.entry(indices, batch, depth)
         seeds = self._seeds if self._is_trained(path) else None
-        with model.slots.routed(path, rows, gates, seeds):
+        with model.slots.routed(path, rows, gates, seeds, router):
             return model.task.pool(model.backbone.hidden(batch, entry, depth), batch)
 
     @torch.no_grad()
-    def _frozen(self, path: Path) -> Tensor:
+    def _frozen(self, path: Path, router: str | None = None) -> Tensor:
         """Features [P, D] of any number of examples, kept over views where the path allows it."""
         outputs = self._model.outputs
-        missing = outputs.missing(path, np.unique(self.indices))
+        missing = None if router else outputs.missing(path, np.unique(self.indices))
         if missing is None:
-            return torch.cat(self._in_chunks(self.indices, self._rows, path))
+            return torch.cat(self._in_chunks(self.indices, self._rows, path, router))
         if len(missing):
             outputs.put(path, missing, self._in_chunks(missing, [len(missing)], path))
         return outputs.get(path, self.indices)
 
-    def _in_chunks(self, indices: np.ndarray, rows: Sequence[int], path: Path) -> list[Tensor]:
+    def _in_chunks(
+        self, indices: np.ndarray, rows: Sequence[int], path: Path, router: str | None = None
+    ) -> list[Tensor]:
         """Each example's features [answers, D], from forwards of like length."""
         task, size = self._model.task, self._model.rows
         owner = np.repeat(np.arange(len(rows)), rows)
@@ -340,7 +396,7 @@ class View:
             chosen = np.sort(order[start : start + size])  # a client's examples stand together
             batch = task.batch(indices[chosen], self._model.backbone.device)
             own = np.bincount(owner[chosen], minlength=len(rows)).tolist()
-            z = self._forward(indices[chosen], own, batch, path)
+            z = self._forward(indices[chosen], own, batch, path, router=router)
             features.update(
                 zip(chosen.tolist(), z.split(batch.answers or [1] * len(chosen)), strict=True)
             )

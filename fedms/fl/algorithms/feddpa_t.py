@@ -1,0 +1,55 @@
+"""FedDPA-T: in every round a local expert is trained beside the global one, then the global one.
+
+arXiv 2403.19211; prediction as in FedDPA-F. The local expert trains in the mixture, on top of the
+frozen global expert as it was received; then the global expert trains alone and is sent.
+
+Trained: the local expert in the mixture, then the global expert: twice the steps of FedAvg.
+Sent: the global expert.
+Kept: the local expert.
+Predicted: by both experts, mixed in every linear.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fedms.fl.algorithms.fedavg import global_expert
+from fedms.fl.algorithms.feddpa_f import Likeness, Mixed
+from fedms.fl.algorithms.stage import Phase, Rounds, Stage
+from fedms.fl.model.view import View
+from fedms.fl.settings import Count, Natural, Section, Share
+
+
+class Settings(Section):
+    """FedDPA-T."""
+
+    weight: Share = 0.5
+    """w, the most that the local expert weighs at an answer; and its weight while it is trained."""
+    examples: Count = 5
+    """Own training examples that an example is compared with."""
+    local_steps: Natural | None = None
+    """Steps of the local expert in one visit; default: those of the stage. 0: FedAvg-LoRA."""
+
+
+@dataclass(frozen=True)
+class Joint:
+    """Cross-entropy of both experts, mixed by a fixed weight in every linear, [S]."""
+
+    weight: float
+
+    def __call__(self, view: View) -> Tensor:
+        local = view.first(view.constant(self.weight, 1))
+        gates = torch.cat([1.0 - local, local], dim=-1)
+        return view.mean(view.nll("global", "local", gates=gates))
+
+
+def stages(settings: Settings, rounds: Rounds) -> tuple[Stage, ...]:
+    steps = settings.local_steps
+    local = () if steps == 0 else (Phase(("local.*",), Joint(settings.weight), steps=steps),)
+    mixed = Mixed(Likeness(settings.weight, settings.examples))
+    both = {"experts": ("global", "local"), "predict": mixed}
+    shared = [global_expert(*each) for each in rounds]
+    return tuple(replace(s, phases=(*local, *s.phases), **both) for s in shared)
