@@ -6,9 +6,10 @@ nothing, something else or too late is a failure with its reason. Flower's own s
 messages to its workers by Ray, within one machine.
 """
 
-from __future__ import annotations
+# Flower is an extra:
+# pyright: reportMissingImports=false
 
-# pyright: reportMissingImports=false  # Flower is an extra
+from __future__ import annotations
 
 import hashlib
 import time

@@ -5,9 +5,10 @@ reaches the clients through Flower's Grid, the ClientApp hands what arrives to a
 :class:`fedms.fl.runs.site.Site`.
 """
 
-from __future__ import annotations
+# Flower is an extra:
+# pyright: reportMissingImports=false
 
-# pyright: reportMissingImports=false  # Flower is an extra
+from __future__ import annotations
 
 import json
 import logging
