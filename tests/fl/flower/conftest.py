@@ -41,6 +41,19 @@ class Wards:
     own: dict[str, Path]
     settings: list[str]
 
+    def only(self, *names: str) -> Wards:
+        """Some of them alone, and a table of these."""
+        everyone = self.everyone.with_name("-".join(names) + ".csv")
+        header, *_ = self.everyone.read_text(encoding="utf-8").splitlines()
+        kept = [
+            line
+            for line in self.everyone.read_text(encoding="utf-8").splitlines()
+            if line.rpartition(",")[2] in names
+        ]
+        everyone.write_text("\n".join([header, *kept]) + "\n", encoding="utf-8")
+        settings = [s.replace(str(self.everyone), str(everyone)) for s in self.settings]
+        return Wards(everyone, {name: self.own[name] for name in names}, settings)
+
     def nodes(self, folder: Path, unseen: str = "") -> dict[str, dict[str, str | bool]]:
         """A node config for each ward; their files go to ``folder``."""
         return {

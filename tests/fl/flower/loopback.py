@@ -35,7 +35,7 @@ class Loopback:
         self.folder, self._tls = folder, certificates
         self._port = _free_port()
         self._mark = uuid4().hex
-        self._logs = 0
+        self._log: dict[int, Path] = {}
         home = folder / "flwr"
         home.mkdir(parents=True)
         secure = f'root-certificates = "{certificates.ca}"' if certificates else "insecure = true"
@@ -113,6 +113,18 @@ class Loopback:
                 os.kill(pid, signal.SIGKILL)
         process.wait()
 
+    def kill_tasks(self) -> None:
+        """Kill what a SuperLink that was killed leaves behind: Flower detaches its executors."""
+        for pid in self.processes():
+            with suppress(OSError):
+                command = Path(f"/proc/{pid}/cmdline").read_bytes()
+                if b"serverapp" in command or b"superlink" in command:
+                    os.kill(pid, signal.SIGKILL)
+
+    def log_of(self, process: subprocess.Popen[bytes]) -> str:
+        """What a process and its children have written."""
+        return self._log[process.pid].read_text(errors="replace")
+
     def processes(self) -> list[int]:
         """Numbers of all processes of this test that are alive."""
         mark, found = f"{MARK}={self._mark}".encode(), []
@@ -131,19 +143,23 @@ class Loopback:
         )
 
     def _start(self, name: str, command: list[str]) -> subprocess.Popen[bytes]:
-        self._logs += 1
-        with (self.folder / f"{self._logs}-{name}.log").open("wb") as log:
-            return subprocess.Popen(
+        path = self.folder / f"{len(self._log) + 1}-{name}.log"
+        with path.open("wb") as log:
+            process = subprocess.Popen(
                 [SCRIPTS / command[0], *command[1:]], env=self._env, cwd=self.folder,
                 stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
+        self._log[process.pid] = path
+        return process
 
 
-def wait_for(what: Callable[[], object], seconds: float, name: str) -> None:
-    """Wait until something is true; AssertionError if it takes longer."""
+def wait_for(
+    what: Callable[[], object], seconds: float, name: str, logs: Callable[[], str] = str
+) -> None:
+    """Wait until something is true; AssertionError with ``logs`` if it takes longer."""
     until = time.monotonic() + seconds
     while not what():
-        assert time.monotonic() < until, f"waited {seconds} s in vain until {name}"
+        assert time.monotonic() < until, f"waited {seconds} s in vain until {name}{logs()}"
         time.sleep(0.1)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 
 import pytest
+from transformers import AutoModel
 
 from fedms.fl.config import load_config
 from fedms.fl.runs.folder import start
@@ -137,6 +139,40 @@ def test_what_a_site_keeps_and_exports(federation, tmp_path):
     first = [m for _, m in post.sent if not m.metadata.reply_to_message_id]
     frozen = [m for m in first if m.content.config_records[RECORD].get("frozen bytes")]
     assert len(frozen) == 4  # once to each site in all of stage 2
+
+
+def test_a_site_with_other_data_or_another_model_is_left_out(
+    wards, tmp_path, quiet, tiny_bert, read_lines
+):
+    """It finds that itself; the others go on."""
+    config = load_config(None, [*wards.settings, *SHORT, "stage1.rounds=2", "stage2.rounds=0"])
+    nodes = wards.nodes(tmp_path / "sites")
+    post = Post(nodes, app_of(config, tmp_path / "app"))
+
+    def kill(client: str, order: Message, reply: Message) -> list[Message]:
+        if order.metadata.group_id == "2":
+            raise Killed
+        return [reply]
+
+    post.spoil = kill
+    with pytest.raises(Killed):
+        serve(config, tmp_path / "server", post, 5.0, quiet)
+    rows = wards.own["east"].read_text(encoding="utf-8").replace("\nacute", "\nchronic acute")
+    (tmp_path / "east.csv").write_text(rows, encoding="utf-8")
+    nodes["east"]["data"] = str(tmp_path / "east.csv")
+    other = AutoModel.from_pretrained(tiny_bert)
+    other.encoder.layer[0].output.dense.weight.data += 0.1
+    shutil.copytree(tiny_bert, tmp_path / "other")
+    other.save_pretrained(tmp_path / "other")
+    nodes["south"]["model"] = str(tmp_path / "other")
+    post = Post(nodes, app_of(config, tmp_path / "app, after a restart of the sites"))
+    serve(config, tmp_path / "server", post, 5.0, quiet)
+    first, last = read_lines(tmp_path / "server" / "metrics.jsonl")
+    assert first["failed"] == []
+    east, south = last["failed"]
+    assert "has other examples" in east["reason"]
+    assert "other is not the server's" in south["reason"]
+    assert last["participants"] == ["north", "west"]
 
 
 def test_who_is_there_is_decided_when_a_run_begins(federation, tmp_path, capfd):
