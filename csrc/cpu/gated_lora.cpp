@@ -77,7 +77,7 @@ void prepare(Chunks& chunks, const Problem& p, const RowKernels& rows, int64_t t
     const bool dropout = p.dropout_p > 0.0;
 
     Arena& arena = chunks.arena;
-    const int64_t panels = arena.reserve<float>(ld * (backward ? p.n : p.k));
+    const int64_t panels = arena.reserve<float>(ld * round_up(backward ? p.n : p.k, 2));
     const int64_t tiles = arena.reserve<float>(ranks * (backward ? k : n));
     constexpr int64_t kArrays = 13;
     std::vector<int64_t> at;
@@ -102,6 +102,7 @@ void prepare(Chunks& chunks, const Problem& p, const RowKernels& rows, int64_t t
         const int64_t* o = at.data() + kArrays * i;
         Scratch s{};
         s.panels = arena.get<float>(panels), s.tiles = arena.get<float>(tiles);
+        s.paired = 2 * ranks <= rows.width;
         s.ld = ld, s.block = block;
         s.h = arena.get<float>(o[0]), s.u = arena.get<float>(o[1]);
         s.one = arena.get<float>(o[2]), s.wide = arena.get<float>(o[3]);
@@ -116,25 +117,29 @@ void prepare(Chunks& chunks, const Problem& p, const RowKernels& rows, int64_t t
     }
 }
 
+template <class T>
+void pack_part(const Factor& to_rank, const Factor& from_rank, const RowKernels& rows,
+               const Scratch& s, int64_t part, int64_t parts) {
+    auto* panels = const_cast<float*>(s.panels);
+    auto* tiles = const_cast<float*>(s.tiles);
+    const int64_t count = s.paired ? round_up(to_rank.columns, 2) / 2 : to_rank.columns;
+    const int64_t begin = count * part / parts, end = count * (part + 1) / parts;
+    s.paired ? pack_pairs<T>(to_rank, rows.width, begin, end, panels)
+             : pack_panels<T>(to_rank, rows.width, begin, end, panels);
+    const int64_t all = round_up(from_rank.columns, rows.tile) / rows.tile;
+    pack_tiles<T>(from_rank, rows.tile, all * part / parts, all * (part + 1) / parts, tiles);
+}
+
 // Packs the factors that all chunks read, each thread a range of columns.
 void pack(const Chunks& chunks, const Problem& p, const RowKernels& rows, bool backward) {
     const Factor a{p.a, p.ranks, p.num_experts, p.k, p.adapters_bf16, true};
     const Factor b{p.b, p.ranks, p.num_experts, p.n, p.adapters_bf16, false};
     const Factor &to_rank = backward ? b : a, &from_rank = backward ? a : b;
-    const int64_t tiles = round_up(from_rank.columns, rows.tile) / rows.tile;
-    auto* panels_out = const_cast<float*>(chunks.scratch[0].panels);
-    auto* tiles_out = const_cast<float*>(chunks.scratch[0].tiles);
+    const Scratch& s = chunks.scratch[0];
     const int64_t parts = chunks.count;
     parallel_for(parts, [&](int64_t i) {
-        const int64_t begin = to_rank.columns * i / parts, end = to_rank.columns * (i + 1) / parts;
-        const int64_t first = tiles * i / parts, last = tiles * (i + 1) / parts;
-        if (p.adapters_bf16) {
-            pack_panels<std::uint16_t>(to_rank, rows.width, begin, end, panels_out);
-            pack_tiles<std::uint16_t>(from_rank, rows.tile, first, last, tiles_out);
-        } else {
-            pack_panels<float>(to_rank, rows.width, begin, end, panels_out);
-            pack_tiles<float>(from_rank, rows.tile, first, last, tiles_out);
-        }
+        p.adapters_bf16 ? pack_part<std::uint16_t>(to_rank, from_rank, rows, s, i, parts)
+                        : pack_part<float>(to_rank, from_rank, rows, s, i, parts);
     });
 }
 

@@ -56,7 +56,8 @@ struct Problem {
 
 // Memory of one thread, and the packed factors that all share. Sized by the driver.
 struct Scratch {
-    const float* panels;  // forward: A; backward: Bᵀ (cpu/pack.h)
+    const float* panels;  // forward: A; backward: Bᵀ, as panels or pairs (cpu/pack.h)
+    bool paired;
     const float* tiles;   // forward: Bᵀ; backward: A
     std::int64_t ld;      // of h, u and one: R rounded up to whole panels
     float* h;             // [block, ld]

@@ -101,6 +101,11 @@ void gate(const Layout& at, const float* from, float* to, int64_t ld) {
 // out's columns are absolute ranks, those beside the range are overwritten too.
 void dots_of(const Scratch& s, const float* const* rows, const Item& item, int64_t r0, int64_t r1,
              int64_t c, int64_t begin, int64_t columns, int64_t rows_at, float* out) {
+    if (s.paired) {
+        dot_pairs(rows, item.n, s.panels + begin / 2 * kWidth, rows_at, columns, out, s.ld,
+                  begin > 0);
+        return;
+    }
     const int64_t first = r0 / kWidth, last = (r1 + kWidth - 1) / kWidth;
     const float* panels = s.panels + (first * c + begin) * kWidth;
     dots(rows, item.n, panels, c * kWidth, last - first, rows_at, columns, out + first * kWidth,

@@ -91,6 +91,35 @@ inline void dots(const float* const* x, int64_t m, const float* panels, int64_t 
     }
 }
 
+// `dots` of at most kWidth / 2 ranks: two columns share a vector, pairs [columns / 2][kWidth]
+// (pack_pairs), and half of the lanes are not idle. Columns [begin, begin + columns) of x; an odd
+// one is the last of the row.
+inline void dot_pairs(const float* const* x, int64_t m, const float* pairs, int64_t begin,
+                      int64_t columns, float* out, int64_t ldo, bool add) {
+    constexpr int kRows = kNarrowDotRows;
+    for (int64_t i0 = 0; i0 < m; i0 += kRows) {
+        const float* xi[kRows];
+        Vec acc[kRows] = {};
+        for (int i = 0; i < kRows; ++i) xi[i] = x[i0 + i < m ? i0 + i : m - 1] + begin;
+        int64_t c = 0;
+        for (; c + 2 <= columns; c += 2) {
+            const Vec wv = load(pairs + c / 2 * kWidth);
+            for (int i = 0; i < kRows; ++i) acc[i] += splat_pair(xi[i] + c) * wv;
+        }
+        if (c < columns) {
+            const Vec wv = load(pairs + c / 2 * kWidth);
+            for (int i = 0; i < kRows; ++i) {
+                const float last[] = {xi[i][c], 0.0f};
+                acc[i] += splat_pair(last) * wv;
+            }
+        }
+        for (int i = 0; i < kRows && i0 + i < m; ++i) {
+            float* to = out + (i0 + i) * ldo;
+            store(to, add ? load(to) + sums_of_pairs(acc[i]) : sums_of_pairs(acc[i]));
+        }
+    }
+}
+
 template <bool From, class T>
 FEDMS_INLINE void expand_tile(T* const* y, const T* const* from, const float* const* h,
                               const float* w, int64_t r, int64_t c) {

@@ -1,6 +1,8 @@
 // The experts' stacked factors as the row kernels read them, in fp32.
 //
 //   panels  [ceil(R / width)][C][width]   one column of `width` ranks after the other
+//   pairs   [ceil(C / 2)][width]          in place of panels where R is at most width / 2: ranks 0,
+//                                         1, ... of two columns, taking turns
 //   tiles   [ceil(C / tile)][R][tile]     `tile` columns of one rank after the other
 //
 // C is K for A and N for Bᵀ; what sticks out is zero. R C elements against the M C of the rows that
@@ -65,6 +67,20 @@ void pack_panels(const Factor& factor, std::int64_t width, std::int64_t begin, s
             for (std::int64_t c = c0; c < stop; ++c) to[c * width] = 0.0f;
         }
     }
+}
+
+// Columns [2 begin, 2 end) of the pairs.
+template <class T>
+void pack_pairs(const Factor& factor, std::int64_t width, std::int64_t begin, std::int64_t end,
+                float* out) {
+    std::memset(out + begin * width, 0,
+                static_cast<std::size_t>((end - begin) * width) * sizeof(float));
+    const std::int64_t stop = std::min(2 * end, factor.columns);
+    for_each_rank<T>(factor, [&](std::int64_t j, const T* source, std::int64_t stride) {
+        for (std::int64_t c = 2 * begin; c < stop; ++c) {
+            out[c / 2 * width + 2 * j + c % 2] = widen(source[c * stride]);
+        }
+    });
 }
 
 // Tiles [begin, end).

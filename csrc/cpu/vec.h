@@ -32,6 +32,7 @@ struct bf16 {
 typedef float Vec __attribute__((vector_size(kWidth * 4)));
 typedef std::uint32_t VecU __attribute__((vector_size(kWidth * 4)));
 typedef std::uint16_t VecH __attribute__((vector_size(kWidth * 2)));
+typedef std::uint64_t VecL __attribute__((vector_size(kWidth * 4)));
 
 FEDMS_INLINE Vec load(const float* p) {
     Vec v;
@@ -39,11 +40,30 @@ FEDMS_INLINE Vec load(const float* p) {
     return v;
 }
 
+// To 16 bits and back: GCC 12 makes four and more instructions of __builtin_convertvector where
+// AVX-512 has one (masked: of the plain ones it warns in its own header).
+#if defined(__AVX512F__)
+FEDMS_INLINE VecU widen(VecH h) {
+    return (VecU)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)h);
+}
+
+FEDMS_INLINE VecH narrow(VecU u) {
+    return (VecH)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)u);
+}
+#else
+FEDMS_INLINE VecU widen(VecH h) {
+    return __builtin_convertvector(h, VecU);
+}
+
+FEDMS_INLINE VecH narrow(VecU u) {
+    return __builtin_convertvector(u, VecH);
+}
+#endif
+
 FEDMS_INLINE Vec load(const bf16* p) {
     VecH h;
     std::memcpy(&h, p, sizeof h);
-    VecU u = __builtin_convertvector(h, VecU) << 16;
-    return (Vec)u;
+    return (Vec)(widen(h) << 16);
 }
 
 FEDMS_INLINE void store(float* p, Vec v) {
@@ -52,11 +72,9 @@ FEDMS_INLINE void store(float* p, Vec v) {
 
 // Round to nearest even; a NaN stays a NaN whatever its payload.
 FEDMS_INLINE void store(bf16* p, Vec v) {
-    VecU u = (VecU)v;
-    VecU rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-    VecU is_nan = (VecU)((u & 0x7fffffffu) > 0x7f800000u);
-    VecU bits = (is_nan & 0x7fc0u) | (~is_nan & rounded);
-    VecH h = __builtin_convertvector(bits, VecH);
+    const VecU u = (VecU)v;
+    const VecU rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    const VecH h = narrow(v == v ? rounded : VecU{} + 0x7fc0u);
     std::memcpy(p, &h, sizeof h);
 }
 
@@ -68,7 +86,7 @@ FEDMS_INLINE Vec load_part(const float* p, std::int64_t n) {
 
 FEDMS_INLINE Vec load_part(const bf16* p, std::int64_t n) {
     const __m256i h = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1u), p);
-    return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16);
+    return (Vec)(widen((VecH)h) << 16);
 }
 #else
 template <class T>
@@ -89,6 +107,24 @@ FEDMS_INLINE void store_part(T* p, Vec v, std::int64_t n) {
 
 FEDMS_INLINE Vec splat(float x) {
     return x - Vec{};
+}
+
+// p[0] in the even lanes, p[1] in the odd ones.
+FEDMS_INLINE Vec splat_pair(const float* p) {
+    std::uint64_t bits;
+    std::memcpy(&bits, p, sizeof bits);
+    return (Vec)(VecL{} + bits);
+}
+
+template <int First, int... I>
+FEDMS_INLINE Vec every_second(Vec v, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(v, Vec{}, (I < kWidth / 2 ? 2 * I + First : kWidth)...);
+}
+
+// Lane j: the sum of lanes 2 j and 2 j + 1; zero in the upper half.
+FEDMS_INLINE Vec sums_of_pairs(Vec v) {
+    constexpr auto lanes = std::make_integer_sequence<int, kWidth>{};
+    return every_second<0>(v, lanes) + every_second<1>(v, lanes);
 }
 
 FEDMS_INLINE float to_float(float x) {

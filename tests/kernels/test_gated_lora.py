@@ -30,6 +30,7 @@ pytestmark = pytest.mark.parametrize("backend", BACKENDS)
         (197, 768, 100, (8, 8)),  # ViT-B's tokens, more rows than a block
         (257, 33, 96, (24,)),  # ViT-L's tokens
         (33, 40, 56, (1,)),
+        (35, 391, 397, (3, 2)),  # so few ranks that columns share a vector; an odd one is left
         (33, 40, 56, (3, 1)),  # ranks below a tile, mixed
         (33, 40, 56, (256,)),  # R larger than K and N
         (33, 40, 56, (64, 0, 3, 16)),  # an expert of rank 0 among others
@@ -47,6 +48,18 @@ def test_shapes(backend, m, k, n, ranks):
 def test_gates_and_dropout(backend, gates, dropout_p):
     problem = make_problem(150, ranks=(8, 3, 16), gates=gates, dropout_p=dropout_p)
     assert_close(problem.to(torch.float32).run(backend), problem.truth(), FP32)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_few_ranks_routed(backend, dropout_p):
+    segments = Segments([0, 20, 50], [1, (0, 2)])
+    problem = make_problem(50, 45, 31, (3, 2, 1), segments=segments, dropout_p=dropout_p)
+    assert_close(problem.to(torch.float32).run(backend), problem.truth(), FP32)
+    idxs = torch.randint(0, 3, (50, 2))
+    listed = make_problem(
+        50, 45, 31, (3, 2, 1), gates="listed", expert_idxs=idxs, dropout_p=dropout_p
+    )
+    assert_close(listed.to(torch.float32).run(backend), listed.truth(), FP32)
 
 
 @pytest.mark.parametrize("gates", [None, "listed"])
