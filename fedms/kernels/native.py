@@ -209,7 +209,7 @@ def forward(
     if base_last:
         y_from, y = bias, x.new_empty((*x.shape[:-1], weight.shape[0]))  # type: ignore[union-attr]
     elif base is None:
-        y_from = y = F.linear(x, weight, bias)  # type: ignore[arg-type]
+        y_from = y = _linear(x, weight, bias)  # type: ignore[arg-type]
     elif dense:
         y_from, y = base, torch.empty_like(base, memory_format=torch.contiguous_format)
     else:
@@ -274,6 +274,14 @@ def backward(
     if dg is not None and gates is not None:
         dg = (dg.sum(0) if gates.dim() == 1 else dg).to(gates.dtype)
     return dx, dg, dA, dB
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear, but no view: the result of a custom function that is one cannot be changed."""
+    y = F.linear(_matrix(x), weight, bias)
+    return (
+        y if x.dim() == 2 else torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[1]])
+    )
 
 
 def _matrix(rows: Tensor) -> Tensor:

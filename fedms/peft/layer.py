@@ -76,9 +76,11 @@ class FusedLayer(Gateable, nn.Module, LoraLayer):
         base: Any = self._modules["base_layer"]
         if not adapters.names:
             return base(x)
-        weight, bias = base, None
-        if _plain_base(base, x):
-            weight, bias = held(base, "weight"), held(base, "bias")
+        weight, bias = _plain_weight(base, x), None
+        if weight is None:
+            weight = base
+        else:
+            bias = held(base, "bias")
         dropouts = adapters.dropouts
         if not adapters.biases and dropouts.count(dropouts[0]) == len(dropouts):
             return _op(x, weight, bias, routing, adapters)
@@ -203,11 +205,13 @@ def _with_biases(
     return (y + added).to(y.dtype)
 
 
-def _plain_base(base: nn.Module, x: Tensor) -> bool:
-    """True when the base's result is `F.linear(x, base.weight, base.bias)` and nothing else."""
+def _plain_weight(base: nn.Module, x: Tensor) -> Tensor | None:
+    """The base's weight where its result is `F.linear(x, base.weight, base.bias)` and no more."""
     if type(base) is not nn.Linear or not unobserved(base):
-        return False
+        return None
     weight = held(base, "weight")
     if not plain(weight) or weight.device != x.device:
-        return False
-    return weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
+        return None
+    if weight.dtype is not x.dtype and not torch.is_autocast_enabled(x.device.type):
+        return None
+    return weight

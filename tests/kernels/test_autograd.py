@@ -102,6 +102,15 @@ def test_frozen_experts_get_none_and_no_work(backend, monkeypatch):
     assert "dA0" not in got
 
 
+def test_a_tensor_left_of_a_functorch_transform():
+    """It is one like any other once the transform has ended, as for torch's own layers."""
+    problem = make_problem(gates=None).to(torch.float32)
+    left = []
+    torch.func.grad(lambda t: (left.append(t), t.sum())[1])(problem.x.detach())
+    got = replace(problem, x=left[0]).call(gated_lora_linear)
+    torch.testing.assert_close(got, problem.call(gated_lora_linear))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_none_against_zero_gradients(backend):
     """An expert without rows in `segments`: None. One that nobody lists, or of gate 0: zeros."""
