@@ -3,6 +3,11 @@
 The paper is arXiv 2312.15926. Stage 1 trains the global expert by federated averaging while SAL
 wakes the blocks. Stage 2 freezes it; every client trains a local expert and a gate network, and
 only the gate adapter is sent and averaged. What is this library's reading of it is in DESIGN.md.
+
+Trained: stage 1 the awake blocks' global expert; stage 2 a local expert, then the gate network.
+Sent: stage 1 the awake blocks' global expert; stage 2 the gate adapter.
+Kept: the local expert and the gate's last linear.
+Predicted: by the mixture of both experts.
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ from torch import Tensor, nn
 
 from fedms.fl.algorithms.fedavg import global_expert
 from fedms.fl.algorithms.fedavg_ft import from_global
-from fedms.fl.algorithms.losses import CrossEntropy
+from fedms.fl.algorithms.losses import NotTrueDivergence, balanced_nll
 from fedms.fl.algorithms.stage import Phase, Rounds, Stage, received_and_kept
 from fedms.fl.model.gate import (
     Gate,
@@ -26,8 +31,10 @@ from fedms.fl.model.gate import (
     mixed_log_p,
     statistics,
 )
+from fedms.fl.model.slots import Path
 from fedms.fl.model.view import View
-from fedms.fl.settings import Count, Natural, NotNegative, Positive, Section
+from fedms.fl.settings import Count, Natural, NotNegative, Positive, Section, Share
+from fedms.fl.types import State, renamed, select
 
 
 class Settings(Section):
@@ -40,13 +47,20 @@ class Settings(Section):
     gate_data: Literal["held_out", "train"] = "held_out"
     """Whether the gate trains on ``data.gate``'s examples or on the experts' own."""
     gate: Literal["learned", "fixed"] = "learned"
-    """"fixed": both experts weigh one half."""
+    """"fixed": the local expert always weighs ``weight``."""
+    weight: Share = 0.5
+    """What the local expert weighs where the gate is fixed; what a learned one is anchored to."""
     share_adapter: bool = True
     """False: the gate adapter stays on its client (an ablation)."""
-    local_from: Literal["global", "zero"] = "global"
-    """What a local expert starts from."""
-    local_loss: Literal["own", "mixture"] = "own"
-    """Whether the local expert trains on its own loss or on the mixture's."""
+    local_from: Literal["global", "zero", "residual"] = "global"
+    """What a local expert starts from; "residual": from zero, on top of the frozen global one."""
+    local_loss: Literal["own", "mixture", "balanced", "not_true"] = "own"
+    """What the local expert lowers: its own cross-entropy or the mixture's; its own with all
+    classes alike; or its own, distilled from the global expert over the wrong classes."""
+    distill: NotNegative = 1.0
+    """Weight of the distillation of ``local_loss = "not_true"``."""
+    orthogonal: NotNegative = 0.0
+    """Weight of |B_global' B_local|^2, summed over linears, in the local expert's loss (HiLoRA)."""
     bottleneck: Count = 16
     """Width of the gate adapter."""
     gate_steps: Natural = 30
@@ -56,10 +70,24 @@ class Settings(Section):
     balance: NotNegative = 1.0
     """Exponent of the class weights of the gate's loss: 0 weighs examples alike, 1 classes."""
     anchor: NotNegative = 3.0
-    """Weight of KL(one half || weights) in the gate's loss.
+    """Weight of KL(``weight`` || the gate's weights) in the gate's loss.
 
     A client's own data alone always asks for the local expert.
     """
+
+    @property
+    def local(self) -> Path:
+        """The experts that the local one answers with."""
+        return ("global", "local") if self.local_from == "residual" else ("local",)
+
+    @model_validator(mode="after")
+    def _is_no_residual_of_a_layer(self) -> Self:
+        if self.combine == "layer" and self.local_from == "residual":
+            raise ValueError(
+                'local_from must not be "residual" where combine = "layer" adds both experts in '
+                'every linear anyway: "zero" is the same'
+            )
+        return self
 
     @model_validator(mode="after")
     def _gate_can_read_its_inputs(self) -> Self:
@@ -84,10 +112,12 @@ class Weights:
 
     def __call__(self, view: View) -> Tensor:
         if self.settings.gate == "fixed":
-            return view.constant(0.5, 2)
+            local = view.constant(self.settings.weight, 1)
+            return torch.cat([1.0 - local, local], dim=-1)
         inputs: list[Tensor] = []
         if self.settings.gate_input != "base":
-            inputs.append(view.over(_what_they_say, ("global",), ("local",), detached=True))
+            said = view.over(_what_they_say, ("global",), self.settings.local, detached=True)
+            inputs.append(said)
         if self.settings.gate_input != "experts":
             inputs.append(view.features())
         return view.call("gate", torch.cat(inputs, dim=-1))
@@ -101,31 +131,54 @@ class Mixture:
 
     def __call__(self, view: View) -> Tensor:
         weights, how = Weights(self.settings)(view), self.settings.combine
+        local = self.settings.local
         if how == "layer":
             return view.log_p("global", "local", gates=view.first(weights))
         if how == "features":
-            z = mixed_features(weights, view.features("global"), view.features("local"))
+            z = mixed_features(weights, view.features("global"), view.features(*local))
             return view.log_p_of(z, "local")
-        return mixed_log_p(how, weights, view.log_p("global"), view.log_p("local"))
+        return mixed_log_p(how, weights, view.log_p("global"), view.log_p(*local))
 
     def nll(self, view: View) -> Tensor:
         """The right answers' negative log-probabilities [P]."""
         if self.settings.combine != "probabilities":
             return -self(view).gather(-1, view.targets[:, None]).squeeze(-1)
         weights = Weights(self.settings)(view)
-        each = -torch.stack([view.nll("global"), view.nll("local")], dim=-1)
+        each = -torch.stack([view.nll("global"), view.nll(*self.settings.local)], dim=-1)
         # at a weight of exactly 0 the log's gradient would be NaN
         return -(weights.clamp(min=torch.finfo(weights.dtype).tiny).log() + each).logsumexp(-1)
 
 
 @dataclass(frozen=True)
-class MixtureLoss:
-    """The mean negative log-probability of the right answers by the mixture, [S]."""
+class LocalLoss:
+    """What the local expert (and the gate of a layer mixture) lowers, [S]."""
 
     settings: Settings
 
     def __call__(self, view: View) -> Tensor:
-        return view.mean(Mixture(self.settings).nll(view))
+        settings = self.settings
+        how = "mixture" if settings.combine == "layer" else settings.local_loss
+        if how == "mixture":
+            loss = Mixture(settings).nll(view)
+        elif how == "balanced":
+            loss = view.over(balanced_nll, settings.local)
+        else:
+            loss = view.nll(*settings.local)
+        if how == "not_true":
+            kl = view.over(NotTrueDivergence(1.0), settings.local, ("global",))
+            loss = loss + settings.distill * kl
+        if settings.orthogonal == 0.0:
+            return view.mean(loss)
+        return view.mean(loss) + settings.orthogonal * overlap(view)
+
+
+def overlap(view: View) -> Tensor:
+    """|B_global' B_local|^2, summed over the linears, [S]: 0 where they write apart."""
+    products = [
+        view.live[name.replace("local.", "global.", 1)].mT @ local
+        for name, local in select(view.live, ("local.*.lora_B",)).items()
+    ]
+    return torch.stack([product.square().sum((1, 2)) for product in products]).sum(0)
 
 
 @dataclass(frozen=True)
@@ -137,8 +190,10 @@ class GateLoss:
     def __call__(self, view: View) -> Tensor:
         balance = view.class_counts() ** -self.settings.balance
         nll = view.mean(Mixture(self.settings).nll(view), balance)
-        half_to_weights = -0.5 * (2.0 * Weights(self.settings)(view)).log().sum(-1)  # KL
-        return nll + self.settings.anchor * view.mean(half_to_weights)
+        local = view.constant(self.settings.weight, 1)
+        wanted = torch.cat([1.0 - local, local], dim=-1)
+        kl = torch.xlogy(wanted, wanted / Weights(self.settings)(view)).sum(-1)
+        return nll + self.settings.anchor * view.mean(kl)
 
 
 @dataclass(frozen=True)
@@ -151,14 +206,20 @@ class BuildGate:
         return Gate(gate_width(self.settings.gate_input, width), self.settings.bottleneck)
 
 
+def on_global(received: State, kept: State) -> State:
+    """The local expert is fresh and on top of the global one, whose head it takes."""
+    heads = select(received, ("global.head.*",))
+    return {**received, **renamed(heads, "global.", "local."), **kept}
+
+
+STARTS = {"global": from_global, "zero": received_and_kept, "residual": on_global}
+
+
 def stages(settings: Settings, rounds: Rounds) -> tuple[Stage, ...]:
     first, (name, second) = rounds
     learned, in_layers = settings.gate == "learned", settings.combine == "layer"
     examples = "train" if learned and settings.gate_data == "held_out" else "own"
-    joint = settings.local_loss == "mixture" or in_layers
-    expert = Phase(
-        ("local.*",), MixtureLoss(settings) if joint else CrossEntropy("local"), examples
-    )
+    expert = Phase(("local.*",), LocalLoss(settings), examples)
     if not learned:
         phases = (expert,)
     elif in_layers:
@@ -186,7 +247,7 @@ def stages(settings: Settings, rounds: Rounds) -> tuple[Stage, ...]:
             shares=("gate.adapter.*",) if learned and settings.share_adapter else (),
             frozen=("global.*",),
             modules=(("gate", BuildGate(settings)),) if learned else (),
-            start=from_global if settings.local_from == "global" else received_and_kept,
+            start=STARTS[settings.local_from],
             predict=Mixture(settings),
             weights=Weights(settings),
         ),
