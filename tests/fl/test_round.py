@@ -34,6 +34,17 @@ def numbers(value, at: str = "") -> dict[str, float]:
 # Fast equals slow ------------------------------------------------------------------------------
 
 
+def assert_close(found: tuple[list, list], wanted: tuple[list, list]) -> None:
+    """Every number of two runs' lines agrees to 1e-9."""
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert len(ours) == len(theirs)
+        for line, line_wanted in zip(ours, theirs, strict=True):
+            a, b = numbers(line), numbers(line_wanted)
+            assert a.keys() == b.keys()
+            for key, value in b.items():
+                assert abs(a[key] - value) < 1e-9, (line["round"], key)
+
+
 SLOW = {
     "prefix": ("engine.prefix_cache_mb=0",),
     "global": ("engine.cache_global=false",),
@@ -54,15 +65,23 @@ def test_what_makes_it_fast_changes_no_result(metrics, in_float64, base, names):
     base = (*base, in_float64)
     fast = metrics(*base, name="fast")
     for name in names:
-        for found, wanted in zip(metrics(*base, *SLOW[name], name=name), fast, strict=True):
-            assert len(found) == len(wanted)
-            for line, line_fast in zip(found, wanted, strict=True):
-                a, b = numbers(line), numbers(line_fast)
-                assert a.keys() == b.keys()
-                for key, value in b.items():
-                    assert abs(a[key] - value) < 1e-9, (name, line["round"], key)
+        assert_close(metrics(*base, *SLOW[name], name=name), fast)
     losses = [line["train_loss"] for line in fast[0]]
     assert len(set(losses)) == 4
+
+
+def test_32_clients_side_by_side_give_what_each_gives_alone(metrics, in_float64):
+    """Of three or four training texts each, so their batches differ in size, too."""
+    clients = (
+        "data.num_clients=32", "data.unseen_clients=1", "data.partitioner=iid",
+        "data.min_partition_size=1", "lora.dropout=0.3", "sal.scope=client",
+        "sal.trigger=all_at_once",
+    )  # fmt: skip
+    alone = metrics(*SHORT, in_float64, *clients, "engine.cohort=1", name="1")
+    assert len(alone[0][0]["participants"]) == 32
+    for cohort in (4, 32):
+        cohorts = metrics(*SHORT, in_float64, *clients, f"engine.cohort={cohort}", name=str(cohort))
+        assert_close(cohorts, alone)
 
 
 def test_a_batch_past_the_bound_of_the_cache_gives_the_same(metrics, config, quiet):
