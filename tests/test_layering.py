@@ -81,7 +81,7 @@ BACKENDS = {
 # fl: rooms from the ground up. A module imports from its own room and from lower levels only.
 FL_ROOMS = (
     {"fl.types", "fl.settings"},
-    {"fl.fetch", "fl.wire"},
+    {"fl.fetch", "fl.wire", "fl.explain"},
     {"fl.data"},
     {"fl.tasks"},
     {"fl.model", "fl.journal"},

@@ -6,9 +6,11 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
+from pydantic import Strict
 from torch import Tensor
 
 from fedms.fl.algorithms import Stage
@@ -18,7 +20,25 @@ from fedms.fl.data.federation import ClientData, Federation
 from fedms.fl.data.sampling import generator
 from fedms.fl.journal.records import ClientScore, Spread
 from fedms.fl.model.view import MOST_LOGITS, Model, View
+from fedms.fl.settings import Count, Finite, Natural, Section
 from fedms.fl.types import Advance, State
+
+
+class EvalConfig(Section):
+    batch_size: Count = 64
+    """Examples in one forward of an evaluation."""
+    every: Count = 1
+    """Rounds between two evaluations; the last round of each stage is always evaluated."""
+    split: Literal["test", "val"] = "test"
+    """What clients are scored on; "val": their validation examples, while settings are chosen."""
+    clients: Natural = 200
+    """Clients whose models are scored, and unseen ones, drawn once for the run; 0 for all."""
+    pooled_examples: Natural = 200
+    """Everyone's test examples that each client's model is scored on; 0 for all of them."""
+    val_examples: Natural = 2000
+    """Everyone's validation examples that SAL watches; 0 for all of them."""
+    priors: Annotated[tuple[Finite, ...], Strict(False)] = ()
+    """More values of ``prior`` at which clients' models are scored, in ``clients.jsonl``."""
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,17 @@ import torch
 from fedms.fl.algorithms.stage import Aggregate, Stage
 from fedms.fl.client import prepare, received
 from fedms.fl.model.view import Model
+from fedms.fl.settings import PositiveShare, Section
 from fedms.fl.tasks.task import Metric
 from fedms.fl.types import ClientFailure, Failure, Patterns, QuorumError, State, Update, select
 from fedms.fl.wire import pack, unpack
+
+
+class ServerConfig(Section):
+    fraction_train: PositiveShare = 1.0
+    """Share of the clients drawn into each round's cohort."""
+    quorum: PositiveShare = 0.5
+    """Share of a cohort that must come back for the round to count."""
 
 
 class Server:

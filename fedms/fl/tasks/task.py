@@ -9,11 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from fedms.fl.settings import Section
+
+
+class TaskConfig(Section):
+    kind: Literal["text", "images", "causal_lm"] = "text"
+    """Classes of texts, classes of images, or the next token of texts."""
+    head: Literal["names", "linear"] = "names"
+    """What classifies: the class names in words, or a linear layer that is trained."""
+    text_model: str = "minilm"
+    """Reads the class names where images are seen by a model that has no text tower."""
 
 
 @dataclass(frozen=True)
