@@ -1,8 +1,8 @@
 """What people run peft under, stock and fused: how much of it runs fused, and how far it is off.
 
     pip install ".[test,quantized]" trl sentence-transformers diffusers lightning
-    python tests/peft/stacks.py                  every stack that is installed; about three minutes
-    python tests/peft/stacks.py Trainer FSDP2    these
+    python tests/peft/stacks.py > bench/results/stacks-DATE.md    all that are installed; 3 minutes
+    python tests/peft/stacks.py Trainer FSDP2                     these
 
 Each stack trains a small random model for a few steps from one start on peft's own layers and on
 fused ones. The difference is the largest relative L2 error, stock against fused, of the losses and
@@ -22,10 +22,12 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import peft
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora.layer import LoraLayer
@@ -313,6 +315,17 @@ STACKS = {
 }
 
 
+HEADING = """# What people run peft under, {date}
+
+Made by `python tests/peft/stacks.py`, torch {torch}, peft {peft}: a small random model trained for
+a few steps from one start on peft's own layers and on fused ones. A fused layer is one whose every
+call, or trace into a compiled graph, was (`fedms.stats`). The difference is the largest relative L2
+error, stock against fused, of the losses and of what the trained model says.
+
+| stack | version | fused / all layers | largest difference |
+| --- | --- | --- | --- |"""
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("match", nargs="*", help="only stacks whose name holds one of these")
@@ -321,9 +334,7 @@ def main() -> int:
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     good = True
-    print(
-        "| stack | version | fused / all layers | largest difference |\n| --- | --- | --- | --- |"
-    )
+    print(HEADING.format(date=date.today(), torch=torch.__version__, peft=peft.__version__))
     for name, stack in STACKS.items():
         if args.match and not any(word in name for word in args.match):
             continue
