@@ -47,13 +47,16 @@ def _model(
     return make
 
 
-_OPT = _model(
-    "OPTForCausalLM", "OPTConfig",
-    **_sizes() | {
-        "ffn_dim": 2 * WIDTH, "word_embed_proj_dim": WIDTH, "bos_token_id": 2,
-        "num_hidden_layers": 5,  # which some tests count
-    },
-)  # fmt: skip
+def _opt(width: int) -> Callable[[], transformers.PreTrainedModel]:
+    return _model(
+        "OPTForCausalLM", "OPTConfig",
+        **_sizes() | {
+            "hidden_size": width, "ffn_dim": 2 * WIDTH, "word_embed_proj_dim": width,
+            "bos_token_id": 2, "num_hidden_layers": 5,  # which some tests count
+        },
+    )  # fmt: skip
+
+
 _GPT2 = _model(
     "GPT2LMHeadModel", "GPT2Config", vocab_size=VOCABULARY, n_positions=256, n_embd=WIDTH,
     n_layer=LAYERS, n_head=HEADS, bos_token_id=1, eos_token_id=2,
@@ -78,10 +81,21 @@ _GEMMA3 = _model(
     "Gemma3ForCausalLM", "Gemma3TextConfig", **_sizes(num_key_value_heads=2, head_dim=8)
 )
 _MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_LLAMA4 = _model(
+    "Llama4ForCausalLM", "Llama4TextConfig",
+    **_sizes(
+        num_key_value_heads=2, head_dim=8, intermediate_size_mlp=2 * WIDTH, num_local_experts=4,
+        interleave_moe_layer_step=1,
+    ),
+)  # fmt: skip
+_RESNET = _model(
+    "ResNetForImageClassification", "ResNetConfig", embedding_size=8, hidden_sizes=[8, 8],
+    depths=[1, 1], layer_type="basic",
+)  # fmt: skip
 
 MODELS: dict[str, Callable[[], transformers.PreTrainedModel]] = {
-    "peft-internal-testing/tiny-random-OPTForCausalLM": _OPT,
-    "peft-internal-testing/opt-125m": _OPT,
+    "peft-internal-testing/tiny-random-OPTForCausalLM": _opt(16),  # a test names its width
+    "peft-internal-testing/opt-125m": _opt(WIDTH),
     "peft-internal-testing/tiny-random-GPT2LMHeadModel": _GPT2,
     "peft-internal-testing/tiny-random-gpt2": _GPT2,
     "hf-internal-testing/tiny-random-gpt2": _GPT2,
@@ -93,6 +107,8 @@ MODELS: dict[str, Callable[[], transformers.PreTrainedModel]] = {
     "trl-internal-testing/tiny-Qwen3ForCausalLM": _decoder("Qwen3", head_dim=8),
     "hf-internal-testing/tiny-random-Gemma3ForCausalLM": _GEMMA3,
     "hf-internal-testing/Mixtral-tiny": _decoder("Mixtral", **_MOE),
+    "trl-internal-testing/tiny-Llama4ForCausalLM": _LLAMA4,
+    "trl-internal-testing/tiny-GptOssForCausalLM": _decoder("GptOss", head_dim=8, **_MOE),
     "peft-internal-testing/tiny-random-T5ForConditionalGeneration-calibrated": _T5,
     "peft-internal-testing/tiny-random-t5": _T5,
     "peft-internal-testing/tiny-random-BartForConditionalGeneration": _BART,
@@ -110,6 +126,7 @@ MODELS: dict[str, Callable[[], transformers.PreTrainedModel]] = {
     "peft-internal-testing/tiny-random-RobertaForSequenceClassification": _encoder(
         "RobertaForSequenceClassification"
     ),
+    "peft-internal-testing/tiny-random-ResNetForImageClassification": _RESNET,
     "trl-internal-testing/tiny-LlamaForSequenceClassification-3.2": _model(
         "LlamaForSequenceClassification", "LlamaConfig", **_sizes(num_key_value_heads=2)
     ),
