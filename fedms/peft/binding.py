@@ -72,7 +72,7 @@ class Gateable:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the open blocks and counts, which are not for a copy: it is another model."""
-        state = self.__dict__.copy()
+        state: Any = super().__getstate__()  # nn.Module's, which leaves out the compiled call
         for key in ("_fedms_open", "_fedms_counts", "_fedms_traces"):
             state.pop(key, None)
         return state

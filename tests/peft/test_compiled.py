@@ -44,6 +44,17 @@ def _router(model, run, x, gates):
     loss.backward()
 
 
+def _router_alone(model, run, x, gates):
+    """The same within no other gates."""
+
+    def routed(x):
+        with fedms.gated(model, (x[..., :2] * gates[0]).softmax(-1)):
+            y = model(x)
+        return y + model(x)
+
+    (run(routed, x).square().sum() + gates[1].sum()).backward()
+
+
 def _functions(model, run, x, gates):
     losses = []
     for own in gates:
@@ -72,7 +83,9 @@ def _gradients(way, model, run, x, values):
 GATED = [way for way in WAYS if way.__name__ not in ("_ungated_first", "_names_and_gates")]
 
 
-@pytest.mark.parametrize("way", [*GATED, _router, _functions, _subsets], ids=lambda w: w.__name__)
+@pytest.mark.parametrize(
+    "way", [*GATED, _router, _router_alone, _functions, _subsets], ids=lambda w: w.__name__
+)
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's
 def test_recomputation_has_the_gates_of_its_forward(models, way):
     eager, compiled = models
@@ -109,12 +122,25 @@ def test_a_copy_of_a_gated_model(models):
     for one, run in ((eager, lambda function, x: function(x)), (model, CHECKPOINTS["reentrant"])):
         fedms.set_gates(one, gates)
         copied = copy.deepcopy(one)
+        if one is model:  # a copy is not compiled
+            copied.base_model.model.a.compile(backend="aot_eager", fullgraph=True)
         given = x.clone().requires_grad_()
         y = run(copied, given)
         fedms.set_gates(copied, None)
         y.sum().backward()
         gradients.append(given.grad)
     torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def test_a_copy_calls_itself(models):
+    """Not the compiled call of the layer that it was copied from."""
+    _, model = models
+    x = torch.randn(3, IN, dtype=DOUBLE)
+    assert model.base_model.model.a(x).abs().max() > 0
+    layer = copy.deepcopy(model).base_model.model.a
+    for p in layer.parameters():
+        p.data.zero_()
+    assert not layer(x).any()
 
 
 def test_biases_of_named_samples_are_one_graph():
