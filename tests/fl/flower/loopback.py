@@ -35,6 +35,7 @@ class Loopback:
         self.folder, self._tls = folder, certificates
         self._port = _free_port()
         self._mark = uuid4().hex
+        self._registered: set[str] = set()
         self._log: dict[int, Path] = {}
         home = folder / "flwr"
         home.mkdir(parents=True)
@@ -88,7 +89,8 @@ class Loopback:
         options += ["--node-config", pairs]
         if self._tls:
             private, public = self._tls.node(name)
-            if registered:
+            if registered and name not in self._registered:
+                self._registered.add(name)
                 self.flwr("supernode", "register", str(public), "loopback")
             options += ["--root-certificates", str(self._tls.ca)]
             options += ["--auth-supernode-private-key", str(private)]
