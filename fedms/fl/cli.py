@@ -140,6 +140,11 @@ def _parser() -> argparse.ArgumentParser:
         dest="explain",
         help="print every setting with its meaning, and train nothing",
     )
+    run.add_argument(
+        "--methods",
+        action="store_true",
+        help="print what each method trains, sends, keeps and predicts with, and train nothing",
+    )
     resume = add("resume", _resume, "go on with a run that was stopped")
     resume.add_argument("folder", type=Path, metavar="DIR")
     resume.add_argument("--quiet", action="store_true", help="no progress, only the table")
@@ -183,13 +188,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from fedms.fl.config import explain, load_config
+    from fedms.fl.config import explain, explain_methods, load_config
 
     settings: list[str] = args.settings
     path = Path(settings.pop(0)) if settings and "=" not in settings[0] else None
     config = load_config(path, settings)
-    if args.explain:
-        print(explain(config), end="")
+    if args.explain or args.methods:
+        print(explain(config) if args.explain else explain_methods(config), end="")
         return
     from fedms.fl.journal.progress import Progress
     from fedms.fl.runs.folder import start

@@ -8,6 +8,7 @@ key. ``fedms run --settings`` prints all of them.
 
 from __future__ import annotations
 
+import textwrap
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -170,6 +171,18 @@ def to_toml(config: Config) -> str:
 def explain(config: Config) -> str:
     """The same with each setting's meaning and limits as a comment above it."""
     return "\n".join(explained(config)) + "\n"
+
+
+def explain_methods(config: Config) -> str:
+    """The card of every method and its own settings, as they are in ``config``."""
+    cards: list[str] = []
+    for name, (module, section) in ALGORITHMS.items():
+        lines = [name, textwrap.indent((module.__doc__ or "").strip(), "  ")]
+        if section is not None:
+            own = "\n".join((f"[{section}]", *explained(getattr(config, section))))
+            lines += ["", textwrap.indent(own, "  ")]
+        cards.append("\n".join(lines))
+    return "\n\n".join(cards) + "\n"
 
 
 # Reading ------------------------------------------------------------------------------------------

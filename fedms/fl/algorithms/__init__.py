@@ -1,7 +1,8 @@
 """The federated algorithms by name.
 
-Each is a file with the paper as its docstring and ``stages(rounds)`` as its declaration, or
-``stages(settings, rounds)`` where it has settings of its own. This is the one list of them.
+Each is a file with the paper and a card (what is trained, sent, kept; by what is predicted) as its
+docstring and ``stages(rounds)`` as its declaration, or ``stages(settings, rounds)`` where it has
+settings of its own. This is the one list of them; `fedms run --methods` prints the cards.
 """
 
 from collections.abc import Callable
@@ -64,6 +65,11 @@ ALGORITHMS: dict[str, tuple[ModuleType, str | None]] = {
     "zero_shot": (zero_shot, None),
 }
 """By name: the file, and the section of the configuration that holds its settings."""
+
+
+def title(method: str) -> str:
+    """A method's name for people: how its docstring begins."""
+    return (ALGORITHMS[method][0].__doc__ or "").partition(":")[0]
 
 
 def stages_of(config: Any, method: str | None = None) -> tuple[Stage, ...]:

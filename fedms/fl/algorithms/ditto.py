@@ -1,4 +1,10 @@
-"""Ditto: a personal model is pulled to the global one, without changing it. arXiv 2012.04221."""
+"""Ditto: a personal model is pulled to the global one, without changing it. arXiv 2012.04221.
+
+Trained: the global expert, then a local one: twice the steps of FedAvg.
+Sent: the global expert.
+Kept: the local expert.
+Predicted: by the local expert.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,11 @@
-"""Federated averaging of LoRA, A and B separately (FedAvg; FedIT).
-
-FedAvg is arXiv 1602.05629, FedIT arXiv 2305.05644.
+"""FedAvg-LoRA: federated averaging of A and of B (FedAvg, arXiv 1602.05629; FedIT, 2305.05644).
 
 Averaging the factors is inexact: the mean of B times the mean of A is not the mean of BA.
+
+Trained: the global expert.
+Sent: the global expert.
+Kept: nothing.
+Predicted: by the global expert.
 """
 
 from __future__ import annotations

@@ -1,6 +1,11 @@
-"""FedAvg of LoRA, then every client fine-tunes its own copy (FedAvg-FT, arXiv 2108.07313).
+"""FedAvg-LoRA + fine-tuning: then every client trains its own copy; arXiv 2108.07313.
 
 The strong simple rival.
+
+Trained: stage 1 the global expert; stage 2 a local expert that starts from it.
+Sent: stage 1 the global expert; stage 2 nothing.
+Kept: the local expert.
+Predicted: by the local expert.
 """
 
 from __future__ import annotations

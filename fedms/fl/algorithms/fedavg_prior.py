@@ -2,6 +2,11 @@
 
 Saerens et al., Neural Computation 14 (2002); logit adjustment is arXiv 2007.07314. No client trains
 anything of its own: log p = log p_global + tau (log n_c / n - log of everyone's), in closed form.
+
+Trained: the global expert.
+Sent: the global expert; once, the client's label frequencies, of which the mean is sent back.
+Kept: nothing.
+Predicted: by the global expert, moved by the client's own label frequencies.
 """
 
 from __future__ import annotations

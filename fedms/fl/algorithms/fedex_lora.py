@@ -2,6 +2,11 @@
 
 arXiv 2410.09432. The correction ``base.<layer>`` [N, K] is in units of B A: a layer scales it as it
 scales its experts.
+
+Trained: the global expert.
+Sent: the global expert; it and the correction, as large as the layers, are sent back.
+Kept: nothing.
+Predicted: by the global expert on the corrected base.
 """
 
 from __future__ import annotations

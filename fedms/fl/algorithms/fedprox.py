@@ -1,4 +1,10 @@
-"""FedProx: a proximal term keeps a client near what it received. arXiv 1812.06127."""
+"""FedProx: a proximal term keeps a client near what it received. arXiv 1812.06127.
+
+Trained: the global expert.
+Sent: the global expert.
+Kept: nothing.
+Predicted: by the global expert.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,10 @@
-"""FedSA-LoRA: A and B are trained, A alone is sent; B stays with the client. arXiv 2410.01463."""
+"""FedSA-LoRA: A and B are trained, A alone is sent; B stays with the client. arXiv 2410.01463.
+
+Trained: A and B of one expert (and a trained head).
+Sent: A.
+Kept: B (and the head).
+Predicted: by everybody's A and the client's own B.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,11 @@
 """FFA-LoRA: A stays as it was drawn, B alone is trained and sent. arXiv 2403.12313.
 
 With one A for everybody the mean of B A is the mean of B times A: averaging is exact.
+
+Trained: B of the global expert (and a trained head).
+Sent: what is trained.
+Kept: nothing.
+Predicted: by the global expert.
 """
 
 from __future__ import annotations

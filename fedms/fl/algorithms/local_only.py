@@ -1,4 +1,10 @@
-"""Every client on its own: a local expert on its own data from start to end, nothing sent."""
+"""local only: every client trains an expert on its own data from start to end.
+
+Trained: a local expert.
+Sent: nothing.
+Kept: the local expert.
+Predicted: by the local expert.
+"""
 
 from __future__ import annotations
 

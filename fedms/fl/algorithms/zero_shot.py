@@ -1,4 +1,10 @@
-"""The foundation model as it is, scored once: the lower bound."""
+"""zero-shot: the foundation model as it is, scored once; the lower bound.
+
+Trained: nothing.
+Sent: nothing.
+Kept: nothing.
+Predicted: by the base with its frozen head.
+"""
 
 from __future__ import annotations
 

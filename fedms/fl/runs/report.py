@@ -16,7 +16,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from fedms.fl.algorithms import stages_of
+from fedms.fl.algorithms import ALGORITHMS, stages_of, title
 from fedms.fl.config import Config, load_config
 from fedms.fl.journal.records import ClientRecord, RoundRecord, Spread
 from fedms.fl.runs.plots import LabelCounts, MethodRun, draw
@@ -28,13 +28,6 @@ T = TypeVar("T")
 Cell = tuple[str, bool]
 """What a table cell says, and whether it is bold."""
 
-NAMES = {
-    "fedms": "FedMS",
-    "fedavg": "FedAvg-LoRA",
-    "fedavg_ft": "FedAvg-LoRA + fine-tuning",
-    "local_only": "local only",
-    "zero_shot": "zero-shot",
-}
 CAPTIONS = {
     "accuracy.png": "Scores of the clients' models, on their own and on everyone's test data.",
     "bytes.png": "Scores on own data against what all clients together sent and received.",
@@ -184,11 +177,12 @@ def _methods(folder: Path) -> list[MethodRun]:
 def _method(folder: Path, method: str, config: Config, rounds: list[RoundRecord]) -> MethodRun:
     clients = read_clients(folder) if _has_lines(folder / "clients.jsonl") else []
     planned = len(rounds)
-    if method in NAMES:
+    known = method in ALGORITHMS
+    if known:
         stages = stages_of(config.replace(method=method))
         planned = sum(stage.settings.rounds for stage in stages)
     metric = METRICS[config.task.kind]
-    return MethodRun(method, NAMES.get(method, method), rounds, clients, planned, metric)
+    return MethodRun(method, title(method) if known else method, rounds, clients, planned, metric)
 
 
 # The table --------------------------------------------------------------------------------------

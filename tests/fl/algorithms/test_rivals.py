@@ -8,7 +8,8 @@ import pytest
 import torch
 from visits import a_view, one_visit
 
-from fedms.fl.algorithms import ALGORITHMS, fedex_lora, flexlora, stages_of
+from fedms.fl.algorithms import ALGORITHMS, fedex_lora, flexlora, stages_of, title
+from fedms.fl.cli import main
 from fedms.fl.client import received
 from fedms.fl.server import Totals
 from fedms.fl.types import Update, renamed, select
@@ -156,10 +157,21 @@ def test_a_whole_run_side_by_side_and_one_by_one(
     assert len(set(losses[0])) == 3
 
 
-def test_every_algorithm_is_a_file_of_its_name():
-    for name, (module, _) in ALGORITHMS.items():
-        assert module.__name__ == f"fedms.fl.algorithms.{name}"
-        assert module.__doc__
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_algorithm_is_a_file_of_its_name_with_a_card(name):
+    module, _ = ALGORITHMS[name]
+    assert module.__name__ == f"fedms.fl.algorithms.{name}"
+    said = [line.partition(":")[0] for line in module.__doc__.splitlines() if ":" in line]
+    assert said[0] == title(name)
+    assert said[-4:] == ["Trained", "Sent", "Kept", "Predicted"]
+
+
+def test_the_cards_are_printed_with_settings(capsys):
+    assert main(["run", "--methods", "ditto.pull=0.25"]) == 0
+    found = capsys.readouterr().out
+    assert all(f"\n{name}\n  {title(name)}:" in "\n" + found for name in ALGORITHMS)
+    assert "  [ditto]\n  # The paper's lambda" in found
+    assert "  pull = 0.25\n" in found
 
 
 def test_equal_stages_are_equal_values(config):
