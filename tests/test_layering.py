@@ -89,6 +89,7 @@ FL_ROOMS = (
     {"fl.client"},
     {"fl.server"},
     {"fl.sal", "fl.evaluate"},
+    {"fl.channel"},
     {"fl.config"},
     {"fl.engines"},
     {"fl.round"},

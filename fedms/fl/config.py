@@ -30,6 +30,7 @@ from fedms.fl.algorithms.fedrep import Settings as FedRepConfig
 from fedms.fl.algorithms.fedrod import Settings as FedRoDConfig
 from fedms.fl.algorithms.lp_ft import Settings as LpFtConfig
 from fedms.fl.algorithms.not_true_ft import Settings as NotTrueFtConfig
+from fedms.fl.channel.settings import ChannelConfig
 from fedms.fl.data.settings import DataConfig
 from fedms.fl.evaluate import EvalConfig
 from fedms.fl.explain import explained, in_words
@@ -109,6 +110,7 @@ class Config(Section):
     fedrep: FedRepConfig = FedRepConfig()
     fedrod: FedRoDConfig = FedRoDConfig()
     server: ServerConfig = ServerConfig()
+    channel: ChannelConfig = ChannelConfig()
     eval: EvalConfig = EvalConfig()
     engine: EngineConfig = EngineConfig()
 

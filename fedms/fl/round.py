@@ -16,8 +16,8 @@ import time
 from collections.abc import Iterable, Sequence
 
 from fedms.fl.algorithms import Stage, stages_of
+from fedms.fl.channel.channel import Channel
 from fedms.fl.config import Config
-from fedms.fl.data.sampling import draw_cohort
 from fedms.fl.engines.engine import Engine, Order, Reply
 from fedms.fl.evaluate import Scores, Tally, scored_sample, spread
 from fedms.fl.journal.checkpoint import Checkpoint
@@ -60,7 +60,7 @@ class Run:
         self.config, self.server, self.engine = config, server, engine
         self.journal, self.progress = journal, progress
         self.clients = clients
-        self.stages = stages_of(config)
+        self.stages, self._channel = stages_of(config), Channel.of(config, len(clients))
         self._scored = scored_sample(clients, unseen, config.eval.clients, config.seed)
         self._visited: set[str] = set()
         """Who took part in the current stage."""
@@ -127,8 +127,7 @@ class Run:
     def _cohort(self, stage: Stage, round: int) -> list[str]:
         if not stage.phases:
             return []
-        share = self.config.server.fraction_train
-        return draw_cohort(self.clients, share, self.config.seed, round)
+        return self._channel.cohort(self.clients, round)
 
     def _order(self, number: int, round: int, clients: Iterable[str]) -> Order:
         activation, seed = self._activation, self.config.seed
@@ -181,6 +180,7 @@ class Run:
             unseen_accuracy=spread([client.accuracy for client in unseen]),
             gate_local_mean=sum(gates) / len(gates) if gates else None,
             peak_memory_mb=peak_memory_mb(),
+            epsilon=self._channel.epsilon(round),
         )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 
@@ -15,7 +14,6 @@ from fedms.fl.model.view import Model
 from fedms.fl.settings import PositiveShare, Section
 from fedms.fl.tasks.task import Metric
 from fedms.fl.types import ClientFailure, Failure, Patterns, QuorumError, State, Update, select
-from fedms.fl.wire import pack, unpack
 
 
 class ServerConfig(Section):
@@ -67,7 +65,8 @@ class Server:
 class Sent:
     """What a client sends after a visit: its :class:`Update` without what stays with it.
 
-    ``kept`` says whether something did, which a round's commit has to know.
+    ``kept`` says whether something did, which a round's commit has to know. No ``train_loss``: the
+    client does not tell.
     """
 
     client_id: str
@@ -75,20 +74,7 @@ class Sent:
     num_examples: int
     shared: State
     kept: bool
-    train_loss: float
-
-    def to_bytes(self) -> bytes:
-        record = {key: value for key, value in vars(self).items() if key != "shared"}
-        return pack(record, shared=self.shared)
-
-    @classmethod
-    def from_bytes(cls, content: bytes) -> Self:
-        """ValueError if it is something else."""
-        record, states = unpack(content)
-        try:
-            return cls(**record, shared=states.get("shared", {}))
-        except TypeError as error:
-            raise ValueError(f"a message with other fields: {error}") from error
+    train_loss: float | None
 
 
 def expected(model: Model, stage: Stage, sent: State) -> State:
@@ -96,6 +82,15 @@ def expected(model: Model, stage: Stage, sent: State) -> State:
     start = stage.start(received(model, stage, sent), {})
     shared = select(stage.leaves(start, start), stage.shares)
     return {name: tensor for name, tensor in shared.items() if model.slots.is_awake(name)}
+
+
+def owed(model: Model, expected: State, blocks: Sequence[int]) -> State:
+    """What a client sends that trains no more than these blocks."""
+    return {
+        name: tensor
+        for name, tensor in expected.items()
+        if model.slots.block_of(name) in (None, *blocks)
+    }
 
 
 def check_update(update: Update | Sent, expected: State) -> None:
@@ -163,8 +158,6 @@ class Totals:
             return self._aggregate.finish(
                 server, {c: self.each[c] for c in clients}, {c: self.weights[c] for c in clients}
             )
-        if not self.sums:
-            return server
         after = self._aggregate.finish(server, self.sums, self.weights)
         return {n: t if server.get(n) is t else t.to(self.dtype) for n, t in after.items()}
 

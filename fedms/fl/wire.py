@@ -12,11 +12,6 @@ from safetensors.torch import load, save
 from fedms.fl.types import State
 
 
-def encoded_size(state: State) -> int:
-    """Bytes of a state as safetensors; none for an empty one."""
-    return len(save(_writable(state))) if state else 0
-
-
 def pack(record: Mapping[str, Any], **states: State) -> bytes:
     """Named states as one safetensors file whose metadata is ``record`` as JSON."""
     tensors = {f"{key}/{name}": t for key, state in states.items() for name, t in state.items()}
@@ -33,7 +28,7 @@ def unpack(content: bytes) -> tuple[dict[str, Any], dict[str, State]]:
         tensors = load(content)
         length = int.from_bytes(content[:8], "little")
         record = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["json"])
-    except (SafetensorError, LookupError, TypeError, ValueError) as error:
+    except (SafetensorError, LookupError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{len(content)} bytes that are no message: {error}") from error
     states: dict[str, State] = {}
     for name, tensor in tensors.items():

@@ -9,14 +9,16 @@ import torch
 from safetensors.torch import load_file
 
 from fedms.fl.config import Config
-from fedms.fl.engines.engine import Order, Reply
+from fedms.fl.engines.engine import Message, Order, Reply
 from fedms.fl.engines.local import LocalEngine
 from fedms.fl.engines.world import World
 from fedms.fl.journal.progress import Progress
 from fedms.fl.journal.states import ClientStates
 from fedms.fl.server import Sent
 from fedms.fl.types import Failure, State
+from fedms.fl.wire import pack, unpack
 
+SAID = ("client_id", "round", "num_examples", "kept", "train_loss")
 Found = Sent | Failure
 Change = Callable[[Order, Found], Found]
 
@@ -51,12 +53,27 @@ class Spy(LocalEngine):
         self.orders.append(order)
         return super().train(order)
 
-    def visits(self, order: Order) -> Iterator[Found]:
+    def visits(self, order: Order) -> Iterator[Message | Failure]:
         for found in super().visits(order):
-            answer = self._change(order, found)
+            answer = self._change(order, found if isinstance(found, Failure) else read(found))
             if isinstance(answer, Sent):
                 self.sent[order.round, answer.client_id] = answer.shared
-            yield answer
+                yield write(answer)
+            else:
+                yield answer
+
+
+def read(message: Message) -> Sent:
+    """What a client says without a codec."""
+    record, states = unpack(message.content)
+    said = {field: record[field] for field in SAID}
+    return Sent(**said, shared=states.get("values", {}))
+
+
+def write(sent: Sent) -> Message:
+    said = {field: getattr(sent, field) for field in SAID}
+    content = pack({**said, "codec": "none", "shapes": {}}, values=sent.shared)
+    return Message(sent.client_id, content)
 
 
 def servers(folder: Path) -> list[dict[str, torch.Tensor]]:

@@ -11,7 +11,6 @@ import torch
 from spy import servers
 
 from fedms.fl.engines.world import World
-from fedms.fl.wire import encoded_size
 
 METHODS = ("fedms", "fedavg", "fedavg_ft", "local_only", "zero_shot")
 SHORT = ("stage1.rounds=1", "stage2.rounds=1", "stage1.local_steps=1", "stage2.local_steps=1")
@@ -79,12 +78,16 @@ def test_the_frozen_expert_goes_to_whoever_lacks_it(spied):
     assert not spy.orders[-1].lacking
 
 
-def safetensors_bytes(shapes: dict[str, tuple[int, ...]]) -> int:
+def message_bytes(record: dict, shapes: dict[str, tuple[int, ...]]) -> int:
     """8 bytes of length, a JSON header padded to a multiple of 8, then 4 bytes a number."""
-    header, at = {}, 0
+    header, at = {"__metadata__": {"json": json.dumps(record)}}, 0
     for name, shape in shapes.items():
         size = 4 * math.prod(shape)
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [at, at + size]}
+        header[f"values/{name}"] = {
+            "dtype": "F32",
+            "shape": list(shape),
+            "data_offsets": [at, at + size],
+        }
         at += size
     text = json.dumps(header, separators=(",", ":"))
     return struct.calcsize("<Q") + -(-len(text) // 8) * 8 + at
@@ -97,18 +100,15 @@ def test_bytes_by_hand(metrics):
     names = [f"global.encoder.layer.3.{linear}.lora_" for linear in linears]
     expert = {f"{n}{part}": (2, 32) if part == "A" else (32, 2) for n in names for part in "AB"}
     # safetensors puts them in order of name
-    one = safetensors_bytes(dict(sorted(expert.items())))
+    record = {"round": 1, "codec": "none", "shapes": {}}
+    one = message_bytes(record, dict(sorted(expert.items())))
     gate = {"0.bias": (4,), "0.weight": (4, 10), "2.bias": (10,), "2.weight": (10, 4)}
-    two = safetensors_bytes({f"gate.adapter.{name}": shape for name, shape in gate.items()})
-    assert [line["bytes_up"] for line in lines] == [4 * one, 4 * two, 4 * two]
+    two = message_bytes(record, {f"gate.adapter.{name}": shape for name, shape in gate.items()})
+    for line, down in zip(lines, (one, two, two), strict=True):  # clients say who they are, too
+        assert 4 * down + 4 * 70 < line["bytes_up"] < 4 * down + 4 * 170
     assert [line["bytes_down"] for line in lines] == [4 * one, 4 * (two + one), 4 * two]
     local, whole_gate = 6 * 2 * 32, 10 * 4 + 4 + 4 * 10 + 10 + 2 * 10 + 2
     assert [line["trainable_parameters"] for line in lines] == [local, *[local + whole_gate] * 2]
-
-
-def test_nothing_to_send_costs_nothing():
-    assert encoded_size({}) == 0
-    assert encoded_size({"x": torch.zeros(3)}) == safetensors_bytes({"x": (3,)})
 
 
 def test_unseen_clients_take_part_in_no_round(metrics, config, quiet):

@@ -19,12 +19,23 @@ def generator(seed: int, *names: str | int) -> np.random.Generator:
     return np.random.default_rng([seed, *words])
 
 
+def cohort_size(clients: int, fraction: float) -> int:
+    """How many of the clients a round draws."""
+    return max(1, math.ceil(fraction * clients - 1e-9))  # 0.07 * 100 is 7.000000000000001
+
+
 def draw_cohort(client_ids: Sequence[str], fraction: float, seed: int, round: int) -> list[str]:
     """One round's clients, without replacement, at least one, in the order of ``client_ids``."""
-    size = max(1, math.ceil(fraction * len(client_ids) - 1e-9))  # 0.07 * 100 is 7.000000000000001
+    size = cohort_size(len(client_ids), fraction)
     chosen = generator(seed, "cohort", round).choice(len(client_ids), size=size, replace=False)
     positions: list[int] = sorted(chosen.tolist())
     return [client_ids[i] for i in positions]
+
+
+def draw_each(client_ids: Sequence[str], probability: float, seed: int, round: int) -> list[str]:
+    """One round's clients, each drawn by itself (Poisson sampling); sometimes nobody."""
+    drawn = generator(seed, "cohort", round).random(len(client_ids)) < probability
+    return [client_id for client_id, one in zip(client_ids, drawn, strict=True) if one]
 
 
 def draw_batches(

@@ -1,10 +1,10 @@
 """Where clients run: an Order goes in, a Reply comes out.
 
-The loop hands an engine Orders and knows nothing else of it. Order, Sent and Reply can be written
-as JSON and safetensors, and beside the configuration, from which any process builds the same
-stages, they are all that one process needs of another:
+The loop hands an engine Orders and knows nothing else of it. Order, Message and Reply are JSON and
+safetensors, and beside the configuration, from which any process builds the same stages, they are
+all that one process needs of another:
 
-    loop --Order--> engine --Order--> clients --Sent--> Intake, which adds up --Reply--> loop
+    loop --Order--> engine --Order--> clients --bytes--> Intake, which adds up --Reply--> loop
 
 What a client keeps stands in none of them.
 """
@@ -21,7 +21,7 @@ from fedms.fl.algorithms import Stage
 from fedms.fl.evaluate import Scores, Tally
 from fedms.fl.server import Totals
 from fedms.fl.types import Failure, State
-from fedms.fl.wire import encoded_size, pack, unpack
+from fedms.fl.wire import pack, unpack
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,6 @@ class Order:
     def received(self) -> State:
         """What a client has from the server once it lacks nothing."""
         return {**self.frozen, **self.sent}
-
-    @property
-    def bytes_down(self) -> int:
-        """What goes to all of its clients, as safetensors."""
-        every, once = encoded_size(self.sent), encoded_size(self.frozen)
-        return every * len(self.clients) + once * len(self.lacking)
 
     def share(self, clients: Iterable[str]) -> Self:
         """The same for some of its clients."""
@@ -94,12 +88,20 @@ class Order:
 
 
 @dataclass(frozen=True)
+class Message:
+    """What a client sends: bytes, which :class:`fedms.fl.channel.link.Link` makes and reads."""
+
+    client_id: str
+    content: bytes
+
+
+@dataclass(frozen=True)
 class Visited:
     """A client that came back, ``kept``: with something of its own in its file."""
 
     client_id: str
     num_examples: int
-    train_loss: float
+    train_loss: float | None
     bytes_up: int
     kept: bool
 
@@ -120,14 +122,14 @@ class Reply:
 
     @property
     def train_loss(self) -> float | None:
-        """The mean over examples, or None where nobody came back."""
-        examples = sum(each.num_examples for each in self.visited)
-        total = sum(each.train_loss * each.num_examples for each in self.visited)
-        return total / examples if examples else None
+        """The mean over examples, or None where nobody came back and told."""
+        told = [(e.num_examples, e.train_loss) for e in self.visited if e.train_loss is not None]
+        examples = sum(count for count, _ in told)
+        return sum(count * loss for count, loss in told) / examples if examples else None
 
     @staticmethod
     def merged(replies: Sequence[Reply], order: Order) -> Reply:
-        """The replies to an order's shares as one."""
+        """The replies to an order's shares as one, to be finished as the first says."""
         place = {client: i for i, client in enumerate(order.clients)}
         first, *rest = replies
         for reply in rest:

@@ -21,6 +21,7 @@ from flwr.app import DEFAULT_TTL, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedms.fl.algorithms import stages_of
+from fedms.fl.channel.channel import Channel
 from fedms.fl.client import prepare
 from fedms.fl.config import Config
 from fedms.fl.engines.answers import (
@@ -30,15 +31,15 @@ from fedms.fl.engines.answers import (
     TRAIN,
     VALIDATE,
     Introduction,
-    Trained,
     hear,
+    why_not,
 )  # fmt: skip
+from fedms.fl.engines.engine import Message as ClientMessage
 from fedms.fl.engines.engine import Order, Reply
 from fedms.fl.engines.intake import Intake
 from fedms.fl.evaluate import Scores, Tally
 from fedms.fl.journal.progress import Progress
 from fedms.fl.model.view import Model
-from fedms.fl.server import Sent, expected
 from fedms.fl.types import ClientFailure, Failure, State
 from fedms.fl.wire import pack
 
@@ -78,7 +79,7 @@ class Sites:
         self._asked.update(new)
         for node, reply in self._exchange(HELLO, new, lambda _: ConfigRecord(), ""):
             try:
-                who, _ = hear(_content(reply), Introduction)
+                who = hear(_content(reply), Introduction)
             except ClientFailure as error:
                 self._progress.warn(f"a site (node {node}) is left out: {error}")
                 self._asked.discard(node)
@@ -154,6 +155,7 @@ class FlowerEngine:
         run: names the run on the sites' disks.
         digest: of the model, which sites compare with theirs; "": they need not.
         here: whether what clients keep is written to the run's own folder (a simulation).
+        clients: how many take part.
         progress: hears of every client.
     """
 
@@ -165,10 +167,12 @@ class FlowerEngine:
         run: str,
         digest: str,
         here: bool,
+        clients: int,
         progress: Progress,
     ) -> None:
         self._stages, self._model, self._sites = stages_of(config), model, sites
         self._run, self._digest, self._here, self._progress = run, digest, here, progress
+        self._channel, self._bytes_down = Channel.of(config, clients), 0
         self._holding: set[tuple[str, str]] = set()
         """(client, digest) of the frozen parts that clients have answered with."""
 
@@ -177,12 +181,14 @@ class FlowerEngine:
         frozen = Frozen(order.frozen)
         order = replace(order, lacking=frozenset(order.clients) - self._holders(frozen))
         prepare(self._model, stage, order.awake)
-        may_hold = expected(self._model, stage, order.received)
-        intake = Intake(order, stage, may_hold, self._progress.warn)
-        for client, found in self._ask(TRAIN, order, frozen, Trained, may_hold):
-            intake.take(found if isinstance(found, Failure) else self._sent(client, *found))
+        intake = Intake.of(order, stage, self._model, self._channel, self._progress.warn)
+        self._bytes_down = 0
+        for client, answer in self._ask(TRAIN, order, frozen):
+            intake.take(self._update(client, answer, frozen))
             self._progress.advance(1)
-        return intake.reply()
+        reply = intake.reply(self._bytes_down)
+        visited = (replace(each, kept=each.kept and self._here) for each in reply.visited)
+        return replace(reply, visited=tuple(visited))
 
     def validate(self, order: Order) -> Tally:
         return sum(self._collect(VALIDATE, order, Tally), Tally())
@@ -203,51 +209,54 @@ class FlowerEngine:
     def _collect(self, what: str, order: Order, form: type[T]) -> list[T]:
         """What the clients of an order say, in its order; who fails is missing and warned of."""
         said: dict[str, T] = {}
-        for client, found in self._ask(what, order, Frozen(order.frozen), form, {}):
-            if isinstance(found, Failure):
-                self._progress.warn(f"round {order.round}: no {what} of {client}, {found.reason}")
-            else:
-                said[client], _ = found
+        frozen = Frozen(order.frozen)
+        for client, answer in self._ask(what, order, frozen):
+            try:
+                if isinstance(answer, Failure):
+                    raise ClientFailure(answer.reason)
+                said[client] = hear(answer, form)
+                self._holding.add((client, frozen.digest))
+            except ClientFailure as error:
+                self._holding.discard((client, frozen.digest))  # it may have lost it
+                self._progress.warn(f"round {order.round}: no {what} of {client}, {error}")
             self._progress.advance(1 if what == EVALUATE else 0)
         return [said[client] for client in order.clients if client in said]
 
     def _ask(
-        self, what: str, order: Order, frozen: Frozen, form: type[T], tensors: State
-    ) -> Iterator[tuple[str, tuple[T, State] | Failure]]:
+        self, what: str, order: Order, frozen: Frozen
+    ) -> Iterator[tuple[str, bytes | Failure]]:
         holders = self._holders(frozen)
 
         def content(client: str) -> ConfigRecord:
-            own = replace(order.share([client]), frozen={}, lacking=frozenset())
+            own = replace(order.share([client]), frozen={}, lacking=frozenset()).to_bytes()
+            once = b"" if client in holders else frozen.content
+            self._bytes_down += len(own) + len(once)
             return ConfigRecord(
                 {
                     "run": self._run,
                     "model": self._digest,
-                    "order": own.to_bytes(),
+                    "order": own,
                     "frozen": frozen.digest,
-                    "frozen bytes": b"" if client in holders else frozen.content,
+                    "frozen bytes": once,
                 }
             )
 
-        for client, answer in self._sites.ask(what, order.clients, content, str(order.round)):
-            if isinstance(answer, bytes):
-                try:
-                    found = hear(answer, form, tensors)
-                    self._holding.add((client, frozen.digest))
-                except ClientFailure as error:
-                    found = Failure(client, str(error))
-                    self._holding.discard((client, frozen.digest))  # it may have lost it
-            else:
-                found = answer
-            yield client, found
+        yield from self._sites.ask(what, order.clients, content, str(order.round))
+
+    def _update(
+        self, client: str, answer: bytes | Failure, frozen: Frozen
+    ) -> ClientMessage | Failure:
+        """What a client sends, unread, or why it sends nothing."""
+        if isinstance(answer, Failure):
+            return answer
+        if reason := why_not(answer):
+            self._holding.discard((client, frozen.digest))  # it may have lost it
+            return Failure(client, reason)
+        self._holding.add((client, frozen.digest))
+        return ClientMessage(client, answer)
 
     def _holders(self, frozen: Frozen) -> set[str]:
         return {client for client, digest in self._holding if digest == frozen.digest}
-
-    def _sent(self, client: str, said: Trained, shared: State) -> Sent | Failure:
-        if said.client_id != client:
-            return Failure(client, f"it speaks for {said.client_id[:200]!r}")
-        kept = said.kept and self._here
-        return Sent(client, said.round, said.num_examples, shared, kept, said.train_loss)
 
 
 class Frozen:

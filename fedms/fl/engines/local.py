@@ -8,10 +8,12 @@ from functools import cached_property
 import numpy as np
 
 from fedms.fl.algorithms import Stage, stages_of
+from fedms.fl.channel.channel import Channel
+from fedms.fl.channel.link import Link, split_late, with_late
 from fedms.fl.client import Visit, prepare, visit
 from fedms.fl.config import Config
 from fedms.fl.engines.cohort import side_by_side
-from fedms.fl.engines.engine import Order, Reply
+from fedms.fl.engines.engine import Message, Order, Reply
 from fedms.fl.engines.intake import Intake
 from fedms.fl.engines.world import World
 from fedms.fl.evaluate import Scores, Tally, common_score, evaluate, pooled_sample, val_sample
@@ -19,7 +21,7 @@ from fedms.fl.journal.progress import Progress
 from fedms.fl.journal.states import ClientStates
 from fedms.fl.sal import block_importance
 from fedms.fl.server import Sent, expected
-from fedms.fl.types import CheckpointError, Failure, State, Update, matches
+from fedms.fl.types import CheckpointError, Failure, State, Update, matches, select
 
 
 class LocalEngine:
@@ -47,51 +49,53 @@ class LocalEngine:
         self._config, self._progress, self._states = config, progress, states
         self._stages = stages_of(config)
         self._federation, self._model = world.federation, world.model
+        self._link = Link(config.channel)
 
     def train(self, order: Order) -> Reply:
         stage = self._enter(order)
-        may_hold = expected(self._model, stage, order.received)
-        intake = Intake(order, stage, may_hold, self._progress.warn)
+        intake = Intake.of(order, stage, self._model, self._channel, self._progress.warn)
         for found in self.visits(order):
             intake.take(found)
             self._progress.advance(1)
         self._states.sync()
-        return intake.reply()
+        every, once = (len(self._link.send(order.round, s)) for s in (order.sent, order.frozen))
+        return intake.reply(every * len(order.clients) + once * len(order.lacking))
 
-    def visits(self, order: Order) -> Iterator[Sent | Failure]:
+    def visits(self, order: Order) -> Iterator[Message | Failure]:
         """The clients' end of :meth:`train`: visit them, keep what is theirs, send the rest."""
         stage, clients = self._enter(order), list(order.clients)
+        received = self.received(order)
+        began = expected(self._model, stage.in_round(order.round), received)
         size = self._side_by_side(stage)
         for start in range(0, len(clients), size):
             some = clients[start : start + size]
+            held = [self._held(client_id, order.round - 1) for client_id in some]
             visits = [
-                Visit(
-                    self._federation.client(client_id),
-                    self._kept(client_id, order.round - 1),
-                    order.clients[client_id],
-                )
-                for client_id in some
+                Visit(self._federation.client(client_id), kept, order.clients[client_id])
+                for client_id, (kept, _) in zip(some, held, strict=True)
             ]
-            found = self.visit(stage, visits, order.received, order.round)
-            for client_id, update in zip(some, found, strict=True):
+            found = self.visit(stage, visits, received, order.round)
+            for client_id, update, (_, late) in zip(some, found, held, strict=True):
                 if isinstance(update, Exception):
                     yield Failure(client_id, f"{type(update).__name__}: {update}")
                 else:
-                    yield self._leave(update, order.round)
+                    late = select(late, stage.shares)
+                    yield self._leave(update, began, late, order.round)
 
     def validate(self, order: Order) -> Tally:
         stage = self._enter(order)
         none = np.array([], dtype=np.int64)
         own = [self._federation.client(client_id).val for client_id in order.clients]
         examples = np.intersect1d(self._validation, np.concatenate([none, *own]))
-        return common_score(self._model, stage, order.received, self._federation, examples)
+        received = self.received(order)
+        return common_score(self._model, stage, received, self._federation, examples)
 
     def evaluate(self, order: Order) -> Scores:
         stage = self._enter(order)
         return evaluate(
             self._model,
             stage,
-            order.received,
+            self.received(order),
             lambda client_id: self._kept(client_id, order.round),
             self._federation,
             [self._federation.client(client_id) for client_id in order.clients],
@@ -116,18 +120,26 @@ class LocalEngine:
                 return [error]
             return [self.visit(stage, [each], server, round)[0] for each in visits]
 
-    def _leave(self, update: Update, round: int) -> Sent:
+    def received(self, order: Order) -> State:
+        """What the clients make of what the server sends."""
+        link, round = self._link, order.round
+        frozen, sent = link.as_received(round, order.frozen), link.as_received(round, order.sent)
+        return {**frozen, **sent}
+
+    def _leave(self, update: Update, began: State, late: State, round: int) -> Message:
         """Write what stays with the client, and return what it sends."""
-        if update.kept:
-            self._states.write(update.client_id, round, update.kept)
-        return Sent(
+        sent = Sent(
             update.client_id,
             round,
             update.num_examples,
             update.shared,
-            bool(update.kept),
+            bool(update.kept or (update.shared and self._link.holds_back)),
             update.train_loss,
         )
+        content, late = self._link.reply(sent, began, late)
+        if held := with_late(update.kept, late):
+            self._states.write(update.client_id, round, held)
+        return Message(update.client_id, content)
 
     def _enter(self, order: Order) -> Stage:
         """Bring the model and what is kept of its frozen parts to where an order wants them."""
@@ -139,15 +151,24 @@ class LocalEngine:
         return stage
 
     def _kept(self, client_id: str, round: int) -> State:
-        """What a client holds of its own after a round; nothing before its first visit."""
+        """What a client's algorithm keeps after a round; nothing before its first visit."""
+        return self._held(client_id, round)[0]
+
+    def _held(self, client_id: str, round: int) -> tuple[State, State]:
+        """What a client's algorithm keeps, and what its codec has not sent yet."""
         try:
-            return self._states.read(client_id, round) or {}
+            return split_late(self._states.read(client_id, round) or {})
         except CheckpointError as error:  # one damaged file must not stop everybody
             self._progress.warn(f"{error}; the client begins anew")
-            return {}
+            return {}, {}
 
     def _side_by_side(self, stage: Stage) -> int:
         return side_by_side(self._model, self._config.engine.cohort, stage.settings.batch_size)
+
+    @cached_property
+    def _channel(self) -> Channel:
+        """The server's end; a process that has some of the clients alone never asks for it."""
+        return Channel.of(self._config, len(self._federation.clients))
 
     @cached_property
     def _pooled(self) -> np.ndarray:

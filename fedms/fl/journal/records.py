@@ -70,6 +70,8 @@ class RoundRecord:
     unseen_accuracy: Spread | None
     gate_local_mean: float | None
     peak_memory_mb: float
+    epsilon: float | None = None
+    """Spent of the privacy budget so far; None: no privacy, or no noise."""
 
 
 def peak_memory_mb() -> float:

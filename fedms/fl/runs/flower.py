@@ -199,7 +199,8 @@ def serve(config: Config, out: Path, grid: Grid, wait: float, progress: Progress
         if not known.is_file():
             replace_file(known, json.dumps(asdict(members)).encode())
         digest = model_digest(frozen_weights(world.model.backbone.model))
-        return FlowerEngine(config, world.model, sites, members.run, digest, False, progress)
+        name, count = members.run, len(members.clients)
+        return FlowerEngine(config, world.model, sites, name, digest, False, count, progress)
 
     federation = server_federation(config, members.clients, members.unseen)
     if not (out / "config.toml").is_file():
@@ -260,7 +261,8 @@ def simulate(
         sites = Sites(grid, config.engine.deadline, progress)
 
         def engine(config: Config, world: World, _: ClientStates, progress: Progress) -> Engine:
-            return FlowerEngine(config, world.model, sites, "", "", True, progress)
+            count = len(world.federation.clients)
+            return FlowerEngine(config, world.model, sites, "", "", True, count, progress)
 
         carry_on(source=federation, engine=engine)
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from fedms.fl.channel.channel import Channel
 from fedms.fl.config import Config, load_config, to_toml
 from fedms.fl.data.federation import Federation
 from fedms.fl.engines.local import LocalEngine
@@ -124,6 +125,8 @@ def _carry_on(
         return
     with _disk_errors(folder):
         world = World(config, progress, source)
+        for settings in left.values():  # a rival's mistake should not wait for the others' end
+            Channel.of(settings, len(world.federation.clients))
         began = Origin.of(world.federation, frozen_weights(world.model.backbone.model))
         for place, settings in left.items():
             _prepare(settings, place)

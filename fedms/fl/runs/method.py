@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedms.fl.algorithms import stages_of
+from fedms.fl.channel.channel import Channel
 from fedms.fl.config import Config
 from fedms.fl.engines.engine import Engine
 from fedms.fl.engines.local import LocalEngine
@@ -32,8 +33,8 @@ def run_method(
     A method whose first stage another method of the same world has been through begins at its end.
     """
     journal = Journal(folder, config.engine.keep_checkpoints, progress.warn)
-    first = stages_of(config)[0]
-    same = first, sal_of(config), config.seed, config.server, config.eval
+    first, promise = stages_of(config)[0], Channel.of(config, len(world.federation.clients)).promise
+    same = first, sal_of(config), config.seed, config.server, config.eval, config.channel, promise
     if journal.newest is None and same in world.outcomes:
         journal.adopt(world.outcomes[same])
     run = Run(

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fedms.fl.algorithms import Stage, stages_of
+from fedms.fl.channel.link import Link, split_late
 from fedms.fl.client import received
 from fedms.fl.config import Config, load_config
 from fedms.fl.data.federation import Dataset, Federation
@@ -22,6 +23,7 @@ from fedms.fl.journal.states import ClientStates
 from fedms.fl.model.view import Model
 from fedms.fl.runs.origin import check_model, frozen_weights
 from fedms.fl.sal import Activation
+from fedms.fl.server import Server
 from fedms.fl.types import FedMSError, State
 
 
@@ -43,7 +45,7 @@ class Opened:
     dataset: Dataset
     counts: dict[str, list[int]]
     took_part: tuple[str, ...]
-    _server: State
+    _received: State
     _states: ClientStates
     _round: int
 
@@ -53,8 +55,8 @@ class Opened:
         Raises:
             CheckpointError: its file is damaged.
         """
-        kept = self._states.read(client_id, self._round) or {}
-        return self.stage.start(received(self.model, self.stage, self._server), kept)
+        kept, _ = split_late(self._states.read(client_id, self._round) or {})
+        return self.stage.start(self._received, kept)
 
 
 def open_run(
@@ -83,12 +85,17 @@ def open_run(
     check_model(folder, frozen_weights(model.backbone.model), config.model.path)
     activation = Activation(config.sal, checkpoint.sal["order"])
     activation.restore(checkpoint.sal)
-    model.slots.set_awake(activation.awake)
     stage = _stage_of(config, checkpoint.round)
-    model.build(dict(stage.modules))
-    server, round = checkpoint.server, checkpoint.round
+    server, link = Server(model), Link(config.channel)
+    server.state = checkpoint.server
+    sent, frozen = (
+        link.as_received(checkpoint.round, state) for state in server.sends(stage, activation.awake)
+    )
+    at_clients = received(model, stage, {**frozen, **sent})
     took_part = tuple(client_id for client_id in counts if client_id not in record["unseen"])
-    return Opened(config, stage, model, dataset, counts, took_part, server, states, round)
+    return Opened(
+        config, stage, model, dataset, counts, took_part, at_clients, states, checkpoint.round
+    )
 
 
 def _dataset(config: Config, examples: Sequence[str], class_names: tuple[str, ...]) -> Dataset:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fedms.fl.algorithms import stages_of
+from fedms.fl.channel.link import split_late
 from fedms.fl.client import received
 from fedms.fl.config import Config
 from fedms.fl.engines.answers import (
@@ -24,7 +25,6 @@ from fedms.fl.engines.answers import (
     TRAIN,
     VALIDATE,
     Introduction,
-    Trained,
     say,
     say_why_not,
 )  # fmt: skip
@@ -105,8 +105,7 @@ class Site:
         states.sync()
         if self._alone:
             states.forget_older(client_id, order.round - self._config.engine.keep_checkpoints)
-        size, kept, loss = found.num_examples, found.kept, found.train_loss
-        return say(Trained(client_id, found.round, size, kept, loss), found.shared)
+        return found.content
 
     def _evaluate(
         self, engine: LocalEngine, states: ClientStates, client_id: str, order: Order, place: Path
@@ -116,8 +115,8 @@ class Site:
         stages = stages_of(self._method(order.method))
         if self._alone and order.round == sum(stage.settings.rounds for stage in stages):
             stage, model = stages[order.stage], self._world.model
-            kept = states.read(client_id, order.round) or {}
-            state = stage.start(received(model, stage, order.received), kept)
+            kept, _ = split_late(states.read(client_id, order.round) or {})
+            state = stage.start(received(model, stage, engine.received(order)), kept)
             write_client(model, state, stage.experts, place / "adapters", self._config.model.path)
         return say(scores)
 

@@ -6,9 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from spy import write
 
 from fedms.fl.algorithms import stages_of
 from fedms.fl.algorithms.stage import Aggregate
+from fedms.fl.channel.link import Link
+from fedms.fl.channel.settings import ChannelConfig
 from fedms.fl.config import Config
 from fedms.fl.engines.engine import Order, Reply, Visited
 from fedms.fl.engines.intake import Intake
@@ -18,9 +21,10 @@ from fedms.fl.journal.records import ClientScore
 from fedms.fl.journal.states import ClientStates
 from fedms.fl.server import Sent, Server
 from fedms.fl.types import Failure
-from fedms.fl.wire import encoded_size, pack, unpack
+from fedms.fl.wire import pack, unpack
 
 (FEDAVG, _) = stages_of(Config(method="fedavg"))
+LINK = Link(ChannelConfig())
 
 
 def order(clients: str = "abc", **changes) -> Order:
@@ -45,7 +49,7 @@ def sent(client: str, *values: float, examples: int = 1, round: int = 7) -> Sent
     return Sent(client, round, examples, {"w": w}, True, 0.25)
 
 
-def test_an_order_and_what_is_sent_come_back_as_they_were():
+def test_an_order_comes_back_as_it_was():
     for one in (order(), order("", sent={}, frozen={}, lacking=frozenset()), order("/ä\n\0'")):
         found = Order.from_bytes(one.to_bytes())
         assert (found.clients, found.lacking) == (one.clients, one.lacking)
@@ -56,18 +60,12 @@ def test_an_order_and_what_is_sent_come_back_as_they_were():
             assert all(
                 torch.equal(ours[n], t) and ours[n].dtype == t.dtype for n, t in theirs.items()
             )
-    one = sent("a/b", 1, 2)
-    found = Sent.from_bytes(one.to_bytes())
-    assert torch.equal(found.shared["w"], one.shared["w"])
-    assert replace(found, shared={}) == replace(one, shared={})
-    assert Sent.from_bytes(replace(one, shared={}).to_bytes()).shared == {}
 
 
 @pytest.mark.parametrize("content", [b"", b"x" * 100, b"\xff" * 100, b"{}", pack({"round": 3})])
-@pytest.mark.parametrize("kind", [Order, Sent])
-def test_bytes_that_are_no_message(kind, content):
-    with pytest.raises(ValueError, match=r"no message|no order|other fields"):
-        kind.from_bytes(content)
+def test_bytes_that_are_no_message(content):
+    with pytest.raises(ValueError, match=r"no message|no order"):
+        Order.from_bytes(content)
 
 
 def test_a_message_that_was_cut_short():
@@ -82,18 +80,15 @@ def test_a_share_of_an_order():
     assert list(some.clients) == ["c", "a"]
     assert some.lacking == {"a"}
     assert order().share("b").lacking == set()
-    sizes = encoded_size(order().sent), encoded_size(order().frozen)
-    assert order().bytes_down == 3 * sizes[0] + sizes[1]
-    assert sum(order().share(own).bytes_down for own in "abc") == order().bytes_down
 
 
 def took(how: Aggregate, *found: Sent | Failure, of: Order | None = None) -> Reply:
     """What a stage of one parameter w [2] makes of what came back."""
-    stage = replace(FEDAVG, aggregate=how)
-    intake = Intake(of or order(), stage, {"w": torch.zeros(2)}, lambda text: None)
+    of = of or order()
+    intake = Intake(of, how, LINK, lambda client: {"w": torch.zeros(2)}, lambda text: None)
     for each in found:
-        intake.take(each)
-    return intake.reply()
+        intake.take(each if isinstance(each, Failure) else write(each))
+    return intake.reply(10 * len(of.clients))
 
 
 def median(server, states, weights):
@@ -113,7 +108,7 @@ def test_replies_of_shares_are_the_reply_to_the_whole(how):
     merged = Reply.merged([Reply.from_bytes(part.to_bytes(), stage) for part in parts], order())
     assert [each.client_id for each in merged.visited] == ["a", "b", "c"]
     assert merged.visited == whole.visited
-    assert (merged.failed, merged.bytes_down) == ((), order().bytes_down)
+    assert (merged.failed, merged.bytes_down) == ((), 30)
     assert merged.train_loss == 0.25
     assert torch.equal(merged.totals.finish({})["w"], whole.totals.finish({})["w"])
     assert merged.totals.finish({})["w"].tolist() == ([3, 4] if how.each else [45 / 8, 9 / 8])
@@ -123,10 +118,10 @@ def test_what_the_server_does_not_take():
     """The first answer of who was asked, to this round, of the right form; failures are kept."""
     bad = [
         (sent("x", 9, 9), None),
-        (sent("a", 9, 9, round=6), "it answers round 6, asked was 7"),
+        (sent("a", 9, 9, round=6), "its message is of round '6', expected 7"),
         (sent("b", 9), r"it sent w of shape [1], expected [2]"),
         (sent("c", float("inf"), 9), "its w is not finite"),
-        (replace(sent("a", 9, 9), shared={"v": torch.ones(2)}), "it sent v, which the server"),
+        (replace(sent("a", 9, 9), shared={"v": torch.ones(2)}), "it sent v, which is not expected"),
         (sent("b", 9, 9, examples=0), "it says it trained on 0 examples"),
         (Failure("c", "OSError: no space"), "OSError: no space"),
     ]
@@ -142,7 +137,8 @@ def test_what_the_server_does_not_take():
     assert [each.client_id for each in twice.visited] == ["a", "b"]
     assert twice.failed == (Failure("c", "it did not answer"),)
     late = took(Aggregate(), Failure("a", "timeout"), sent("a", 1, 2))
-    assert late.visited == (Visited("a", 1, 0.25, encoded_size({"w": torch.zeros(2)}), True),)
+    size = len(write(sent("a", 1, 2)).content)
+    assert late.visited == (Visited("a", 1, 0.25, size, True),)
 
 
 def test_scores_come_back_as_they_were():

@@ -47,7 +47,7 @@ def carry(wards, tmp_path, quiet):
 def changed(order: Message, reply: Message, change: Callable[[dict, dict], None]) -> list[Message]:
     """The reply with its record and tensors changed, whole again as bytes."""
     record, states = unpack(answer_of(reply))
-    change(record["said"], states["shared"])
+    change(record, states["values"])
     return [with_answer(order, pack(record, **states))]
 
 
@@ -90,18 +90,24 @@ def untimed(line: dict) -> dict:
 FAULTS = {
     "raises, as Flower tells it": (of_flower, "Flower says: <class 'ZeroDivisionError'>"),
     "hangs": (lambda order, reply: [], "it did not answer within engine.deadline, 0.3 s"),
-    "replies for another round": (of_record(round=7), "it answers round 7, asked was"),
-    "speaks for another": (of_record(client_id="south"), "it speaks for 'south'"),
+    "replies for another round": (of_record(round=7), "its message is of round '7', expected"),
+    "speaks for another": (
+        of_record(client_id="south"),
+        "its message is of client 'south', expected 'north'",
+    ),
     "sends NaN": (of_tensors(poison), "is not finite"),
-    "sends another name": (of_tensors(rename), "global.layer.9.lora_A, which the server does not"),
+    "sends another name": (of_tensors(rename), "global.layer.9.lora_A, which is not expected"),
     "sends another shape": (of_tensors(reshape), r"of shape \[3, 3\], expected"),
-    "is cut short": (of_bytes(lambda b: b[:-100]), "it sent what is no answer"),
-    "sends noise": (of_bytes(lambda b: random.Random(0).randbytes(len(b))), "what is no answer"),
-    "sends nothing": (of_bytes(lambda b: b""), "it sent what is no answer"),
-    "sends too much": (of_bytes(lambda b: b + bytes(2**22)), r"it sent \d+ bytes, at most"),
+    "is cut short": (of_bytes(lambda b: b[:-100]), "its message cannot be read"),
+    "sends noise": (
+        of_bytes(lambda b: random.Random(0).randbytes(len(b))),
+        "message cannot be read",
+    ),
+    "sends nothing": (of_bytes(lambda b: b""), "its message cannot be read"),
+    "sends too much": (of_bytes(lambda b: b + bytes(2**22)), r"its message has \d+ bytes, at most"),
     "trained on minus one": (of_record(num_examples=-1), "it says it trained on -1 examples"),
-    "counts in words": (of_record(num_examples="9"), "its num_examples is wrong"),
-    "says no loss": (of_record(train_loss=None), "its train_loss is wrong"),
+    "counts in words": (of_record(num_examples="9"), "header is wrong: num_examples"),
+    "says no loss": (of_record(train_loss=None), "it must say its number of examples and loss"),
     "replies without a record": (
         lambda order, reply: [Message(RecordDict(), reply_to=order)],
         "its reply has no bytes named fedms/answer",

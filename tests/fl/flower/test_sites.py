@@ -114,12 +114,11 @@ def test_what_leaves_a_site(federation, wards, tmp_path):
         assert list(reply.content) == [RECORD]
         assert not any(word in answer for word in words)
         record, states = unpack(answer)
-        said = record["said"]
-        fields |= set(said)
-        names |= set(states.get("shared", {}))
+        fields |= set(record.get("said", record))
+        names |= set(states.get("values", {}))
     assert fields == {
         "client_id", "unseen",  # who it is
-        "round", "num_examples", "kept", "train_loss",  # a visit
+        "round", "codec", "shapes", "num_examples", "kept", "train_loss",  # a visit
         "total", "count", "common", "clients",  # scores
     }  # fmt: skip
     assert {name.split(".")[0] for name in names} == {"global", "gate"}

@@ -1,0 +1,178 @@
+"""Whole runs through the channel: codecs, privacy and robust rules change what they should."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from fedms.fl.channel.channel import Channel
+from fedms.fl.channel.link import RESIDUAL
+from fedms.fl.engines.engine import Order, Reply
+from fedms.fl.engines.local import LocalEngine
+from fedms.fl.types import ConfigError
+
+SHORT = ("stage1.local_steps=1", "stage2.local_steps=1", "sal.trigger=all_at_once")
+PRIVATE = ("channel.privacy.clip=0.5", "channel.privacy.delta=0.01", "server.quorum=0.01")
+
+
+accounted = pytest.mark.skipif(
+    importlib.util.find_spec("dp_accounting") is None, reason='pip install "fedms[privacy]"'
+)
+
+
+@pytest.fixture
+def metrics(config, execute, tmp_path, read_lines):
+    def run(*overrides: str, name: str = "run") -> list[dict]:
+        execute(config(*SHORT, *overrides), tmp_path / name)
+        return read_lines(tmp_path / name / "metrics.jsonl")
+
+    return run
+
+
+# Codecs ----------------------------------------------------------------------------------------
+
+
+def test_codecs_send_less_and_learn_the_same(metrics):
+    lines = {c: metrics(f"channel.codec={c}", name=c) for c in ("none", "fp16", "int8", "topk")}
+    up = {codec: sum(line["bytes_up"] for line in found) for codec, found in lines.items()}
+    assert up["topk"] < up["int8"] < up["fp16"] < up["none"]
+    for codec, within in (("fp16", 1e-3), ("int8", 2e-2), ("topk", 0.5)):
+        for line, plain in zip(lines[codec], lines["none"], strict=True):
+            assert line["failed"] == []
+            assert line["bytes_down"] == plain["bytes_down"]
+            assert line["train_loss"] == pytest.approx(plain["train_loss"], abs=within)
+        assert lines[codec][1]["train_loss"] != lines["none"][1]["train_loss"]
+
+
+@pytest.mark.parametrize("method", ["fedms", "rolora", "fedsa_lora", "ditto"])
+def test_what_is_not_sent_yet_is_no_part_of_a_model(metrics, config, execute, tmp_path, method):
+    run = execute(config(*SHORT, f"method={method}", "channel.codec=int8"), tmp_path)
+    held = run.journal.states.read("client-00", run.done)
+    late = {name for name in held if name.startswith(RESIDUAL)}
+    assert late
+    assert any(held[name].abs().max() > 0 for name in late)
+    names = {name.removeprefix(RESIDUAL) for name in late}
+    if method == "rolora":
+        assert {name.rpartition(".")[2] for name in names} == {"lora_A", "lora_B"}
+    if method == "fedms":
+        assert all(name.startswith("gate.adapter.") for name in names)  # stage 1's is gone
+    assert not any(name.startswith(RESIDUAL) for name in run.server.state)
+
+
+def test_the_way_down_is_encoded_too(metrics):
+    plain = metrics(name="plain")
+    for codec in ("fp16", "int8"):
+        lines = metrics(f"channel.codec_down={codec}", name=codec)
+        assert sum(line["bytes_down"] for line in lines) < 0.75 * sum(
+            line["bytes_down"] for line in plain
+        )
+        assert [line["bytes_up"] for line in lines] == [line["bytes_up"] for line in plain]
+
+
+# Privacy ---------------------------------------------------------------------------------------
+
+
+@accounted
+def test_privacy_spends_its_budget_round_by_round(metrics):
+    lines = metrics(*PRIVATE, "channel.privacy.epsilon=4.0", "server.fraction_train=0.6")
+    spent = [line["epsilon"] for line in lines]
+    assert spent == sorted(spent)
+    assert 3.9 < spent[-1] <= 4
+    assert all(line["train_loss"] is None for line in lines)
+
+
+@accounted
+def test_what_is_not_shared_costs_nothing(metrics):
+    lines = metrics(*PRIVATE, "mofm.share_adapter=false", "channel.privacy.epsilon=4.0")
+    spent = [line["epsilon"] for line in lines]
+    assert spent[1] == spent[2] == spent[3]
+    assert 3.9 < spent[1] <= 4
+
+
+@accounted
+def test_the_server_moves_by_the_clipped_mean_and_the_noise(config, execute, tmp_path):
+    """Without noise four clients of norm 0.001 move it by 0.001 at most; with it by much more."""
+
+    def moved(name: str, epsilon: str) -> float:
+        settings = (*PRIVATE, "method=fedavg", "stage1.rounds=1", "stage2.rounds=0")
+        small = ("channel.privacy.clip=0.001", f"channel.privacy.epsilon={epsilon}")
+        run = execute(config(*SHORT, *settings, *small), tmp_path / name)
+        began = run.server._model.slots.fresh("global")
+        change = [(t - began[n]).double().pow(2).sum() for n, t in run.server.state.items()]
+        return float(torch.stack(change).sum().sqrt())
+
+    assert 0.0002 < moved("clipped", "inf") <= 0.001 * (1 + 1e-4)
+    assert moved("noised", "1.0") > 0.01
+
+
+def test_an_infinite_budget_is_no_epsilon_and_valid_json(metrics, tmp_path):
+    lines = metrics(*PRIVATE, "channel.privacy.epsilon=inf")
+    assert [line["epsilon"] for line in lines] == [None] * 4
+    assert "Infinity" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["method=fedex_lora"], "fedex_lora aggregates by a rule of its own, which has no bound"),
+        (["sal.trigger=capability_queue"], "lets scores on the clients' data decide"),
+        (["sal.trigger=every", "sal.order=importance"], "reads gradients of the clients' data"),
+        (["channel.privacy.delta=0.25"], "must be less than 1 / 4 clients"),
+    ],
+)
+def test_what_voids_the_guarantee_is_refused(config, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        Channel.of(config(*SHORT, *PRIVATE, *overrides), 4)
+
+
+def test_what_a_robust_rule_cannot_do_is_refused(config):
+    with pytest.raises(ConfigError, match="no epsilon would hold"):
+        config(*PRIVATE, "channel.aggregate=median")
+    rule = "channel.aggregate=multi_krum"
+    with pytest.raises(ConfigError, match="fedex_lora aggregates by a rule of its own, which has"):
+        Channel.of(config(rule, "method=fedex_lora"), 4)
+    with pytest.raises(ConfigError, match=r"1 hostile clients needs a cohort of 5, got 4"):
+        Channel.of(config(rule), 4)
+    with pytest.raises(ConfigError, match=r'with sal.scope = "client" they hold different blocks'):
+        Channel.of(config(rule, "sal.scope=client"), 20)
+
+
+# Robust rules ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", ["median", "trimmed_mean", "multi_krum"])
+def test_robust_rules_run(metrics, rule):
+    lines = metrics(f"channel.aggregate={rule}", "channel.hostile=0.24")
+    assert all(line["failed"] == [] for line in lines)
+
+
+# Resuming --------------------------------------------------------------------------------------
+
+
+class Stops(LocalEngine):
+    """Is killed in the third round."""
+
+    def train(self, order: Order) -> Reply:
+        if order.round == 3:
+            raise InterruptedError
+        return super().train(order)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("channel.codec=int8",),
+        (*PRIVATE, "channel.privacy.epsilon=inf", "server.fraction_train=0.6"),
+    ],
+)
+def test_a_resumed_run_is_the_run(config, execute, tmp_path, read_lines, overrides):
+    """What was lost, the cohorts and the noise come again as they were."""
+    chosen = config(*SHORT, *overrides)
+    execute(chosen, tmp_path / "whole")
+    with pytest.raises(InterruptedError):
+        execute(chosen, tmp_path / "again", engine=Stops)
+    execute(chosen, tmp_path / "again")
+    for file in ("metrics.jsonl", "clients.jsonl"):
+        assert read_lines(tmp_path / "again" / file) == read_lines(tmp_path / "whole" / file)
