@@ -18,6 +18,7 @@ import tomli_w
 from pydantic import Field, Strict, ValidationError, model_validator
 
 from fedms.fl.algorithms import ALGORITHMS, StageConfig, stages_of
+from fedms.fl.algorithms.centralised import Settings as CentralisedConfig
 from fedms.fl.algorithms.ditto import Settings as DittoConfig
 from fedms.fl.algorithms.fedavg_prior import Settings as FedAvgPriorConfig
 from fedms.fl.algorithms.feddpa_f import Settings as FedDpaFConfig
@@ -104,6 +105,7 @@ class Config(Section):
     fedntd: FedNTDConfig = FedNTDConfig()
     fedprox: FedProxConfig = FedProxConfig()
     ditto: DittoConfig = DittoConfig()
+    centralised: CentralisedConfig = CentralisedConfig()
     feddpa_f: FedDpaFConfig = FedDpaFConfig()
     feddpa_t: FedDpaTConfig = FedDpaTConfig()
     fedper: FedPerConfig = FedPerConfig()

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from fedms.fl.algorithms import Stage, stages_of
 from fedms.fl.channel.channel import Channel
 from fedms.fl.config import Config
+from fedms.fl.data.federation import EVERYONE
 from fedms.fl.engines.engine import Engine, Order, Reply
 from fedms.fl.evaluate import Scores, Tally, scored_sample, spread
 from fedms.fl.journal.checkpoint import Checkpoint
@@ -127,6 +128,8 @@ class Run:
     def _cohort(self, stage: Stage, round: int) -> list[str]:
         if not stage.phases:
             return []
+        if stage.pooled:
+            return [EVERYONE]
         return self._channel.cohort(self.clients, round)
 
     def _order(self, number: int, round: int, clients: Iterable[str]) -> Order:

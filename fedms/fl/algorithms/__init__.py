@@ -12,6 +12,7 @@ from typing import Any
 
 from fedms.fl.algorithms import (
     balanced_ft,
+    centralised,
     ditto,
     fedalt,
     fedavg,
@@ -61,6 +62,7 @@ ALGORITHMS: dict[str, tuple[ModuleType, str | None]] = {
     "fedsa_lora": (fedsa_lora, None),
     "fedex_lora": (fedex_lora, None),
     "ditto": (ditto, "ditto"),
+    "centralised": (centralised, "centralised"),
     "local_only": (local_only, None),
     "zero_shot": (zero_shot, None),
 }

@@ -133,6 +133,7 @@ class Stage:
         prior: how far its answers are moved towards its own labels; see :meth:`View.adjusted`.
         priors: more such numbers, at which the clients' models are scored too.
         weights: [P, 2], how much the global and the local expert weigh in ``predict``, for records.
+        pooled: one visit a round, on the examples of everybody together: no federation.
         wakes: whether SAL watches the common model in these rounds; without such a stage all its
             blocks are awake from the start.
     """
@@ -155,6 +156,7 @@ class Stage:
     prior: float = 0.0
     priors: tuple[float, ...] = ()
     weights: Predict | None = None
+    pooled: bool = False
     wakes: bool = False
 
     @property

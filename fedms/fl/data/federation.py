@@ -56,6 +56,10 @@ class ClientData:
         return np.union1d(self.train, self.gate)
 
 
+EVERYONE = "*"
+"""The client that stands for all of them together."""
+
+
 @dataclass(frozen=True)
 class Federation:
     """A dataset shared out to clients. ``unseen`` clients take part in no round."""
@@ -70,5 +74,14 @@ class Federation:
         return {client.client_id: client for client in (*self.clients, *self.unseen)}
 
     def client(self, client_id: str) -> ClientData:
-        """The client of that name; KeyError where there is none."""
-        return self.everyone[client_id]
+        """The client of that name; KeyError where there is none. ``EVERYONE``: see ``pooled``."""
+        return self.pooled if client_id == EVERYONE else self.everyone[client_id]
+
+    @cached_property
+    def pooled(self) -> ClientData:
+        """All that the clients have that take part, as if one client had it."""
+        parts = (
+            np.sort(np.concatenate([getattr(client, part) for client in self.clients]))
+            for part in ("train", "gate", "val", "test")
+        )
+        return ClientData(EVERYONE, *parts)

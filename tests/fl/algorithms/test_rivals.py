@@ -224,3 +224,19 @@ def test_flexlora_cuts_to_the_largest_singular_values(config):
     product = server["global.x.lora_B"] @ server["global.x.lora_A"]
     torch.testing.assert_close(product, torch.tensor([[1.5, 0.0], [0.0, 0.0]]))
     assert server["global.x.lora_A"].shape == (1, 2)
+
+
+def test_centralised_is_one_visit_to_everybodys_examples(setting, config, execute, tmp_path, world):
+    """A round's server is what one client with all examples leaves after clients * steps."""
+    short = ("stage1.rounds=1", "stage2.rounds=0", "centralised.clients=3", "stage1.local_steps=2")
+    overrides = ("method=centralised", "model.dtype=float64", "sal.enabled=false", *short)
+    run = execute(config(*overrides), tmp_path)
+    stage, model, clients = setting(*overrides)
+    everyone = world.federation.client("*")
+    assert everyone.own.tolist() == sorted(i for client in clients for i in client.own)
+    update = one_visit(stage, model, everyone)
+    assert update.steps == 6
+    assert update.num_examples == sum(len(client.own) for client in clients)
+    assert update.shared.keys() == run.server.state.keys()
+    for name, tensor in update.shared.items():
+        torch.testing.assert_close(run.server.state[name], tensor, rtol=0, atol=1e-12)
