@@ -74,6 +74,8 @@ class EngineConfig(Section):
     """Keep the frozen global expert's output per example in stage 2."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
     """Newest checkpoints that stay on the disk."""
+    tensorboard: bool = False
+    """Write TensorBoard's event files beside metrics.jsonl (pip install 'fedms[tensorboard]')."""
 
 
 class Config(Section):

@@ -10,11 +10,13 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Self
 
 from fedms.fl.journal.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fedms.fl.journal.files import replace_file
 from fedms.fl.journal.records import ClientRecord, ClientScore, RoundRecord
 from fedms.fl.journal.states import ClientStates
+from fedms.fl.journal.tensorboard import Events
 
 METRICS, CLIENTS = "metrics.jsonl", "clients.jsonl"
 
@@ -34,13 +36,16 @@ class Journal:
         folder: it exists.
         keep: newest checkpoints that stay.
         warn: hears of damaged checkpoints.
+        tensorboard: write event files, too.
 
     Attributes:
         newest: the last checkpoint that is whole, or None before the first.
         states: what the clients hold of their own.
     """
 
-    def __init__(self, folder: Path, keep: int, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self, folder: Path, keep: int, warn: Callable[[str], None], tensorboard: bool = False
+    ) -> None:
         self.folder, self._keep = folder, keep
         self.states = ClientStates(folder / "clients")
         self.newest = load_checkpoint(folder / "checkpoints", self.states, warn)
@@ -48,6 +53,14 @@ class Journal:
         self.states.forget_after(done)
         for name in (METRICS, CLIENTS):
             self._drop_lines_after(done, folder / name)
+        self._events = Events(folder, done) if tensorboard else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._events is not None:
+            self._events.close()
 
     def commit(
         self, record: RoundRecord, scores: Sequence[ClientScore], checkpoint: Checkpoint
@@ -64,6 +77,8 @@ class Journal:
                 line = ClientRecord(**asdict(score), round=record.round, stage=record.stage)
                 file.write(json.dumps(asdict(line)) + "\n")
         self._save(checkpoint)
+        if self._events is not None:
+            self._events.add(asdict(record))
 
     def outcome(self) -> Outcome | None:
         """What a method needs to go on from here; None if clients hold something of their own."""
@@ -77,6 +92,9 @@ class Journal:
         for name, text in outcome.lines.items():
             replace_file(self.folder / name, text.encode())
         self._save(outcome.checkpoint)
+        if self._events is not None:
+            for line in outcome.lines[METRICS].splitlines():
+                self._events.add(json.loads(line))
 
     def _save(self, checkpoint: Checkpoint) -> None:
         save_checkpoint(self.folder / "checkpoints", checkpoint, self.states, self._keep)

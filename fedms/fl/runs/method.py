@@ -32,22 +32,23 @@ def run_method(
 
     A method whose first stage another method of the same world has been through begins at its end.
     """
-    journal = Journal(folder, config.engine.keep_checkpoints, progress.warn)
-    first, promise = stages_of(config)[0], Channel.of(config, len(world.federation.clients)).promise
+    engines, first = config.engine, stages_of(config)[0]
+    promise = Channel.of(config, len(world.federation.clients)).promise
     same = first, sal_of(config), config.seed, config.server, config.eval, config.channel, promise
-    if journal.newest is None and same in world.outcomes:
-        journal.adopt(world.outcomes[same])
-    run = Run(
-        config,
-        [client.client_id for client in world.federation.clients],
-        [client.client_id for client in world.federation.unseen],
-        Server(world.model),
-        engine(config, world, journal.states, progress),
-        journal,
-        progress,
-    )
-    for number in range(len(run.stages)):
-        run.run_stage(number)
-        if run.done == first.settings.rounds and (outcome := journal.outcome()) is not None:
-            world.outcomes[same] = outcome
+    with Journal(folder, engines.keep_checkpoints, progress.warn, engines.tensorboard) as journal:
+        if journal.newest is None and same in world.outcomes:
+            journal.adopt(world.outcomes[same])
+        run = Run(
+            config,
+            [client.client_id for client in world.federation.clients],
+            [client.client_id for client in world.federation.unseen],
+            Server(world.model),
+            engine(config, world, journal.states, progress),
+            journal,
+            progress,
+        )
+        for number in range(len(run.stages)):
+            run.run_stage(number)
+            if run.done == first.settings.rounds and (outcome := journal.outcome()) is not None:
+                world.outcomes[same] = outcome
     return run
