@@ -24,7 +24,9 @@ from cases import MODELS, first_cases, gpu_case, matrix, tuned_cases, varied
 from gpu_first import arguments, begin
 
 OURS = {
-    "triton": [f"{k}_kernel" for k in ("shrink", "combine", "expand", "outer", "outer_sum")],
+    "triton": [
+        f"{k}_kernel" for k in ("pack", "shrink", "gemm", "combine", "expand", "outer", "outer_sum")
+    ],
     "cuda": ["fedms"],
 }
 """What the names of a backend's kernels contain: torch's and cuBLAS's are not looked at."""

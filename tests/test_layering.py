@@ -52,14 +52,20 @@ KERNELS = {
     },
     "kernels.triton.backend": {
         "kernels.packing", "kernels.segments", "kernels.tables", "kernels.tiles",
-        "kernels.triton.launches", "kernels.triton.layout", "kernels.triton.tile",
+        "kernels.triton.launches", "kernels.triton.layout", "kernels.triton.steps",
+    },
+    "kernels.triton.steps": {
+        "kernels.triton.launches", "kernels.triton.tile", "kernels.triton.workspace",
     },
     "kernels.triton.launches": {
         "kernels.tiles", "kernels.triton.combine", "kernels.triton.expand", "kernels.triton.gemm",
         "kernels.triton.launch", "kernels.triton.layout", "kernels.triton.outer",
-        "kernels.triton.shrink", "kernels.triton.tile",
+        "kernels.triton.pack", "kernels.triton.shrink", "kernels.triton.tile",
+        "kernels.triton.workspace",
     },
     "kernels.triton.launch": set(),
+    "kernels.triton.pack": set(),
+    "kernels.triton.workspace": set(),
     "kernels.triton.layout": {"kernels.segments", "kernels.triton.tile"},
     "kernels.triton.outer": {"kernels.triton.combine", "kernels.triton.tile"},
     "kernels.triton.tile": set(),

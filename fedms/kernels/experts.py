@@ -78,7 +78,7 @@ def backward_of_parts(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 def _stacked(parts: Sequence[Tensor]) -> bool:
     """Whether any part is a stack; most calls have none, and pay for nothing here."""
-    return any(part.dim() == 3 for part in parts)
+    return 3 in [part.dim() for part in parts]
 
 
 def _repeat(values: Sequence[bool], sizes: Sequence[int]) -> list[bool]:

@@ -147,6 +147,22 @@ def test_more_experts_than_one_launch_writes(force):
     assert_close(run(problem.to(torch.float32)), problem.truth(), 1e-5)
 
 
+@pytest.mark.parametrize("lie", ["one matrix", "apart", "strided", "an empty one", "many"])
+def test_experts_however_they_lie(force, lie):
+    """As views of one matrix, or packed: as tensors of their own, with any strides, of rank 0."""
+    force(choice("extend"))
+    ranks = {"an empty one": (8, 0, 3), "many": (2,) * 11}.get(lie, (8, 4, 3))
+    problem = make_problem(20, 40, 48, ranks).to(torch.float32)
+    A, B = ([t.detach() for t in parts] for parts in (problem.A, problem.B))
+    if lie == "one matrix":
+        A, B = torch.cat(A).split(ranks), torch.cat(B, 1).split(ranks, 1)
+    if lie == "strided":
+        A = [a.t().contiguous().t() for a in A]
+        B = [torch.stack([b, b], 2)[:, :, 1] for b in B]
+    A, B = ([t.requires_grad_() for t in parts] for parts in (A, B))
+    assert_close(run(replace(problem, A=list(A), B=list(B))), problem.truth(), 1e-5)
+
+
 def test_few_rows_split_the_columns(force, monkeypatch):
     """One row tile and many columns: several programs share them, combine adds their sums."""
     monkeypatch.setattr(backend, "_multiprocessors", lambda device: 8)

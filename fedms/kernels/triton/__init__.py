@@ -8,7 +8,9 @@ Nothing here has run on a GPU yet, so fedms.kernels.plan does not choose it by d
 from __future__ import annotations
 
 import os
+from functools import cache
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -50,16 +52,19 @@ def require(device: torch.device, x: torch.dtype, adapter: torch.dtype, base: to
         )
 
 
-def _forward(*args: Any) -> Any:
-    from fedms.kernels.triton.backend import forward
+@cache
+def _backend() -> ModuleType:
+    from fedms.kernels.triton import backend
 
-    return forward(*args)
+    return backend
+
+
+def _forward(*args: Any) -> Any:
+    return _backend().forward(*args)
 
 
 def _backward(*args: Any) -> Any:
-    from fedms.kernels.triton.backend import backward
-
-    return backward(*args)
+    return _backend().backward(*args)
 
 
 def _h_like(

@@ -1,21 +1,24 @@
-"""A kernel's launch, prepared once for a call signature: 1 us a call where Triton's own takes 10.
+"""A kernel's launch, prepared once for a call signature: 0.3 us a call where Triton's takes 10.
 
 `JITFunction.run` binds, specialises and looks up every argument of every call. What it decides on
 (dtypes, 16-byte alignment, strides, constants) is the same for all calls of one signature, so the
-compiled kernel and everything but the tensors are kept from the first.
+compiled kernel and everything but the tensors are kept from the first. Triton's launch hooks are
+not called after it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 
 class Launch:
     """`launch(*tensors)`: the kernel's first arguments; `fixed` has all others by name.
 
-    The caller keeps one Launch for each combination of what Triton specialises the tensors on.
-    grid: programs, one to three dimensions, none of them zero.
+    From the second call on an integer may stand for a tensor: its address. The caller keeps one
+    Launch for each combination of what Triton specialises the tensors on. grid: programs, one to
+    three dimensions, none of them zero.
     """
 
     def __init__(
@@ -30,8 +33,12 @@ class Launch:
 
     def __call__(self, *tensors: Any) -> None:
         if self._run is not None:
-            self._run(*tensors, *self._fixed, stream=self._stream)
+            self._run(*tensors, *self._fixed)
             return
-        compiled = self._kernel[self._grid](*tensors, *self._fixed, **self._options)
-        if compiled is not None:  # the interpreter compiles nothing
-            self._run = compiled[self._grid]
+        kernel = self._kernel[self._grid](*tensors, *self._fixed, **self._options)
+        if kernel is not None:  # the interpreter compiles nothing
+            no_hooks = (None, None, None)
+            self._run = partial(
+                kernel.run, *self._grid, self._stream, kernel.function, kernel.packed_metadata,
+                *no_hooks,
+            )  # fmt: skip

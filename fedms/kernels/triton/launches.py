@@ -1,8 +1,9 @@
-"""The backend's steps, prepared for one call signature: tiles, grids, tables and fixed arguments.
+"""Launches prepared for one call signature: tiles, grids, tables, buffers and fixed arguments.
 
 Each class is made from the first call's tensors, of which it reads shapes, strides and alignment,
-and is then called with any tensors of the same signature (backend.py). Shape suffixes: M rows,
-C columns in, O columns out, R stacked ranks, W the ranks that one row of h holds.
+and is then called with any tensors of the same signature (steps.py). Arguments are tensors or
+addresses (launch.py), `memory` is the call's workspace. Shape suffixes: M rows, C columns in,
+O columns out, R stacked ranks, W the ranks that one row of h holds.
 """
 
 from __future__ import annotations
@@ -23,8 +24,15 @@ from fedms.kernels.triton.gemm import gemm_kernel
 from fedms.kernels.triton.launch import Launch
 from fedms.kernels.triton.layout import Layout, rank_block
 from fedms.kernels.triton.outer import Side, Sum, outer_kernel, outer_sum_kernel
+from fedms.kernels.triton.pack import pack_kernel
 from fedms.kernels.triton.shrink import shrink_kernel
 from fedms.kernels.triton.tile import Dropout, Routing
+from fedms.kernels.triton.workspace import Workspace
+
+Argument = Tensor | int | None
+
+_PACKED_AT_ONCE = 16
+"""Matrices that one launch of pack copies; a compiled kernel for each count."""
 
 _SUMMED_AT_ONCE = 8
 """Gradients of a side that one launch of outer_sum writes; a compiled kernel for each count."""
@@ -54,6 +62,45 @@ class Call:
     precision: str
 
 
+class Pack:
+    """A as one matrix [R, K], B as one [N, R]: the views a and b, or copies where they are None."""
+
+    def __init__(
+        self, call: Call, workspace: Workspace, A: Sequence[Tensor], B: Sequence[Tensor],
+        a: Tensor | None, b: Tensor | None,
+    ) -> None:  # fmt: skip
+        total, dtype, k, n = call.layout.total, A[0].dtype, A[0].shape[1], B[0].shape[0]
+        self._a = workspace.add((total, k), dtype) if a is None else None
+        self._b = workspace.add((n, total), dtype) if b is None else None
+        lines: list[tuple[int, ...]] = []
+        for e, first in enumerate(call.layout.offsets[:-1] if a is None else ()):
+            lines.append((A[e].numel(), k, *A[e].stride(), first * k, k))
+        count_a = len(lines)
+        for e, first in enumerate(call.layout.offsets[:-1] if b is None else ()):
+            lines.append((B[e].numel(), max(1, B[e].shape[1]), *B[e].stride(), first, total))
+        self._groups: list[tuple[slice, Tensor, Launch]] = []
+        for first in range(0, len(lines), _PACKED_AT_ONCE):
+            some = lines[first : first + _PACKED_AT_ONCE]
+            blocks = max(1, *(_ceil_div(elements, 1024) for elements, *_ in some))
+            launch = Launch(
+                pack_kernel, (blocks, len(some)), 4, 3, call.stream, COUNT=len(some),
+                COUNT_A=min(max(0, count_a - first), len(some)), BLOCK=1024,
+            )  # fmt: skip
+            self._groups.append((slice(first, first + len(some)), call.layout.table(some), launch))
+
+    def __call__(
+        self, A: Sequence[Tensor], B: Sequence[Tensor], a: Tensor | None, b: Tensor | None,
+        memory: Tensor | int,
+    ) -> tuple[Argument, Argument]:  # fmt: skip
+        """a and b."""
+        copy_a = None if self._a is None else self._a.at(memory)
+        copy_b = None if self._b is None else self._b.at(memory)
+        sources = (*(A if a is None else ()), *(B if b is None else ()))
+        for some, table, launch in self._groups:
+            launch(sources[some], copy_a, copy_b, table)
+        return copy_a if a is None else a, copy_b if b is None else b
+
+
 class Combine:
     """gated, raw and dg from partial sums [S, M, W]."""
 
@@ -67,8 +114,8 @@ class Combine:
         )  # fmt: skip
 
     def __call__(
-        self, partial: Tensor, raw: Tensor | None, gated: Tensor | None, h: Tensor | None,
-        dg: Tensor | None, routing: Routing,
+        self, partial: Argument, raw: Argument, gated: Argument, h: Argument, dg: Argument,
+        routing: Routing,
     ) -> None:  # fmt: skip
         self._launch(partial, raw, gated, h, dg, routing, self._where)
 
@@ -80,7 +127,9 @@ class Shrink:
     makes dg as well.
     """
 
-    def __init__(self, call: Call, x: Tensor, a_strides: Sequence[int], dg_columns: int) -> None:
+    def __init__(
+        self, call: Call, workspace: Workspace, x: Tensor, a_strides: Sequence[int], dg_columns: int
+    ) -> None:
         tiles, layout, (m, c) = call.choice.shrink, call.layout, x.shape
         self._where, count = layout.where(tiles.block_m)
         program = (tiles.block_m + layout.block_r) * c * x.element_size()
@@ -88,7 +137,10 @@ class Shrink:
         if self._split < 2 or program * (1 - 1 / self._split) < _SPLIT_PAYS:
             self._split = 1
         self.combines = self._split > 1
-        self._combine = Combine(call, self._split, dg_columns) if self.combines else None
+        self._partial = self._combine = None
+        if self.combines:
+            self._partial = workspace.add((self._split, m, layout.width), torch.float32)
+            self._combine = Combine(call, self._split, dg_columns)
         self._launch = Launch(
             shrink_kernel, (count, self._split), tiles.warps, tiles.stages, call.stream, M=m, C=c,
             R=layout.total, width=layout.width, stride_xm=x.stride(0), stride_ar=a_strides[0],
@@ -97,21 +149,33 @@ class Shrink:
         )  # fmt: skip
 
     def __call__(
-        self, x: Tensor, a: Tensor, gated: Tensor, raw: Tensor | None, routing: Routing,
-        dropout: Dropout | None, h: Tensor | None = None, dg: Tensor | None = None,
+        self, x: Tensor, a: Argument, gated: Argument, raw: Argument, routing: Routing,
+        dropout: Dropout | None, memory: Tensor | int, h: Argument = None, dg: Argument = None,
     ) -> None:  # fmt: skip
-        if self._combine is None:
+        if self._combine is None or self._partial is None:
             self._launch(x, a, raw, gated, None, routing, dropout, self._where)
             return
-        partial = gated.new_empty((self._split, *gated.shape), dtype=torch.float32)
+        partial = self._partial.at(memory)
         self._launch(x, a, None, gated, partial, routing, dropout, self._where)
         self._combine(partial, raw, gated, h, dg, routing)
+
+
+class Described:
+    """Descriptors of tensors of one shape and box. Triton's checks are made once, of the first."""
+
+    def __init__(self, first: Tensor, box: list[int]) -> None:
+        self._fields = vars(TensorDescriptor.from_tensor(first, box)) | {"base": None}
+
+    def __call__(self, t: Any) -> Any:
+        fresh = object.__new__(TensorDescriptor)
+        vars(fresh).update(self._fields, base=t)
+        return fresh
 
 
 class Gemm:
     """y [M, O] = x wᵀ + bias + p b in one kernel; with `a`, p and raw are made in it.
 
-    masked: dropout acts on p b, as it does in dx.
+    masked: dropout acts on p b, as it does in dx. describes: a must be a tensor, as x and w are.
     """
 
     def __init__(
@@ -122,14 +186,13 @@ class Gemm:
         if not layout.dense:  # the pieces' loop, and a dropped product of its own, need registers
             tiles = replace(tiles, block_n=min(tiles.block_n, 64 if masked else 128))
         by_row, a_by_row = w_OC.stride(1) == 1, a_strides[1] == 1
-        rows_of_w = w_OC if by_row else w_OC.t()
-        self._boxes: tuple[list[int], ...] | None = None
-        matrices = (x, rows_of_w) if a is None else (x, rows_of_w, a)
-        if tiles.tma and all(map(_describable, matrices)):
-            k, n, r = tiles.block_k, tiles.block_n, layout.block_r
-            boxes = ([tiles.block_m, k], [n, k] if by_row else [k, n])
-            self._boxes = boxes if a is None else (*boxes, [r, k] if a_by_row else [k, r])
-        self._w_by_row = by_row
+        k, n, r = tiles.block_k, tiles.block_n, layout.block_r
+        boxed = [(x, [tiles.block_m, k])]
+        boxed.append((w_OC, [n, k]) if by_row else (w_OC.t(), [k, n]))
+        if a is not None:
+            boxed.append((a, [r, k] if a_by_row else [k, r]))
+        self.describes = tiles.tma and all(_describable(t) for t, _ in boxed)
+        self._described = [Described(t, box) for t, box in boxed] if self.describes else []
         self._where, self._offsets = layout.of_tiles(tiles.block_m)
         grid = _ceil_div(m, tiles.block_m) * _ceil_div(o, tiles.block_n)
         if tiles.persistent:
@@ -140,24 +203,22 @@ class Gemm:
             stride_wo=w_OC.stride(0), stride_ar=a_strides[0], stride_ac=a_strides[1],
             stride_br=b_strides[0], stride_bo=b_strides[1], BLOCK_M=tiles.block_m,
             BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, BLOCK_R=layout.block_r, GROUP_M=8,
-            TMA=self._boxes is not None, W_BY_ROW=by_row, A_BY_ROW=a_by_row, TOP_K=call.top_k,
+            TMA=self.describes, W_BY_ROW=by_row, A_BY_ROW=a_by_row, TOP_K=call.top_k,
             P_DTYPE=_TRITON[call.dtype], PRECISION=call.base_precision,
             P_PRECISION=call.precision,
         )  # fmt: skip
 
     def __call__(
-        self, x: Tensor, w_OC: Tensor, bias: Tensor | None, y: Tensor, a: Tensor | None, b: Tensor,
-        p: Tensor | None, raw: Tensor | None, routing: Routing, dropout: Dropout | None,
+        self, x: Argument, w: Argument, bias: Argument, y: Argument, a: Argument, b: Argument,
+        p: Argument, raw: Argument, routing: Routing, dropout: Dropout | None,
     ) -> None:  # fmt: skip
-        arguments: list[Any] = [x, w_OC, a]
-        if self._boxes is not None:
-            rows_of_w = w_OC if self._w_by_row else w_OC.t()
-            pairs = zip((x, rows_of_w, a), self._boxes, strict=False)
-            described = [TensorDescriptor.from_tensor(t, box) for t, box in pairs]
-            arguments[: len(described)] = described
+        """w: the weight, whichever way it is stored."""
+        read = [x, w, a]
+        for i, described in enumerate(self._described):
+            read[i] = described(read[i])
         self._launch(
-            arguments[0], arguments[1], bias, y, arguments[2], b, p, raw, routing, dropout,
-            self._where, self._offsets,
+            read[0], read[1], bias, y, read[2], b, p, raw, routing, dropout, self._where,
+            self._offsets,
         )  # fmt: skip
 
 
@@ -180,22 +241,27 @@ class Expand:
         )  # fmt: skip
 
     def __call__(
-        self, base: Tensor | None, bias: Tensor | None, y: Tensor, p: Tensor, b: Tensor,
+        self, base: Argument, bias: Argument, y: Argument, p: Argument, b: Argument,
         dropout: Dropout | None,
     ) -> None:  # fmt: skip
         self._launch(base, bias, y, p, b, dropout, self._where, self._offsets)
 
 
 class Partials:
-    """One side's partial weight gradients: items, programs, and the buffer that they fill.
+    """One side's partial weight gradients: items, programs, and the buffers that they fill.
 
     d: the first call's x (side A) or dy (side B). need: of every expert, whether it is asked for.
+    b_strides: side B's where u is made on the way.
     """
 
-    def __init__(self, call: Call, d: Tensor, need: Sequence[bool], *, u: bool) -> None:
+    def __init__(
+        self, call: Call, workspace: Workspace, d: Tensor, need: Sequence[bool],
+        b_strides: Sequence[int] | None = None,
+    ) -> None:  # fmt: skip
         tiles, layout, (m, c) = call.choice.outer, call.layout, d.shape
         # u takes a tile of b beside the sums: registers for 32 ranks, so fewer columns for more
-        self.block_c = tiles.block_c * 32 // max(32, layout.block_r) if u else tiles.block_c
+        of_32 = max(32, layout.block_r) if b_strides is not None else 32
+        self.block_c = tiles.block_c * 32 // of_32
         self.columns, self.stride = c, d.stride(0)
         self.tiles_c = _ceil_div(c, self.block_c)
         programs = call.multiprocessors * max(1, 8 // tiles.warps)
@@ -203,17 +269,20 @@ class Partials:
         self.rows = tiles.block_m * _ceil_div(m, tiles.block_m * chunks)
         self.gradient = layout.gradient(self.rows, need)
         self.programs = self.gradient.count * self.tiles_c
-
-    def side(
-        self, d: Tensor, p: Tensor, b: Tensor | None, b_strides: Sequence[int],
-        partial_u: Tensor | None,
-    ) -> Side:  # fmt: skip
         items = self.gradient.count * self.gradient.block_s
-        partial_w = p.new_empty((items, self.columns), dtype=torch.float32)
-        return Side(
-            d, p, b, partial_w, partial_u, self.gradient.where, self.gradient.spans, self.rows,
-            self.columns, self.stride, *b_strides,
+        self.w = workspace.add((items, c), torch.float32)
+        self.u = None
+        if b_strides is not None:
+            self.u = workspace.add((self.tiles_c, m, layout.width), torch.float32)
+        self._rest = (
+            self.gradient.where, self.gradient.spans, self.rows, c, self.stride,
+            *(b_strides or (0, 0)),
         )  # fmt: skip
+
+    def side(self, d: Argument, p: Argument, b: Argument, memory: Tensor | int) -> Side:
+        """b: where u is made."""
+        u = None if self.u is None else self.u.at(memory)
+        return Side(d, p, b, self.w.at(memory), u, *self._rest)
 
 
 class Outer:
@@ -234,29 +303,15 @@ class Outer:
         )  # fmt: skip
 
     def __call__(
-        self, x: Tensor | None, u: Tensor | None, dy: Tensor | None, h: Tensor | None,
-        routing: Routing, dropout: Dropout | None, *, b: Tensor | None = None,
-        b_strides: Sequence[int] = (0, 0),
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-        """Partial dA, dB and u; side A reads x and the gated u, side B dy, h and at wish b."""
-        side_a = side_b = partial_u = None
-        if self._a is not None:
-            assert x is not None
-            assert u is not None
-            side_a = self._a.side(x, u, None, (0, 0), None)
-        if self._b is not None:
-            assert dy is not None
-            assert h is not None
-            if b is not None:
-                shape = (self._b.tiles_c, *h.shape)
-                partial_u = h.new_empty(shape, dtype=torch.float32)
-            side_b = self._b.side(dy, h, b, b_strides, partial_u)
-        self._launch(side_a, side_b, routing, dropout)
-        return (
-            None if side_a is None else side_a.partial_w,
-            None if side_b is None else side_b.partial_w,
-            partial_u,
-        )
+        self, x: Argument, u: Argument, dy: Argument, h: Argument, b: Argument, routing: Routing,
+        dropout: Dropout | None, memory: Tensor | int,
+    ) -> None:  # fmt: skip
+        """Side A reads x and the gated u, side B dy, h and, where it makes u, b."""
+        self._launch(
+            None if self._a is None else self._a.side(x, u, None, memory),
+            None if self._b is None else self._b.side(dy, h, b, memory),
+            routing, dropout,
+        )  # fmt: skip
 
 
 class OuterSum:
@@ -267,26 +322,26 @@ class OuterSum:
     ) -> None:  # fmt: skip
         layout, block_c, block_m = call.layout, 128, 32
         self._where, items = layout.by_expert(block_m)
-        self._groups: list[tuple[list[tuple[Any, ...] | None], Launch]] = []
+        self._a, self._b = a, b
+        self._groups: list[tuple[tuple[Any, ...], tuple[Any, ...], Launch]] = []
         sides = [p for p in (a, b) if p is not None]
         ranks = [p.gradient.max_rank for p in sides]
         most = max((len(p.gradient.wanted) for p in sides), default=1)
         for first in range(0, most, _SUMMED_AT_ONCE):
             numbers: dict[str, int] = {}
-            parts: list[tuple[Any, ...] | None] = []
+            parts: list[tuple[Any, ...]] = []
             for name, p in (("a", a), ("b", b)):
-                count = 0 if p is None else len(p.gradient.wanted[first : first + _SUMMED_AT_ONCE])
-                block_s = 16
-                if p is None or count == 0:
-                    parts.append(None)
-                    programs = 0
-                else:
-                    block_s, gradient = p.gradient.block_s, p.gradient
-                    parts.append((
-                        slice(first, first + count), gradient.sums(first, first + count),
-                        3 * count, gradient.entries, gradient.chunks, p.columns,
-                    ))  # fmt: skip
+                some = [] if p is None else p.gradient.wanted[first : first + _SUMMED_AT_ONCE]
+                count, programs, block_s = len(some), 0, 16
+                parts.append(())
+                if p is not None and count:
+                    gradient, last = p.gradient, first + count
+                    block_s = gradient.block_s
                     programs = _ceil_div(p.columns, block_c) * count
+                    parts[-1] = (
+                        slice(first, last), gradient.sums(first, last), 3 * count,
+                        gradient.entries, gradient.chunks, p.columns,
+                    )  # fmt: skip
                 numbers |= {f"programs_{name}": programs, f"COUNT_{name.upper()}": count,
                             f"BLOCK_S_{name.upper()}": block_s}  # fmt: skip
             dg_items = items if dg_columns and first == 0 else 0
@@ -296,18 +351,25 @@ class OuterSum:
                 stride_dg=dg_columns, BLOCK_R=min(64, rank_block(ranks or layout.ranks)),
                 BLOCK_C=block_c, BLOCK_M=block_m, TOP_K=call.top_k, **numbers,
             )  # fmt: skip
-            self._groups.append((parts, launch))
+            self._groups.append((parts[0], parts[1], launch))
 
     def __call__(
-        self, partial_a: Tensor | None, dA: Sequence[Tensor], partial_b: Tensor | None,
-        dB: Sequence[Tensor], u: Tensor | None, h: Tensor | None, dg: Tensor | None,
+        self,
+        dA: tuple[Tensor, ...],
+        dB: tuple[Tensor, ...],
+        u: Argument,
+        h: Argument,
+        dg: Argument,
         routing: Routing,
-    ) -> None:  # fmt: skip
+        memory: Tensor | int,
+    ) -> None:
         """dA, dB: of the experts asked for. u: ungated, fp32."""
-        for (a, b), launch in self._groups:
+        w_a = None if self._a is None else self._a.w.at(memory)
+        w_b = None if self._b is None else self._b.w.at(memory)
+        for a, b, launch in self._groups:
             launch(
-                None if a is None else Sum(partial_a, tuple(dA[a[0]]), *a[1:]),
-                None if b is None else Sum(partial_b, tuple(dB[b[0]]), *b[1:]),
+                Sum(w_a, dA[a[0]], *a[1:]) if a else None,
+                Sum(w_b, dB[b[0]], *b[1:]) if b else None,
                 u, h, dg, routing, self._where,
             )  # fmt: skip
             u = h = dg = None
