@@ -117,7 +117,7 @@ def launches() -> Iterator[tuple[Any, Any]]:
             yield case, replace(start, forward="extend", shrink=shrink)
         for expand in tune.expand_tiles(case.m, False):
             yield case, replace(start, forward="split", backward="split", expand=expand)
-        for outer, one_pass in product(tune.outer_tiles(False), (False, True)):
+        for outer, one_pass in product(tune.outer_tiles(shape.x, shape.adapter), (False, True)):
             yield case, replace(start, backward="extend", outer=outer, one_pass=one_pass)
     for case in varied(first_cases()[0]):
         shape = tiles.Shape.of("any", *_dtypes(case), case.m, case.k, case.n, case.ranks)

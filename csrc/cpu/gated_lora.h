@@ -43,8 +43,8 @@ struct Problem {
     float* h;  // [M, h_width]: written by the forward (null: not kept), read by the backward
     std::int64_t h_width;     // R, with runs what a row may use, with idxs top_k * largest rank
     void* y;                  // forward: [M, N]
-    const void* y_from;       // what y starts from: y itself, other rows [M, N], a bias [N] (with a
-    std::int64_t y_from_row;  // row stride of 0), or null for zero. Not y: dense calls only
+    const void* y_from;       // what y starts from: y itself, other rows [M, N], or in dense calls
+    std::int64_t y_from_row;  // a bias [N] (with a row stride of 0), or null for zero
     const void* dy;           // backward: [M, N]
     void* dx;                 // [M, K]; null: not wanted
     bool dx_add;          // dx holds the base's part; else it is written: dense calls only. With

@@ -11,25 +11,13 @@
 #include "cpu/drop_row.h"
 #include "cpu/few_rows.h"
 #include "cpu/gated_lora.h"
+#include "cpu/items.h"
 #include "cpu/micro.h"
 
 namespace {
 
 using fedms::Problem;
 using fedms::Scratch;
-
-// Rows `row(0) .. row(n - 1)` that use experts [first, last).
-struct Item {
-    int64_t n, first, last;
-    int64_t begin;         // dense: rows begin, begin + 1, ...
-    int64_t column;        // dense: of the first expert's ranks in a row of h
-    std::uint64_t seed;    // of the dropout mask, whose rows and experts count from mask_row and,
-    int64_t mask_row;      // at `first`, mask_expert
-    int64_t mask_expert;   //
-    const int64_t* pairs;  // top-k: the rows
-    const int64_t* slots;  // top-k: which of the row's k entries
-    int64_t row(int64_t i) const { return pairs ? pairs[i] : begin + i; }
-};
 
 // Where an item's values of h and of the gates are; `e` counts from the item's first expert.
 struct Layout {
@@ -173,6 +161,20 @@ void expand_rows(T* const* y, const T* const* from, const Problem& p, const Scra
          : expand<false>(y, from, item.n, left + r0, s.ld, tiles, stride, r1 - r0, columns);
 }
 
+// True when one item writes all of a row of y; else items add to what the row starts from.
+bool writes_once(const Problem& p) {
+    return p.idxs == nullptr && p.num_runs < 0;
+}
+
+// Rows [begin, end) of y as they start, where their items come next.
+void start_rows(const Problem& p, int64_t begin, int64_t end) {
+    if (writes_once(p) || p.y == p.y_from) return;
+    const int64_t size = p.n * (p.bf16 ? 2 : 4);
+    std::memcpy(static_cast<char*>(p.y) + begin * size,
+                static_cast<const char*>(p.y_from) + begin * size,
+                static_cast<std::size_t>((end - begin) * size));
+}
+
 template <class T>
 void forward_item(const Problem& p, const Scratch& s, const Item& item, int64_t largest) {
     const int64_t r0 = p.ranks[item.first], r1 = p.ranks[item.last];
@@ -186,8 +188,11 @@ void forward_item(const Problem& p, const Scratch& s, const Item& item, int64_t 
     }
     gate(at, s.h + r0, s.h + r0, s.ld);
     T** y = row_pointers_mut<T>(s, 1, p.y, p.n, item);
-    const T* const* from =
-        p.y_from != nullptr ? row_pointers<T>(s, 2, p.y_from, p.y_from_row, item) : nullptr;
+    const T* const* from = y;
+    if (writes_once(p)) {
+        from = p.y_from == nullptr ? nullptr
+                                   : row_pointers<T>(s, 2, p.y_from, p.y_from_row, item);
+    }
     expand_rows<T>(y, from, p, s, item, r0, r1, s.h, p.n);
 }
 
@@ -324,59 +329,6 @@ void backward_item(const Problem& p, const Scratch& s, const Item& item, int64_t
     if (dx != nullptr) expand_rows<T>(dx, p.dx_add ? dx : nullptr, p, s, item, r0, r1, s.u, p.k);
 }
 
-// The (row, slot) pairs of rows [begin, end), by expert and then by row.
-void sort_pairs(const Problem& p, const Scratch& s, int64_t begin, int64_t end) {
-    int64_t* at = s.expert_begin;
-    std::memset(at, 0, (p.num_experts + 1) * sizeof(int64_t));
-    for (int64_t i = begin * p.top_k; i < end * p.top_k; ++i) ++at[p.idxs[i] + 1];
-    for (int64_t e = 0; e < p.num_experts; ++e) at[e + 1] += at[e];
-    for (int64_t row = begin; row < end; ++row) {
-        for (int64_t slot = 0; slot < p.top_k; ++slot) {
-            const int64_t to = at[p.idxs[row * p.top_k + slot]]++;
-            s.pair_row[to] = row;
-            s.pair_slot[to] = slot;
-        }
-    }
-    for (int64_t e = p.num_experts; e > 0; --e) at[e] = at[e - 1];
-    at[0] = 0;
-}
-
-template <class F>
-void for_each_item(const Problem& p, const Scratch& s, int64_t begin, int64_t end, const F& f) {
-    for (int64_t row = begin; row < end; row += s.block) {
-        const int64_t stop = row + s.block < end ? row + s.block : end;
-        if (p.idxs != nullptr) {
-            sort_pairs(p, s, row, stop);
-            for (int64_t e = 0; e < p.num_experts; ++e) {
-                int64_t i = s.expert_begin[e];
-                while (i < s.expert_begin[e + 1]) {
-                    // A row listed twice for one expert starts a new item: a tile must not hold a
-                    // row twice.
-                    int64_t j = i + 1;
-                    while (j < s.expert_begin[e + 1] && j - i < s.block &&
-                           s.pair_row[j] != s.pair_row[j - 1]) {
-                        ++j;
-                    }
-                    f(Item{j - i, e, e + 1, 0, 0, p.seed, 0, e, s.pair_row + i, s.pair_slot + i});
-                    i = j;
-                }
-            }
-        } else if (p.num_runs < 0) {
-            f(Item{stop - row, 0, p.num_experts, row, 0, p.seed, 0, 0, nullptr, nullptr});
-        } else {
-            for (int64_t i = 0; i < p.num_runs; ++i) {
-                const fedms::Run& run = p.runs[i];
-                const int64_t from = run.row_begin > row ? run.row_begin : row,
-                              to = run.row_end < stop ? run.row_end : stop;
-                if (from < to) {
-                    f(Item{to - from, run.first, run.last, from, run.column, run.seed,
-                           run.mask_row, run.mask_expert, nullptr, nullptr});
-                }
-            }
-        }
-    }
-}
-
 int64_t largest_rank(const Problem& p) {
     int64_t largest = 0;
     for (int64_t e = 0; e < p.num_experts; ++e) {
@@ -388,14 +340,16 @@ int64_t largest_rank(const Problem& p) {
 
 void forward_rows(const Problem& p, const Scratch& s, int64_t begin, int64_t end) {
     const int64_t largest = largest_rank(p);
-    for_each_item(p, s, begin, end, [&](const Item& item) {
+    const auto start = [&](int64_t row, int64_t stop) { start_rows(p, row, stop); };
+    for_each_item(p, s, begin, end, start, [&](const Item& item) {
         p.bf16 ? forward_item<bf16>(p, s, item, largest) : forward_item<float>(p, s, item, largest);
     });
 }
 
 void backward_rows(const Problem& p, const Scratch& s, int64_t begin, int64_t end) {
     const int64_t largest = largest_rank(p);
-    for_each_item(p, s, begin, end, [&](const Item& item) {
+    const auto start = [](int64_t, int64_t) {};
+    for_each_item(p, s, begin, end, start, [&](const Item& item) {
         p.bf16 ? backward_item<bf16>(p, s, item, largest)
                : backward_item<float>(p, s, item, largest);
     });

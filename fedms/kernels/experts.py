@@ -86,10 +86,10 @@ def _repeat(values: Sequence[bool], sizes: Sequence[int]) -> list[bool]:
 
 
 def _restack(
-    grads: Sequence[Tensor], parts: Sequence[Tensor], need: Sequence[bool]
-) -> list[Tensor]:
-    """One gradient a part from one an expert."""
-    out: list[Tensor] = []
+    grads: Sequence[Any], parts: Sequence[Tensor], need: Sequence[bool]
+) -> list[Tensor | None]:
+    """One gradient a part from one an expert; None for a stack that is asked for none."""
+    out: list[Tensor | None] = []
     first = 0
     for part, size, wanted in zip(parts, counts(parts), need, strict=True):
         mine = tuple(grads[first : first + size])
@@ -99,5 +99,5 @@ def _restack(
         elif wanted:
             out.append(torch.stack(mine))
         else:
-            out.append(part.new_empty(0))
+            out.append(None)
     return out

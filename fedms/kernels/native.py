@@ -210,10 +210,8 @@ def forward(
         y_from, y = bias, x.new_empty((*x.shape[:-1], weight.shape[0]))  # type: ignore[union-attr]
     elif base is None:
         y_from = y = _linear(x, weight, bias)  # type: ignore[arg-type]
-    elif dense:
+    else:  # only read: it may be the caller's to keep
         y_from, y = base, torch.empty_like(base, memory_format=torch.contiguous_format)
-    else:
-        y_from = y = base.clone(memory_format=torch.contiguous_format)
     h = None
     if save_h:
         h = torch.empty((_count(x), _h_width(A, expert_idxs, experts)), dtype=torch.float32)
@@ -293,24 +291,4 @@ def _outputs(like: Sequence[Tensor], need: Sequence[bool]) -> list[Tensor | None
     return [t.new_empty(t.shape) if want else None for t, want in zip(like, need, strict=True)]
 
 
-def _forward_op(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    y, h = forward(x, *args)
-    return y, x.new_empty(0, dtype=torch.float32) if h is None else h
-
-
-def _backward_op(dy: Tensor, *args: Any) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
-    dx, dg, dA, dB = backward(dy, *args)
-
-    def filled(t: Tensor | None, dtype: torch.dtype) -> Tensor:
-        return torch.empty(0, dtype=dtype) if t is None else t
-
-    adapter = args[3][0].dtype
-    return (
-        filled(dx, dy.dtype),
-        filled(dg, dy.dtype),
-        [filled(g, adapter) for g in dA],
-        [filled(g, adapter) for g in dB],
-    )
-
-
-define_backend("native", _forward_op, _backward_op, dispatch_key="CPU", h_like=_h_like)
+define_backend("native", forward, backward, dispatch_key="CPU", h_like=_h_like)

@@ -7,9 +7,9 @@ Shape suffixes: M rows, K in, N out, R the sum of the experts' ranks, E experts,
 
 A and B are parts (fedms.kernels.experts), dA and dB one gradient a part. offsets and experts are
 `Segments.tensors` (None: every row uses every expert). seed (None: no dropout) is int64 [], or [S]
-with one a segment. An output that was not asked for is an empty tensor. h is the backend's own: its
-layout and dtype are read by its backward alone, and its entries of pairs that do not exist are
-never written.
+with one a segment. An output that was not asked for is an empty tensor, where a backend's function
+gives None. h is the backend's own: its layout and dtype are read by its backward alone, and its
+entries of pairs that do not exist are never written.
 One op per direction, and one autograd.Function around them (functional.py), because a call through
 `torch.library.custom_op` with `register_autograd` costs about 31 us and this costs about 4.
 """
@@ -36,11 +36,13 @@ _BACKWARD = (
 )
 _LIBRARY = torch.library.Library("fedms", "FRAGMENT")
 
+Grads = Sequence[Tensor | None]
+
 
 def define_backend(
     name: str,
-    forward: Callable[..., tuple[Tensor, Tensor]],
-    backward: Callable[..., tuple[Tensor, Tensor, list[Tensor], list[Tensor]]],
+    forward: Callable[..., tuple[Tensor, Tensor | None]],
+    backward: Callable[..., tuple[Tensor | None, Tensor | None, Grads, Grads]],
     *,
     dispatch_key: str,
     h_like: Callable[
@@ -77,10 +79,32 @@ def define_backend(
         dB = [b.new_empty(b.shape if need else (0,)) for b, need in zip(B, need_dB, strict=True)]
         return dx, dg, dA, dB
 
+    def forward_op(
+        x: Tensor, weight: Any, bias: Any, base: Any, A: Sequence[Tensor], B: Any, gates: Any,
+        expert_idxs: Tensor | None, offsets: Any, experts: Tensor | None, *rest: Any,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        y, h = forward(
+            x, weight, bias, base, A, B, gates, expert_idxs, offsets, experts, *rest
+        )  # fmt: skip
+        if h is None:
+            h = x.new_empty(0, dtype=h_like(x, A, expert_idxs, experts)[1])
+        return y, h
+
+    def backward_op(
+        dy: Tensor, weight: Any, x: Any, h: Any, A: Sequence[Tensor], B: Sequence[Tensor],
+        gates: Tensor | None, *rest: Any,
+    ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
+        dx, dg, dA, dB = backward(dy, weight, x, h, A, B, gates, *rest)
+        return _filled(dx, dy), _filled(dg, dy), [*map(_filled, dA, A)], [*map(_filled, dB, B)]
+
     for suffix, schema, kernel, fake in (
-        ("forward", _FORWARD, forward, fake_forward),
-        ("backward", _BACKWARD, backward, fake_backward),
+        ("forward", _FORWARD, forward_op, fake_forward),
+        ("backward", _BACKWARD, backward_op, fake_backward),
     ):
         _LIBRARY.define(f"{name}_{suffix}{schema}")
         _LIBRARY.impl(f"{name}_{suffix}", kernel, dispatch_key)
         torch.library.register_fake(f"fedms::{name}_{suffix}", fake, lib=_LIBRARY)
+
+
+def _filled(result: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if result is None else result

@@ -9,7 +9,7 @@ import torch
 from lora_problem import BACKENDS, Problem, errors, make_problem, peft_arithmetic
 from torch.nn import functional as F
 
-from fedms.kernels import Segments, gated_lora_linear, native
+from fedms.kernels import Segments, gated_lora_linear, gated_lora_linear_reference, native
 
 needs_native = pytest.mark.skipif(not native.available(), reason="the extension is not built")
 
@@ -99,22 +99,37 @@ def test_the_base_gemm_first_or_last(least, dropout_p, bias, monkeypatch):
     assert max(errors(single.run("native"), truth).values()) < 1e-5
 
 
-@needs_native
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [1, 50], ids=["stride-0 view", "whole"])
-def test_a_callable_base_is_left_as_it_is(dtype, rows):
-    """The mixture is added to a copy of the base result."""
-    problem = make_problem(50, 31, 45, (8, 3)).to(dtype, torch.float32)
+@pytest.mark.parametrize("rows", [1, 250], ids=["stride-0 view", "whole"])
+@pytest.mark.parametrize(
+    "routing",
+    [
+        {},
+        {"segments": Segments([0, 130, 130, 200, 250], [0, 1, (1, 0), ()])},
+        {"expert_idxs": torch.arange(500).reshape(250, 2) // 3 % 2, "gates": "listed"},
+    ],
+    ids=["dense", "segments", "top-k"],
+)
+def test_a_callable_base_is_left_as_it_is(backend, dtype, rows, routing):
+    """What the callable returned may be its own to keep: it is read, in several blocks of rows."""
+    problem = make_problem(250, 31, 45, (8, 3), **routing)
     base = torch.randn(rows, 45).to(dtype)
     before = base.clone()
-    native_y, stacked_y = (
-        gated_lora_linear(problem.x, lambda _: base.expand(50, 45), problem.A, problem.B,
-                          gates=problem.gates, backend=backend)
-        for backend in ("native", "stacked")
-    )  # fmt: skip
+
+    def call(problem: Problem, op, result: torch.Tensor, **extra: str) -> torch.Tensor:
+        return op(
+            problem.x, lambda _: result.expand(250, 45), problem.A, problem.B, **extra,
+            gates=problem.gates, segments=problem.segments, expert_idxs=problem.expert_idxs,
+        )  # fmt: skip
+
+    cast = problem.to(dtype, torch.float32)
+    y = call(cast, gated_lora_linear, base, backend=backend)
+    truth = call(cast.to(torch.float64), gated_lora_linear_reference, base.double())
     assert torch.equal(base, before)
-    assert (native_y - base).norm() > 1
-    assert torch.allclose(native_y, stacked_y, atol=1e-5 if dtype is torch.float32 else 5e-2)
+    assert (y - base).norm() > 1
+    bound = 1e-5 if dtype is torch.float32 else 5e-2  # top-k rounds once a listed pair
+    assert torch.allclose(y.double(), truth, rtol=bound, atol=bound)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

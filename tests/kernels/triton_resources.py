@@ -134,7 +134,7 @@ def choices(capability: int, pair: tuple[str, str], tuner: bool) -> Iterator[Cho
                 yield replace(start, forward="extend", shrink=shrink)
             for expand in tune.expand_tiles(m, fp32):
                 yield replace(start, forward="split", backward="split", expand=expand)
-            for outer, one_pass in itertools.product(tune.outer_tiles(fp32), (False, True)):
+            for outer, one_pass in itertools.product(tune.outer_tiles(x, adapter), (False, True)):
                 yield replace(start, backward="extend", outer=outer, one_pass=one_pass)
 
 

@@ -36,8 +36,8 @@ def forward(
     A: Sequence[Tensor], B: Sequence[Tensor], gates: Tensor | None, expert_idxs: Tensor | None,
     offsets: Tensor | None, experts: Tensor | None, scale: Sequence[float], dropout_p: float,
     seed: Tensor | None, save_h: bool, choice: Choice | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y [M, N] and h [M, W] (empty unless save_h). `choice` None: by the table."""
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """y [M, N] and h [M, W] (None unless save_h). `choice` None: by the table."""
     if _elsewhere(x):
         with torch.cuda.device(x.device):
             return forward(
@@ -68,8 +68,8 @@ def backward(
     offsets: Tensor | None, experts: Tensor | None, scale: Sequence[float], dropout_p: float,
     seed: Tensor | None, need_dx: bool, need_dg: bool, need_dA: Sequence[bool],
     need_dB: Sequence[bool], choice: Choice | None = None,
-) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
-    """dx [M, K], dg as gates, dA_e, dB_e; what was not asked for is empty."""
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]]:  # fmt: skip
+    """dx [M, K], dg as gates, dA_e, dB_e; what was not asked for is None."""
     if _elsewhere(dy):
         with torch.cuda.device(dy.device):
             return backward(

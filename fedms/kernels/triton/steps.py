@@ -20,7 +20,6 @@ keeps: ungated, so that dg is exact at a gate of zero.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import compress
 from typing import NamedTuple
 
 import torch
@@ -92,7 +91,7 @@ class Forward(Steps):
         strategy = _strategy(call, call.choice.forward, weight)
         a, b = _matrices(of)
         m, width = len(x), call.layout.width
-        self._y, self._h = (m, len(b)), (m, width) if save_h else (0,)
+        self._y, self._h = (m, len(b)), (m, width) if save_h else None
         fused = strategy == "fused"
         b_strides = b.stride()[::-1]
         self._p = self._shrink = self._gemm = self._expand = None
@@ -110,22 +109,22 @@ class Forward(Steps):
     def __call__(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, base: Tensor | None,
         of: Mixture,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        y_MN, h_MW = x.new_empty(self._y), x.new_empty(self._h, dtype=self._call.dtype)
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        y_MN = x.new_empty(self._y)
+        h_MW = x.new_empty(self._h, dtype=self._call.dtype) if self._h is not None else None
         if self._gemm is None and self._expand is None:
             return y_MN, h_MW
         workspace = self._workspace.new(x)
         memory = self._memory(workspace)
         routing, dropout = self._operands(of)
         a, b = self._pack(of.A, of.B, of.a, of.b, memory)
-        raw = h_MW if len(self._h) == 2 else None
         p_MW = None if self._p is None else self._p.at(memory)
         if self._shrink is not None:
-            self._shrink(x, a, p_MW, raw, routing, dropout, memory)
+            self._shrink(x, a, p_MW, h_MW, routing, dropout, memory)
         if self._gemm is not None:
             fused = p_MW is None
             self._gemm(x, weight, bias, y_MN, a if fused else None, b, p_MW,
-                       raw if fused else None, routing, None)  # fmt: skip
+                       h_MW if fused else None, routing, None)  # fmt: skip
         elif self._expand is not None:
             self._expand(base, bias, y_MN, p_MW, b, None)
             if weight is not None:
@@ -147,7 +146,6 @@ class Backward(Steps):
         a, b = _matrices(of)
         m, k, layout, workspace = len(dy), a.shape[1], call.layout, self._workspace
         self._wanted = (tuple(need_dA), tuple(need_dB))
-        self._empty = dy.new_empty(0)
         self._dx = (m, k)
         self._needs = (need_dx, need_dg)
         # Pairs that do not exist get zeros, all others are written.
@@ -200,30 +198,32 @@ class Backward(Steps):
 
     def __call__(
         self, dy: Tensor, weight: Tensor | None, x: Tensor | None, h: Tensor | None, of: Mixture
-    ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]]:
         need_dx, need_dg = self._needs
-        none = self._empty
-        dx_MK = dy.new_empty(self._dx) if need_dx else none
-        dg = none
+        dx_MK = dy.new_empty(self._dx) if need_dx else None
+        dg = None
         if need_dg:
             empty = dy.new_zeros if self._dg_zeros else dy.new_empty
             dg = empty(self._dg, dtype=self._dg_dtype)
-        dA = [_new(t) if need else none for t, need in zip(of.A, self._wanted[0], strict=True)]
-        dB = [_new(t) if need else none for t, need in zip(of.B, self._wanted[1], strict=True)]
+        need_dA, need_dB = self._wanted
+        dA = [_new(t) if need else None for t, need in zip(of.A, need_dA, strict=True)]
+        dB = [_new(t) if need else None for t, need in zip(of.B, need_dB, strict=True)]
+        asked_dA = tuple([t for t in dA if t is not None])
+        asked_dB = tuple([t for t in dB if t is not None])
         if self._dx[0]:
-            self._run(dy, weight, x, h, of, dx_MK, dg if need_dg else None, dA, dB)
+            self._run(dy, weight, x, h, of, dx_MK, dg, asked_dA, asked_dB)
         else:
-            for grad in (*dA, *dB):
+            for grad in (*asked_dA, *asked_dB):
                 grad.zero_()
-        if need_dg and self._gate_a_layer and of.gates is not None:
+        if dg is not None and self._gate_a_layer and of.gates is not None:
             dg = dg.sum(0).to(of.gates.dtype)
         return dx_MK, dg, dA, dB
 
     def _run(
         self, dy: Tensor, weight: Tensor | None, x: Tensor | None, h: Tensor | None, of: Mixture,
-        dx_MK: Tensor, dg: Tensor | None, dA: Sequence[Tensor], dB: Sequence[Tensor],
+        dx_MK: Tensor | None, dg: Tensor | None, dA: tuple[Tensor, ...], dB: tuple[Tensor, ...],
     ) -> None:  # fmt: skip
-        """Fill dx, dg, dA and dB."""
+        """Fill dx, dg, and dA and dB of the experts asked for."""
         workspace = self._workspace.new(dy)
         memory = self._memory(workspace)
         routing, dropout = self._operands(of)
@@ -238,7 +238,7 @@ class Backward(Steps):
             self._shrink(dy, b, ug_MW, u_MW, routing, None, memory, h, dg)
         if self._expand is not None:
             self._expand(None, None, dx_MK, ug_MW, a, dropout)
-            if weight is not None:
+            if weight is not None and dx_MK is not None:
                 dx_MK.addmm_(dy, weight)
         elif self._gemm is not None:
             fused = self._shrink is None and self._combine is None
@@ -247,9 +247,7 @@ class Backward(Steps):
         if self._outer is not None:
             self._outer(x, ug_MW, dy, h, None, routing, dropout, memory)
         if self._sum is not None:
-            need_dA, need_dB = self._wanted
-            self._sum(tuple(compress(dA, need_dA)), tuple(compress(dB, need_dB)), u_MW, h,
-                      None if u_MW is None else dg, routing, memory)  # fmt: skip
+            self._sum(dA, dB, u_MW, h, None if u_MW is None else dg, routing, memory)
         if not self._by_address:
             self._launched(self._gemm)
 
