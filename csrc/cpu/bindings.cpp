@@ -123,7 +123,7 @@ struct Call {
     std::vector<fedms::Run> runs_;
 };
 
-// y_from: [..., N] (y itself: the mixture is added to it), bias [N], or None: zero.
+// y_from: [..., N] (y itself, or only read), bias [N], or None: zero.
 void forward(int64_t threads, py::handle y, py::handle y_from, py::handle x, Objects A, Objects B,
              py::handle gates, py::handle idxs, py::handle offsets, py::handle segments,
              const std::vector<double>& scale, double p, py::handle seed, py::handle h) {

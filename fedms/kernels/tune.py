@@ -95,9 +95,8 @@ def outer_tiles(x: str, adapter: str) -> list[Tiles]:
     """
     if x == "float32":
         return [Tiles(32, 64, 4, 2)]
-    if adapter == "float32":
-        return [Tiles(32, 512, 8, 2), Tiles(64, 128, 8, 2), Tiles(64, 64, 4, 3)]
-    return [Tiles(32, 512, 8, 2), Tiles(32, 256, 8, 3), Tiles(64, 128, 4, 2), Tiles(64, 64, 4, 3)]
+    found = [Tiles(32, 512, 8, 2), Tiles(64, 128, 8, 2), Tiles(64, 64, 4, 3)]
+    return found if adapter == "float32" else [*found, Tiles(32, 256, 8, 3)]
 
 
 def launches(capability: int, shape: Shape) -> list[tuple[str, GemmTiles]]:

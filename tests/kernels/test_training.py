@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,7 +15,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from fedms.kernels import gated_lora_linear, plan
+from fedms.kernels import Segments, gated_lora_linear, plan
+
+sys.path.append(str(Path(__file__).parents[2] / "bench"))
+
+from stand_in_cuda import stand_in
 
 
 class Layer(nn.Module):
@@ -131,6 +139,126 @@ def test_a_cuda_graph_replays_the_step(backend):
         graph.replay()
         for got, want in zip(captured, step(), strict=True):
             assert torch.allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("cpu", id="rehearsed"),
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.cuda,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+            ],
+        ),
+    ]
+)
+def graphs(request):
+    """A device with CUDA graphs: a GPU, or a CPU that runs the recorded operators again."""
+    if request.param == "cuda":
+        yield torch.device("cuda")
+    else:
+        with stand_in():
+            yield torch.device("cpu")
+
+
+class Task:
+    """A layer with three experts and what a step reads: x, gates, seed and routes, by name."""
+
+    def __init__(self, backend: str, device: torch.device, *, listed: bool) -> None:
+        self.backend, self.device, self.listed = backend, device, listed
+        self.weight = torch.randn(24, 16, device=device) / 4
+        self.A = [torch.randn(4, 16, device=device, requires_grad=True) for _ in range(3)]
+        self.B = [torch.randn(24, 4, device=device, requires_grad=True) for _ in range(3)]
+        self.segments = None if listed else Segments([0, 20, 64], [(0, 2), 1])
+
+    def draw(self) -> dict[str, torch.Tensor]:
+        """Other inputs: a seed for the call, or with segments one for each."""
+        found = {
+            "x": torch.randn(64, 16, device=self.device),
+            "gates": torch.rand(64, 2 if self.listed else 3, device=self.device),
+            "seed": torch.randint(2**62, () if self.listed else (2,), device=self.device),
+        }
+        if self.listed:
+            found["expert_idxs"] = torch.rand(64, 3, device=self.device).topk(2).indices
+        return found
+
+    def __call__(self, inputs: dict[str, torch.Tensor | None]) -> torch.Tensor:
+        rest = {name: t for name, t in inputs.items() if name != "x"}
+        return gated_lora_linear(
+            inputs["x"], self.weight, self.A, self.B, **rest, segments=self.segments,
+            dropout_p=0.25, backend=self.backend,
+        )  # fmt: skip
+
+    def parameters(self) -> list[torch.Tensor]:
+        return [*self.A, *self.B]
+
+    def optimiser(self) -> torch.optim.Optimizer:
+        if self.device.type == "cuda":
+            return torch.optim.AdamW(self.parameters(), lr=0.01, eps=1e-3, capturable=True)
+        return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)  # all of it on tensors
+
+
+def _runs(backend: str, device: torch.device) -> None:
+    # under Triton's interpreter a kernel is no operator that could be recorded
+    able = plan.runs(backend, device, torch.float32, torch.float32)
+    if not able or (backend == "triton" and device.type == "cpu"):
+        pytest.skip(f"{backend} does not run here")
+
+
+@pytest.mark.parametrize("routing", ["listed", "segments"])
+@pytest.mark.parametrize("backend", plan.BACKENDS)
+def test_a_captured_training_step_is_the_eager_one(graphs, backend, routing):
+    """Forward, backward, optimiser in a graph: x, gates, seeds, routes are new at each replay."""
+    _runs(backend, graphs)
+    torch.manual_seed(0)
+    task = Task(backend, graphs, listed=routing == "listed")
+    optimiser, inputs = task.optimiser(), task.draw()
+
+    def step(task: Task, optimiser: torch.optim.Optimizer) -> None:
+        optimiser.zero_grad()
+        task(inputs).square().mean().backward()
+        optimiser.step()
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # kernels are compiled, tables sent, the optimiser's state made
+        for _ in range(3):
+            step(task, optimiser)
+    torch.cuda.current_stream().wait_stream(side)
+    optimiser.zero_grad()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(task, optimiser)
+
+    twin = copy.deepcopy(task)
+    eager = twin.optimiser()
+    eager.load_state_dict(copy.deepcopy(optimiser.state_dict()))
+    for _ in range(3):
+        before = [p.detach().clone() for p in task.parameters()]
+        for name, values in task.draw().items():
+            inputs[name].copy_(values)
+        graph.replay()
+        step(twin, eager)
+        for old, got, want in zip(before, task.parameters(), twin.parameters(), strict=True):
+            assert not torch.equal(got, old)
+            assert torch.allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", plan.BACKENDS)
+def test_each_replay_drops_anew_without_a_seed(graphs, backend):
+    _runs(backend, graphs)
+    task = Task(backend, graphs, listed=False)
+    inputs = task.draw() | {"seed": None}
+    with torch.no_grad():
+        task(inputs)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = task(inputs)
+    graph.replay()
+    first = y.clone()
+    graph.replay()
+    assert not torch.equal(y, first)
 
 
 @pytest.mark.cuda
