@@ -1,6 +1,7 @@
 // One way to launch a kernel, on a stream, with the grid checked and the error named.
 #pragma once
 
+#include "cuda/element.cuh"
 #include "cuda/problem.cuh"
 
 #ifdef __CUDACC__
@@ -13,6 +14,24 @@ namespace fedms {
 struct Grid {
     std::int64_t x, y;
 };
+
+// f(Type<T>{}) for the T that the dtype names.
+template <class T>
+struct Type {
+    using type = T;
+};
+
+template <class F>
+Status by_dtype(DType dtype, const F& f) {
+    switch (dtype) {
+        case DType::bf16:
+            return f(Type<bf16>{});
+        case DType::f16:
+            return f(Type<f16>{});
+        default:
+            return f(Type<float>{});
+    }
+}
 
 // An empty grid is no launch and no error.
 template <class Call>

@@ -172,14 +172,9 @@ Status dispatch(const Outer& call, cudaStream_t stream) {
 }  // namespace
 
 Status launch_outer(const Outer& call, cudaStream_t stream) {
-    switch (call.dtype) {
-        case DType::bf16:
-            return dispatch<bf16>(call, stream);
-        case DType::f16:
-            return dispatch<f16>(call, stream);
-        default:
-            return dispatch<float>(call, stream);
-    }
+    return by_dtype(call.dtype, [&](auto element) {
+        return dispatch<typename decltype(element)::type>(call, stream);
+    });
 }
 
 }  // namespace fedms

@@ -115,14 +115,10 @@ Status launch_shrink(const Shrink& call, cudaStream_t stream) {
     const std::int64_t tiles =
         p.routes.num_groups < 0 ? ceil_div(p.m, kRows) * p.num_experts : p.routes.member_tiles;
     const Grid grid{tiles * p.chunks, call.splits};
-    switch (call.dtype) {
-        case DType::bf16:
-            return launch("shrink", shrink<bf16>, grid, 32 * kWarps, stream, call);
-        case DType::f16:
-            return launch("shrink", shrink<f16>, grid, 32 * kWarps, stream, call);
-        default:
-            return launch("shrink", shrink<float>, grid, 32 * kWarps, stream, call);
-    }
+    return by_dtype(call.dtype, [&](auto element) {
+        const auto kernel = shrink<typename decltype(element)::type>;
+        return launch("shrink", kernel, grid, 32 * kWarps, stream, call);
+    });
 }
 
 }  // namespace fedms

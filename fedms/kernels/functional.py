@@ -85,8 +85,9 @@ def gated_lora_linear(
         y = base(x) + sum over e of  g_e * s_e * (drop_e(x) A_eᵀ) B_eᵀ
 
     x: [..., K]; the leading dims are flattened to M rows.
-    weight: [N, K] in x's dtype, or a callable base [..., K] -> [..., N] (a quantised layer). A
-        weight or bias that requires a gradient gets it through plain `F.linear`.
+    weight: [N, K] in x's dtype, or a callable base [..., K] -> [..., N] (a quantised layer),
+        whose result is read and never written to. A weight or bias that requires a gradient gets it
+        through plain `F.linear`.
     lora_A, lora_B: for each active expert [r_e, K] and [N, r_e], one floating dtype (fp32 adapters
         on a bf16 base are usual: then products and sum are fp32, with one rounding). Leave an
         inactive expert out: it costs nothing. A frozen one (requires_grad False) gets no gradient
@@ -109,6 +110,10 @@ def gated_lora_linear(
         rest of the batch. None draws one from the device's default generator, in the graph: each
         call of a compiled function and each replay of a CUDA graph has masks of its own.
     backend: None (by fedms.kernels.plan), "stacked", "native", "triton" or "cuda".
+
+    In a CUDA graph: run the step once, optimiser included, then capture it. A replay reads x, gates,
+    expert_idxs and a seed tensor anew; segments, scaling and dropout_p stay the capture's, so
+    routes that change from step to step are given as expert_idxs.
 
     Returns [..., N] in the base result's dtype. M, K, N, E and ranks of 0 equal the base. Under
     autocast x and the weight are cast to the autocast dtype and the adapters stay as they are.
