@@ -111,9 +111,9 @@ def gated_lora_linear(
         call of a compiled function and each replay of a CUDA graph has masks of its own.
     backend: None (by fedms.kernels.plan), "stacked", "native", "triton" or "cuda".
 
-    In a CUDA graph: run the step once, optimiser included, then capture it. A replay reads x, gates,
-    expert_idxs and a seed tensor anew; segments, scaling and dropout_p stay the capture's, so
-    routes that change from step to step are given as expert_idxs.
+    In a CUDA graph: run the step once, optimiser included, then capture it. A replay reads x,
+    gates, expert_idxs and a seed tensor anew; segments, scaling and dropout_p stay the capture's,
+    so routes that change from step to step are given as expert_idxs.
 
     Returns [..., N] in the base result's dtype. M, K, N, E and ranks of 0 equal the base. Under
     autocast x and the weight are cast to the autocast dtype and the adapters stay as they are.
