@@ -146,6 +146,8 @@ def test_a_copy_calls_itself(models):
 def test_biases_of_named_samples_are_one_graph():
     torch.compiler.reset()
     model = mlp(*NAMES, dtype=DOUBLE, lora_bias=True)
+    model.set_adapter("two")
+    model.base_model.model.b.delete_adapter("one")  # a layer without one of the named
     model.set_requires_grad(NAMES, True)
     fedms.accelerate(model)
     graphs, x = [], torch.randn(3, 4, IN, dtype=DOUBLE)

@@ -124,3 +124,15 @@ def test_arrow(folders, top_k, use_gks):
     model.set_adapter("task_0")
     stock.set_adapter("task_0")
     torch.testing.assert_close(model(IDS).logits, stock(IDS).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_arrow_with_dropout_is_pefts_own(folders):
+    """peft drops out of what the adapters add, not of their input."""
+    model = create_arrow_model(small_llama(), folders[:2], ArrowConfig(top_k=1, rng_seed=1))
+    fedms.accelerate(model)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    layer.lora_dropout["arrow_router"] = torch.nn.Dropout(0.5)
+    model.train()(IDS)
+    why = "adapter 'arrow_router' is a variant (ArrowLinearVariant)"
+    stats = fedms.stats(model)
+    assert (stats.fused, stats.fallback) == (3, {why: 1})
