@@ -89,6 +89,18 @@ class Sites:
             self._nodes[who.client_id] = node
             self.introduced[who.client_id] = who
 
+    def wait_for(self, clients: Iterable[str], seconds: float) -> None:
+        """Wait until all of these are connected, or so many seconds."""
+        until = time.monotonic() + seconds
+        while True:
+            self.find()
+            missing = [c for c in clients if self._nodes.get(c) not in self._connected]
+            if not missing or time.monotonic() > until:
+                break
+            time.sleep(1.0)
+        if missing:
+            self._progress.warn(f"going on without {', '.join(missing)}")
+
     def ask(
         self, what: str, clients: Iterable[str], content: Content, group: str
     ) -> Iterator[tuple[str, bytes | Failure]]:

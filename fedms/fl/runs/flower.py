@@ -184,6 +184,7 @@ def serve(config: Config, out: Path, grid: Grid, wait: float, progress: Progress
 
     Args:
         wait: seconds in which ``data.num_clients`` sites and ``data.unseen_clients`` others come.
+            A run that goes on waits as long for those that it has, and then for nobody.
     """
     _refuse_what_needs_everyone(config)
     sites = Sites(grid, config.engine.deadline, progress)
@@ -191,6 +192,7 @@ def serve(config: Config, out: Path, grid: Grid, wait: float, progress: Progress
     if known.is_file():
         record = json.loads(known.read_bytes())
         members = Members(record["run"], tuple(record["clients"]), tuple(record["unseen"]))
+        sites.wait_for((*members.clients, *members.unseen), wait)
     else:
         members = _gather(config, sites, wait, progress)
     progress.say(f"{out}: {', '.join(members.clients)}; unseen: {', '.join(members.unseen) or '-'}")

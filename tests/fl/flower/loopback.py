@@ -36,6 +36,7 @@ class Loopback:
         self._port = _free_port()
         self._mark = uuid4().hex
         self._registered: set[str] = set()
+        self._started: list[subprocess.Popen[bytes]] = []
         self._log: dict[int, Path] = {}
         home = folder / "flwr"
         home.mkdir(parents=True)
@@ -64,6 +65,8 @@ class Loopback:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.1)
+        for process in self._started:
+            process.wait()
 
     def superlink(self) -> subprocess.Popen[bytes]:
         """Start the SuperLink and wait until it answers."""
@@ -107,22 +110,6 @@ class Loopback:
         assert done.returncode == 0, done.stdout + self.logs()
         return done.stdout
 
-    def kill(self, process: subprocess.Popen[bytes]) -> None:
-        """Kill a process and all that it has started, at once."""
-        started = _children(process.pid)
-        for pid in (process.pid, *started):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        process.wait()
-
-    def kill_tasks(self) -> None:
-        """Kill what a SuperLink that was killed leaves behind: Flower detaches its executors."""
-        for pid in self.processes():
-            with suppress(OSError):
-                command = Path(f"/proc/{pid}/cmdline").read_bytes()
-                if b"serverapp" in command or b"superlink" in command:
-                    os.kill(pid, signal.SIGKILL)
-
     def log_of(self, process: subprocess.Popen[bytes]) -> str:
         """What a process and its children have written."""
         return self._log[process.pid].read_text(errors="replace")
@@ -151,6 +138,7 @@ class Loopback:
                 [SCRIPTS / command[0], *command[1:]], env=self._env, cwd=self.folder,
                 stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
+        self._started.append(process)
         self._log[process.pid] = path
         return process
 
@@ -177,21 +165,6 @@ def _listens(port: int) -> bool:
     except OSError:
         return False
     return True
-
-
-def _children(pid: int) -> list[int]:
-    """Processes that a process has started, and theirs."""
-    parents: dict[int, list[int]] = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            after_name = (entry / "stat").read_text().rpartition(")")[2].split()
-            parents.setdefault(int(after_name[1]), []).append(int(entry.name))
-    found, rest = [], [pid]
-    while rest:
-        own = parents.get(rest.pop(), [])
-        found += own
-        rest += own
-    return found
 
 
 def _toml(value: str | bool) -> str:
