@@ -21,7 +21,7 @@ RECORD = """
 import json
 from itertools import islice
 import gpu_precompile
-print(json.dumps(gpu_precompile.record(islice(gpu_precompile.launches(), 1, 2))))
+print(json.dumps(gpu_precompile.record(islice(gpu_precompile.launches(), 1, 4))))
 """
 
 
@@ -41,9 +41,8 @@ def test_a_recorded_launch_is_compiled_once_and_found_after_packing(tmp_path):
     cache.mkdir()
     (cache / gpu_precompile.LISTED).write_text(json.dumps(listed), "utf-8")
     first = gpu_precompile.fill(python, cache)
-    # two launches may be one kernel to Triton's cache, so not all that are listed need be missing
-    assert first.startswith(f"triton: {len(listed)} kernels, ")
-    assert int(first.split(", ")[1].split()[0]) > len(listed) // 2
+    # each by itself: a kernel that is compiled for one launch once stood in for all of its others
+    assert first == f"triton: {len(listed)} kernels, {len(listed)} of them not in the cache"
     packed = gpu_precompile.pack(cache, tmp_path)
     gpu_precompile.unpack(packed, cache)
     assert {path.suffix for path in cache.rglob("*") if path.is_file()} == {*gpu_precompile.KEPT}
