@@ -134,6 +134,16 @@ class Config(Section):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _has_budgets_where_they_can_be(self) -> Self:
+        for method in (self.method, *self.rivals):
+            if self.sal.scope == "client" and not all(s.budgets for s in stages_of(self, method)):
+                raise ValueError(
+                    f'{method} needs every block of every client; sal.scope = "client" gives some '
+                    'clients fewer: set it to "global"'
+                )
+        return self
+
 
 def load_config(path: Path | None = None, overrides: Iterable[str] = ()) -> Config:
     """The configuration of a TOML file (or the defaults) with ``key=value`` overrides on top.

@@ -70,5 +70,6 @@ def stages(rounds: Rounds) -> tuple[Stage, ...]:
     both = {"phases": (Phase(OWN, Loss()),), "start": start, "end": end, "predict": predict}
     sums = Aggregate(finish=add, weight="clients")
     sent = {"shares": ("sum.*", "members.sum"), "aggregate": sums, "common": None}
-    mixed = {"experts": ("own",), "routers": (("mixer", 2),)}
+    # members are counted, not the blocks that each of them sends
+    mixed = {"experts": ("own",), "routers": (("mixer", 2),), "budgets": False}
     return tuple(Stage(*each, **both, **sent, **mixed) for each in rounds)

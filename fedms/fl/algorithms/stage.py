@@ -136,6 +136,7 @@ class Stage:
         pooled: one visit a round, on the examples of everybody together: no federation.
         wakes: whether SAL watches the common model in these rounds; without such a stage all its
             blocks are awake from the start.
+        budgets: whether a client may train some of the awake blocks only (``sal.scope``).
     """
 
     name: str
@@ -158,6 +159,7 @@ class Stage:
     weights: Predict | None = None
     pooled: bool = False
     wakes: bool = False
+    budgets: bool = True
 
     @property
     def trains(self) -> Patterns:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from visits import a_view, one_visit, together
 
 from fedms.fl.client import Visit, class_counts, received, visit
+from fedms.fl.config import load_config
 from fedms.fl.model.view import View
 from fedms.fl.types import ConfigError, renamed, select
 
@@ -175,3 +176,9 @@ def test_fedalt_sends_neither_the_mixer_nor_its_expert(setting):
     mixer = f"mixer.{QUERY}.weight"
     assert (again.kept[mixer] - received(model, stage, {})[mixer]).abs().max() > 0
     assert np.isfinite(again.train_loss)
+
+
+def test_fedalt_refuses_clients_with_fewer_blocks():
+    with pytest.raises(ConfigError, match="fedalt needs every block of every client"):
+        load_config(None, ["rivals=['fedalt']", "sal.scope=client"])
+    load_config(None, ["method=fedalt", "rivals=[]", "sal.scope=global"])
