@@ -1,13 +1,14 @@
 """Everything slow of a visit to a GPU, done before it on a machine without one.
 
-    python bench/gpu_precompile.py make --python PYTHON        here: .gpu/*.whl, .gpu/*.tar.xz
+    python bench/gpu_precompile.py make --python PYTHON        here: .gpu/, about 7 MB
     python bench/gpu_precompile.py unpack .gpu/triton-cache.tar.xz /tmp/fedms-triton    there
 
 PYTHON is an interpreter of the device's version with the device's triton, scikit-build-core,
 pybind11, cmake and ninja; it needs no torch, and nvcc is found on PATH. This interpreter has torch
-and the same triton. The wheel is built for sm_90 with its CUDA module, the archive holds Triton's
-cache with the kernels of both visits and the launchers that Triton compiles with gcc. The cache's
-files name each other by absolute paths: there it must lie where it lay here (--cache).
+and the same triton. The wheel is built for sm_90 with its CUDA module; wheels/ has what the
+federated part imports besides, for a machine that lacks it. The archive holds Triton's cache with
+the kernels of both visits and the launchers that Triton compiles with gcc. The cache's files name
+each other by absolute paths: there it must lie where it lay here (--cache).
 
 How: the launches of the sweep and of the tuner run here on tensors without storage, with a driver
 that stands in for the device, and Triton says how it specialised each kernel. PYTHON compiles those
@@ -43,6 +44,8 @@ FIRST = "tile"
 """The kernels' file whose functions those of the others call."""
 LISTED = "launches.json"
 """In the cache: module, name and specialisation of every kernel in it."""
+FEDERATED = ("pydantic>=2.11", "rich", "tomli-w")
+"""The package's dependencies that a machine with torch and transformers may lack."""
 
 
 def wheel(python: Path, out: Path) -> Path:
@@ -55,6 +58,16 @@ def wheel(python: Path, out: Path) -> Path:
     subprocess.run([str(word) for word in words], check=True)
     (built,) = out.glob("*.whl")
     return built
+
+
+def fetch_wheels(python: Path, out: Path) -> Path:
+    """The folder with FEDERATED and what these need, as wheels for `python`."""
+    folder = out / "wheels"
+    shutil.rmtree(folder, ignore_errors=True)
+    words = [sys.executable, "-m", "pip", "--python", python, "download", *FEDERATED]
+    words += ["--only-binary=:all:", "-q", "-d", folder]
+    subprocess.run([str(word) for word in words], check=True)
+    return folder
 
 
 def record(wanted: Iterable[tuple[Any, Any]]) -> list[dict[str, str]]:
@@ -295,6 +308,9 @@ def main() -> int:
     print(f"unpacked again: {fill(args.python, cache)}", flush=True)
     for path in (wheel(args.python, args.out), packed):
         print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
+    wheels = list(fetch_wheels(args.python, args.out).iterdir())
+    size = sum(path.stat().st_size for path in wheels)
+    print(f"{args.out / 'wheels'}: {len(wheels)} wheels, {size / 1e6:.2f} MB")
     print(f"for triton {there} with TRITON_CACHE_DIR={cache}")
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 import subprocess
@@ -221,6 +222,32 @@ def tests(visit: Visit, seconds: float) -> dict[str, Any]:
     total = Counter(k for v in verdicts.values() for k in ("passed", "failed") for _ in v[k])
     cut = " CUT" if code is None else ""
     return {"line": f"{dict(total)}{cut}", "cut": code is None, "verdicts": verdicts}
+
+
+def federated(visit: Visit) -> dict[str, Any]:
+    """A federated round of 32 clients, 1, 8 and 32 of them side by side."""
+    words = [sys.executable, str(ROOT / "bench/federated_speed.py"), "--random"]
+    words += ["tiny", "--rounds", "1"] if visit.tiny else ["MiniLM"]
+    seconds = visit.left() if visit.tiny else min(60.0, visit.left())
+    return seconds_a_round(*bounded(words, seconds, visit.out / "federated.log"))
+
+
+def seconds_a_round(code: int | None, text: str) -> dict[str, Any]:
+    """Seconds of each round by the clients side by side, from the exit code and the output.
+
+    What was measured before an error or the end of the time stands beside "refused".
+    """
+    found: dict[str, list[float]] = {}
+    for line in text.splitlines():
+        if line.startswith('{"side_by_side"') and line.endswith("}"):
+            took = json.loads(line)
+            found.setdefault(str(took["side_by_side"]), []).append(took["seconds"])
+    said = ", ".join(f"S = {s} {statistics.median(spans):.3f} s" for s, spans in found.items())
+    result = {"line": said, "rounds": found}
+    if code == 0:
+        return result
+    why = "CUT" if code is None else f"exit code {code}: {text[-300:].strip()}"
+    return result | {"refused": f"{said or 'nothing'}, then {why}"}
 
 
 def by_backend(tests: Iterable[ElementTree.Element]) -> dict[str, dict[str, list[str]]]:

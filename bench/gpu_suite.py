@@ -7,7 +7,7 @@
 In order, each written and printed before the next: the package, the ceilings and the sweep as in
 the first visit; six layers tuned and timed; one layer with more experts, segments, dropout, top-k;
 few images; a training step of a CLIP-sized model; the tests; the sanitizer on our kernels alone;
-then the rest of the matrix until the time ends.
+a federated round; then the rest of the matrix until the time ends.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ def main() -> int:
         for backend in OURS.keys() & set(visit.data["items"]["about"]["backends"]):
             name = f"memcheck {backend}"
             visit.item(name, lambda b=backend: sanitized(visit, b), apart=True)
+        visit.item("federated round", lambda: sections.federated(visit), apart=True)
         rest = first_cases(tiny)[:1] if tiny else matrix()
         for case in rest:
             compiled = case.k == case.n and case.m > 16 and case.experts == 2

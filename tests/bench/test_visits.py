@@ -18,7 +18,7 @@ sys.path.append(str(BENCH))
 import gpu_report  # noqa: E402
 import gpu_suite  # noqa: E402
 import gpu_visit  # noqa: E402
-from gpu_sections import by_backend  # noqa: E402
+from gpu_sections import by_backend, seconds_a_round  # noqa: E402
 from gpu_visit import Visit, why_not_installed  # noqa: E402
 from timing import Clock  # noqa: E402
 
@@ -56,6 +56,9 @@ def test_a_rehearsal_runs_every_item(script, tmp_path):
             spread = cell["both"]["us"]
             assert 0 < spread["q1"] <= spread["median"] <= spread["q3"]
         assert {"frozen", "frozen (graph)", "triton", "triton (graph)"} <= item["rows"].keys()
+    if script == "gpu_suite.py":
+        rounds = items["federated round"]["rounds"]
+        assert {s: len(spans) for s, spans in rounds.items()} == {"1": 1, "8": 1, "32": 1}
     assert gpu_report.standing(items)["triton bf16"]["passed"]
     assert not (tmp_path / "plan.json").exists()
     lines = list(gpu_report.lines(data))
@@ -197,6 +200,23 @@ def test_tests_count_by_backend_and_dtype():
     assert found["triton bf16"]["failed"] == ["test_bf16[1]"]
     assert found["triton any"]["passed"] == ["test_every_row[128x128-fused]"]
     assert found["cuda any"] == {"passed": [], "failed": [], "skipped": ["test_capture"]}
+
+
+def test_federated_rounds_before_an_error_or_the_end_of_the_time_are_kept():
+    done = '{"side_by_side": 1, "seconds": 2.0}\n{"side_by_side": 8, "seconds": 0.5}\n'
+    more = '{"side_by_side": 1, "seconds": 3.0}\n'
+    whole = seconds_a_round(0, f"a warning\n{done}{more}\n| a table |")
+    assert whole == {
+        "line": "S = 1 2.500 s, S = 8 0.500 s",
+        "rounds": {"1": [2.0, 3.0], "8": [0.5]},
+    }
+    cut = seconds_a_round(None, done + more[:25])
+    assert cut["refused"] == "S = 1 2.000 s, S = 8 0.500 s, then CUT"
+    assert cut["rounds"] == {"1": [2.0], "8": [0.5]}
+    assert (
+        seconds_a_round(1, "KeyError: 'x'\n")["refused"]
+        == "nothing, then exit code 1: KeyError: 'x'"
+    )
 
 
 def entry(default: str, dtype: str = "bf16", **ratios: float) -> dict:
