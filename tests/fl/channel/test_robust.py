@@ -39,6 +39,9 @@ def test_multi_krum_by_hand():
     assert multi_krum(line, 2) == [1, 2, 4, 5, 6]
     # f = 1: 4 nearest, 6 stay: 4 scores 1 + 4 + 9 + 16 = 30, 10 scores 1 + 36 + 49 + 64 = 150
     assert multi_krum(line, 1) == [0, 1, 2, 4, 5, 6]
+    # two alike at 60, the others 10 apart: scores 1400, 600, 600, 600, 900, 0 + 400 + 900 twice, so
+    # one of the two comes in. With one neighbour fewer both would, with their own 0 among them too
+    assert multi_krum(column(0, 10, 20, 30, 40, 60, 60), 2) == [1, 2, 3, 4, 5]
     with pytest.raises(QuorumError, match="3 hostile clients needs 9 updates, 7 came"):
         multi_krum(line, 3)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fedms.fl.data.sampling import draw_batches, draw_cohort, generator
+from fedms.fl.data.sampling import draw_batches, draw_cohort, draw_each, generator
 
 IDS = [f"client-{k:02d}" for k in range(20)]
 
@@ -45,6 +45,19 @@ def test_a_cohort_repeats_nobody_keeps_the_order_and_reaches_everybody():
         assert len(cohort) == 6
         seen.update(cohort)
     assert seen == set(IDS)
+
+
+def test_each_client_is_drawn_by_itself():
+    """Poisson sampling: sizes of a binomial, and one client's chance does not hang on another's."""
+    rounds = [draw_each(IDS, 0.3, 0, round) for round in range(1, 2001)]
+    sizes = np.array([len(cohort) for cohort in rounds])
+    assert sizes.mean() == pytest.approx(20 * 0.3, rel=0.03)
+    assert sizes.var() == pytest.approx(20 * 0.3 * 0.7, rel=0.1)
+    both = np.mean([{IDS[0], IDS[7]} <= set(cohort) for cohort in rounds])
+    assert both == pytest.approx(0.3**2, abs=0.02)
+    assert draw_each(IDS, 0.3, 0, 7) == rounds[6] != draw_each(IDS, 0.3, 1, 7)
+    assert draw_each(IDS, 1.0, 0, 1) == IDS
+    assert not all(draw_each(IDS, 0.02, 0, round) for round in range(1, 20))
 
 
 @pytest.mark.parametrize(
