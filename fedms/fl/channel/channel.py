@@ -97,6 +97,11 @@ class Channel:
 def _check_privacy(method: str, stages: tuple[Stage, ...], sal: SalConfig) -> None:
     """Refuse what would release something else than clipped, noised means."""
     _check_mean(method, stages, "has no bound on what one client moves, so no epsilon holds")
+    if method == "fedavg_prior" or any(stage.prior or stage.priors for stage in stages):
+        raise ConfigError(
+            "prior, eval.priors and fedavg_prior tell clients everyone's label frequencies without "
+            "noise: with channel.privacy leave them out"
+        )
     if sal.enabled and any(stage.wakes for stage in stages):
         if sal.trigger == "capability_queue":
             raise ConfigError(

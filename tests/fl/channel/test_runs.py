@@ -117,6 +117,9 @@ def test_an_infinite_budget_is_no_epsilon_and_valid_json(metrics, tmp_path):
     ("overrides", "message"),
     [
         (["method=fedex_lora"], "fedex_lora aggregates by a rule of its own, which has no bound"),
+        (["prior=0.5"], "tell clients everyone's label frequencies without noise"),
+        (["eval.priors=[1.0]"], "tell clients everyone's label frequencies without noise"),
+        (["method=fedavg_prior"], "tell clients everyone's label frequencies without noise"),
         (["sal.trigger=capability_queue"], "lets scores on the clients' data decide"),
         (["sal.trigger=every", "sal.order=importance"], "reads gradients of the clients' data"),
         (["channel.privacy.delta=0.25"], "must be less than 1 / 4 clients"),
