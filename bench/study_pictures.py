@@ -137,7 +137,8 @@ def _legend(figure: Figure, grid: Sequence[Axes]) -> None:
     for axes in grid:
         handles, names = axes.get_legend_handles_labels()
         found.update(zip(names, handles, strict=True))
+    columns = max(1, int(figure.get_figwidth() / 2.6))
     figure.legend(
-        list(found.values()), list(found), loc="outside lower center", ncols=5, frameon=False,
+        list(found.values()), list(found), loc="outside lower center", ncols=columns, frameon=False,
         fontsize=8,
     )  # fmt: skip
