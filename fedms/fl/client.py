@@ -18,7 +18,8 @@ from torch import Tensor
 from fedms.fl.algorithms import Phase, Stage
 from fedms.fl.data.federation import ClientData
 from fedms.fl.data.sampling import draw_batches, generator
-from fedms.fl.model.view import Model, View
+from fedms.fl.model.model import Model
+from fedms.fl.model.view import View
 from fedms.fl.types import ClientFailure, State, Update, select
 
 

@@ -19,7 +19,8 @@ from fedms.fl.client import class_counts, received
 from fedms.fl.data.federation import ClientData, Federation
 from fedms.fl.data.sampling import generator
 from fedms.fl.journal.records import ClientScore, Spread
-from fedms.fl.model.view import MOST_LOGITS, Model, View
+from fedms.fl.model.model import Model
+from fedms.fl.model.view import MOST_LOGITS, View
 from fedms.fl.settings import Count, Finite, Natural, Section
 from fedms.fl.types import Advance, State
 

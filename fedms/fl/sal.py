@@ -17,7 +17,8 @@ from pydantic import Field, model_validator
 from fedms.fl.client import class_counts, learning
 from fedms.fl.data.federation import ClientData
 from fedms.fl.data.sampling import generator
-from fedms.fl.model.view import Model, View
+from fedms.fl.model.model import Model
+from fedms.fl.model.view import View
 from fedms.fl.settings import Count, Section
 
 

@@ -10,7 +10,7 @@ import torch
 
 from fedms.fl.algorithms.stage import Aggregate, Stage
 from fedms.fl.client import prepare, received
-from fedms.fl.model.view import Model
+from fedms.fl.model.model import Model
 from fedms.fl.settings import PositiveShare, Section
 from fedms.fl.tasks.task import Metric
 from fedms.fl.types import ClientFailure, Failure, Patterns, QuorumError, State, Update, select

@@ -17,7 +17,7 @@ from fedms.fl.config import Config, load_config
 from fedms.fl.engines.local import LocalEngine
 from fedms.fl.engines.world import World
 from fedms.fl.journal.progress import Progress
-from fedms.fl.model.view import Model
+from fedms.fl.model.model import Model
 from fedms.fl.round import Run
 from fedms.fl.runs.method import MakeEngine, run_method
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fedms.fl.model.view import Model
+from fedms.fl.model.model import Model
 
 SAVED = 34
 """Numbers of a token's width that a block saves for its backward, at most.

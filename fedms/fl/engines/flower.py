@@ -39,7 +39,7 @@ from fedms.fl.engines.engine import Order, Reply
 from fedms.fl.engines.intake import Intake
 from fedms.fl.evaluate import Scores, Tally
 from fedms.fl.journal.progress import Progress
-from fedms.fl.model.view import Model
+from fedms.fl.model.model import Model
 from fedms.fl.types import ClientFailure, Failure, State
 from fedms.fl.wire import pack
 

@@ -10,7 +10,7 @@ from fedms.fl.algorithms.stage import Aggregate
 from fedms.fl.channel.channel import Channel
 from fedms.fl.channel.link import Link
 from fedms.fl.engines.engine import Message, Order, Reply, Visited
-from fedms.fl.model.view import Model
+from fedms.fl.model.model import Model
 from fedms.fl.server import Totals, check_update, expected, owed
 from fedms.fl.types import ClientFailure, Failure, State
 

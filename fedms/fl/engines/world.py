@@ -20,9 +20,9 @@ from fedms.fl.engines.vision import image_task
 from fedms.fl.journal.journal import Outcome
 from fedms.fl.journal.progress import Progress
 from fedms.fl.model.gate import mean_frequencies
+from fedms.fl.model.model import Model
 from fedms.fl.model.prefix import Outputs, Prefix
 from fedms.fl.model.slots import Slots
-from fedms.fl.model.view import Model
 from fedms.fl.types import DataError
 
 

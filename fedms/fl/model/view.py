@@ -5,8 +5,7 @@ S slots, B examples, P answers, T positions, D width, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import pairwise
 
@@ -17,11 +16,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.utils.checkpoint import checkpoint
 
-from fedms.fl.model.backbone import Backbone
 from fedms.fl.model.gate import log_prior_of_counts
-from fedms.fl.model.prefix import Outputs, Prefix
-from fedms.fl.model.slots import Path, Slots
-from fedms.fl.tasks.task import Batch, Task
+from fedms.fl.model.model import Model
+from fedms.fl.model.slots import Path
+from fedms.fl.tasks.task import Batch
 from fedms.fl.types import ConfigError, State, select
 
 MOST_LOGITS = 2**24
@@ -29,74 +27,6 @@ MOST_LOGITS = 2**24
 
 OfAnswers = Callable[..., Tensor]
 """See :meth:`View.over`."""
-
-
-@dataclass
-class Model:
-    """One model for all clients, and what belongs to it.
-
-    Attributes:
-        task: what an example is.
-        backbone: the frozen model.
-        slots: the experts on it.
-        prefix: hidden states below the lowest awake block.
-        outputs: features of frozen paths.
-        rows: examples of a forward that needs no gradient.
-        modules: small networks beside the backbone, as templates; their parameters are in states.
-        head: what a trained head [C, D] starts from where a method trains one though the task's is
-            frozen; None: the task has none that could be trained.
-        frequencies: of everyone's labels [C], by :func:`fedms.fl.model.gate.mean_frequencies`;
-            None: unknown.
-    """
-
-    task: Task
-    backbone: Backbone
-    slots: Slots
-    prefix: Prefix
-    outputs: Outputs
-    rows: int = 64
-    modules: dict[str, nn.Module] = field(default_factory=dict)
-    head: Tensor | None = None
-    frequencies: Tensor | None = None
-
-    def build(self, modules: Mapping[str, Callable[[int, int], nn.Module]]) -> None:
-        """Make the small networks of a stage; each is built from D and C."""
-        self.modules = {}
-        for name, build in modules.items():
-            with torch.random.fork_rng(devices=[]):
-                # Clients must agree on the start, or an average means nothing.
-                torch.manual_seed(0)
-                module = build(self.backbone.width, self.task.num_classes)
-            module.to(self.backbone.device, self.backbone.master).requires_grad_(False)
-            self.modules[name] = module
-
-    def fresh(
-        self,
-        experts: Sequence[str],
-        heads: Sequence[str] = (),
-        routers: Sequence[tuple[str, int]] = (),
-    ) -> State:
-        """What has not been trained yet, the same for everybody: experts and small networks.
-
-        Args:
-            heads: names that have a head of their own even where the task's is frozen.
-            routers: names and numbers of experts of :meth:`Slots.fresh_router`.
-
-        Raises:
-            ConfigError: the task has no head that could be trained.
-        """
-        state: State = {}
-        for expert in experts:
-            state.update(self.slots.fresh(expert))
-        for name in heads:
-            if self.head is None:
-                raise ConfigError("the method trains a head, and this task has none to train")
-            state.setdefault(f"{name}.head.weight", self.head)
-        for name, num_experts in routers:
-            state.update(self.slots.fresh_router(name, num_experts))
-        for name, module in self.modules.items():
-            state.update({f"{name}.{key}": value for key, value in module.named_parameters()})
-        return state
 
 
 class View:
@@ -187,10 +117,7 @@ class View:
         router: str | None = None,
     ) -> Tensor:
         """Log-probabilities [P, C] of the experts of ``path``, by a head: of the last of them."""
-        if gates is not None:
-            features = self.features(*path, gates=gates)
-            return self.log_p_of(features, path[-1] if head is None else head)
-        return self.over(_log_p, path, heads=(head,), router=router)
+        return self._mixed(_log_p, path, head, gates, router)
 
     def log_p_of(self, z: Tensor, expert: str) -> Tensor:
         """Log-probabilities [P, C] of features [P, D] by an expert's head."""
@@ -204,10 +131,7 @@ class View:
         router: str | None = None,
     ) -> Tensor:
         """Negative log-probabilities [P] of the right answers; a large [P, C] is never held."""
-        if gates is not None:
-            features = self.features(*path, gates=gates)
-            return self._in_pieces(_nll, [features], [path[-1] if head is None else head])
-        return self.over(_nll, path, heads=(head,), router=router)
+        return self._mixed(_nll, path, head, gates, router)
 
     def over(
         self,
@@ -357,6 +281,20 @@ class View:
         if key not in known:
             known[key] = compute()
         return known[key]
+
+    def _mixed(
+        self,
+        function: OfAnswers,
+        path: Path,
+        head: str | None,
+        gates: Tensor | None,
+        router: str | None,
+    ) -> Tensor:
+        """A function of one path's answers; under gates it is not kept."""
+        if gates is None:
+            return self.over(function, path, heads=(head,), router=router)
+        features = self.features(*path, gates=gates)
+        return self._in_pieces(function, [features], [path[-1] if head is None else head])
 
     def _forward(
         self,

@@ -16,8 +16,8 @@ from safetensors.torch import save
 
 from fedms.fl.journal.files import replace_file
 from fedms.fl.journal.progress import Progress
+from fedms.fl.model.model import Model
 from fedms.fl.model.slots import Slots
-from fedms.fl.model.view import Model
 from fedms.fl.runs.opened import open_run
 from fedms.fl.types import FedMSError, State, matches, renamed, select
 

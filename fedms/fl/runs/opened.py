@@ -20,7 +20,7 @@ from fedms.fl.engines.world import load_model
 from fedms.fl.journal.checkpoint import load_checkpoint
 from fedms.fl.journal.progress import Progress
 from fedms.fl.journal.states import ClientStates
-from fedms.fl.model.view import Model
+from fedms.fl.model.model import Model
 from fedms.fl.runs.origin import check_model, frozen_weights
 from fedms.fl.sal import Activation
 from fedms.fl.server import Server
