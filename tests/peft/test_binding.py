@@ -360,20 +360,13 @@ def _run_in_threads(*functions):
         thread.join()
 
 
-def test_compiled_blocks_share_a_graph_and_threads_their_gates():
+def test_compiled_blocks_share_a_graph_and_threads_their_gates(recorder):
     """Blocks compiled one by one: one graph without gates and one with, whatever is set later."""
-    torch.compiler.reset()
     models = [mlp(*NAMES, dtype=DOUBLE) for _ in range(4)]
-    graphs = []
-
-    def backend(graph, example):
-        graphs.append(graph)
-        return graph
-
     for one in models:
         fedms.accelerate(one)
         one.base_model.set_adapter(NAMES)
-        one.base_model.model.a.compile(backend=backend)
+        one.base_model.model.a.compile(backend=recorder)
     x, found = torch.randn(3, IN, dtype=DOUBLE), []
 
     def both(gates):
@@ -383,10 +376,10 @@ def test_compiled_blocks_share_a_graph_and_threads_their_gates():
                 found.append((layer(x), layer._call_impl(x)))
 
     both(None)
-    plain = len(graphs)
+    plain = len(recorder.graphs)
     for _ in range(3):
         both(torch.randn(2, dtype=DOUBLE))
-    assert len(graphs) == plain + 1
+    assert len(recorder.graphs) == plain + 1
     _run_in_threads(lambda: both(torch.randn(2, dtype=DOUBLE)), lambda: both(None))
     for compiled, eager in found:
         torch.testing.assert_close(compiled, eager)

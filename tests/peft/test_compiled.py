@@ -143,24 +143,19 @@ def test_a_copy_calls_itself(models):
     assert not layer(x).any()
 
 
-def test_biases_of_named_samples_are_one_graph():
-    torch.compiler.reset()
+def test_biases_of_named_samples_are_one_graph(recorder):
     model = mlp(*NAMES, dtype=DOUBLE, lora_bias=True)
     model.set_adapter("two")
     model.base_model.model.b.delete_adapter("one")  # a layer without one of the named
     model.set_requires_grad(NAMES, True)
     fedms.accelerate(model)
-    graphs, x = [], torch.randn(3, 4, IN, dtype=DOUBLE)
+    x = torch.randn(3, 4, IN, dtype=DOUBLE)
 
-    def backend(graph, example):
-        graphs.append(graph)
-        return graph
-
-    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    compiled = torch.compile(model, backend=recorder, fullgraph=True)
     for names in (["one", "__base__", "two"], ["two", "one", "one"]):
         with fedms.mixed_adapters(model, names):
             torch.testing.assert_close(compiled(x), model(x))
-    assert len(graphs) == 1
+    assert len(recorder.graphs) == 1
 
 
 @pytest.mark.slow

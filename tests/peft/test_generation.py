@@ -256,16 +256,9 @@ def test_no_guess_outside_generate_or_about_other_rows(model):
     model(**doubled)
 
 
-def test_blocks_of_row_wise_gates_share_a_compiled_graph(model):
-    torch.compiler.reset()
-    graphs = []
-
-    def backend(graph, example):
-        graphs.append(graph)
-        return graph
-
-    compiled, ids = torch.compile(model, backend=backend), torch.tensor(PROMPTS[:1])
+def test_blocks_of_row_wise_gates_share_a_compiled_graph(model, recorder):
+    compiled, ids = torch.compile(model, backend=recorder), torch.tensor(PROMPTS[:1])
     for _ in range(3):
         with torch.no_grad(), fedms.gated(model, torch.randn(1, 4, 2)):
             torch.testing.assert_close(compiled(input_ids=ids).logits, model(input_ids=ids).logits)
-    assert len(graphs) == 1
+    assert len(recorder.graphs) == 1

@@ -41,25 +41,19 @@ def test_stats_count_calls_by_reason():
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_stats_tell_what_a_compiled_graph_holds(checkpointed):
+def test_stats_tell_what_a_compiled_graph_holds(checkpointed, recorder):
     """Without a guard on it: the graph is one, however often it runs."""
-    torch.compiler.reset()
     model, x = mlp("one", "two"), torch.randn(3, IN)
     model.base_model.model.b.lora_A["one"].register_forward_hook(lambda *args: None)
     fedms.accelerate(model)
-    graphs = []
-
-    def backend(graph, example):
-        graphs.append(graph)
-        return graph
 
     def call(x):
         return checkpoint(model, x, use_reentrant=False) if checkpointed else model(x)
 
-    compiled = torch.compile(call, backend=backend, fullgraph=True)
+    compiled = torch.compile(call, backend=recorder, fullgraph=True)
     for _ in range(3):
         compiled(x)
-    assert len(graphs) == 1
+    assert len(recorder.graphs) == 1
     found = fedms.stats(model)
     why = "a module of adapter 'one' has hooks or a forward of its own"
     assert found.traced == {"base_model.model.a": {"": 1}, "base_model.model.b": {why: 1}}
