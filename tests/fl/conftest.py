@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
+import os
 import random
 from collections.abc import Callable, Iterator
-from itertools import chain
+from contextlib import AbstractContextManager, contextmanager
+from itertools import chain, count
 from pathlib import Path
 
 import pytest
@@ -239,3 +242,23 @@ def spied(config, execute, tmp_path_factory) -> Callable[..., Spy]:
         return made[0]
 
     return run
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], AbstractContextManager[None]]:
+    """``full_disk(nth)``: within it the disk has no room at the nth sync, from 0."""
+
+    @contextmanager
+    def at(nth: int) -> Iterator[None]:
+        real, calls = os.fsync, count()
+
+        def fsync(handle: int) -> None:
+            if next(calls) == nth:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            real(handle)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", fsync)
+            yield
+
+    return at

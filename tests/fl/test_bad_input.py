@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import errno
 import os
 from pathlib import Path
 
@@ -187,18 +186,10 @@ def whole(settings, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("nth", [0, 1, 8, 19])
-def test_a_full_disk(settings, whole, tmp_path, capsys, monkeypatch, read_lines, nth):
+def test_a_full_disk(settings, whole, tmp_path, capsys, full_disk, read_lines, nth):
     """Whatever write it hits, one sentence; with room again, resume ends as if nothing had been."""
-    folder, calls = tmp_path / "run", iter(range(10_000))
-    real = os.fsync
-
-    def fsync(handle: int) -> None:
-        if next(calls) == nth:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(handle)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", fsync)
+    folder = tmp_path / "run"
+    with full_disk(nth):
         assert main(["run", *settings, "--out", str(folder), "--quiet"]) == 2
     text = capsys.readouterr().err
     assert text.count("\n") == 1

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -208,27 +206,20 @@ def test_a_file_in_place_of_the_folder(tmp_path):
 
 
 @pytest.mark.parametrize("nth", range(6))
-def test_a_full_disk_leaves_the_older_ones(tmp_path, monkeypatch, nth):
+def test_a_full_disk_leaves_the_older_ones(tmp_path, full_disk, nth):
     """ENOSPC at each sync in turn: of three folders of states, two files and their folder."""
     for round in (1, 2):
         commit(tmp_path, make(round))
     written = states(tmp_path)
     for client in make(3).written:
         written.write(client, 3, {"x": torch.tensor([3])})
-    calls = iter(range(100))
-    real = os.fsync
-
-    def fsync(handle: int) -> None:
-        if next(calls) == nth:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(handle)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", fsync)
-        with pytest.raises(
+    with (
+        full_disk(nth),
+        pytest.raises(
             CheckpointError, match="round-0003 cannot be written: No space left on device"
-        ):
-            save_checkpoint(tmp_path / "c", make(3), written, 2)
+        ),
+    ):
+        save_checkpoint(tmp_path / "c", make(3), written, 2)
     assert {"round-0001", "round-0002"} <= set(names(tmp_path))
     assert_equal(load(tmp_path), make(3) if nth == 5 else make(2))
     commit(tmp_path, make(3))
