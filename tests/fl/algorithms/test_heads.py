@@ -115,3 +115,16 @@ def test_a_head_phase_reads_features_that_do_not_change(setting):
         view = View(model, [clients[0].train[:5]], torch.ones(1, 4))
         assert not view.features("global").requires_grad
         assert CrossEntropy("global")(view).requires_grad
+
+
+def test_a_layer_mixture_answers_by_the_head_of_its_last_expert(setting):
+    stage, model, clients = setting("mofm.combine=layer", "mofm.gate_input=base", stage=1)
+    stage = replace(stage, heads=("global", "local"))
+    view = a_view(stage, model, clients[0], {}, moved=0.2)
+    view.live["local.head.weight"] += torch.randn(4, 32)
+    gates = torch.rand(5, 2, dtype=torch.float64)
+    z = view.features("global", "local", gates=gates)
+    wanted = F.log_softmax(20.0 * z @ view.live["local.head.weight"][0].T, dim=-1)
+    torch.testing.assert_close(view.log_p("global", "local", gates=gates), wanted)
+    nll = F.nll_loss(wanted, view.targets, reduction="none")
+    torch.testing.assert_close(view.nll("global", "local", gates=gates), nll)
