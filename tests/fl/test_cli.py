@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import _thread
 import io
 import json
 import os
 import re
 import shutil
+import signal
+import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -385,15 +385,15 @@ def test_what_no_command_knows(capsys, arguments):
     assert f"unrecognized arguments: {' '.join(arguments[2:])}" in capsys.readouterr().err
 
 
-def test_interrupt(settings, tmp_path, capsys):
-    """Ctrl-C once the first round is done."""
-
-    def interrupt() -> None:
-        while not (tmp_path / "r" / "metrics.jsonl").exists():
-            time.sleep(0.01)
-        _thread.interrupt_main()
-
-    threading.Thread(target=interrupt, daemon=True).start()
-    many = [*settings, "stage1.rounds=1000"]
-    assert main(["run", *many, "--out", str(tmp_path / "r"), "--quiet"]) == 130
-    assert "`fedms resume DIR` goes on" in capsys.readouterr().err
+def test_interrupt(settings, tmp_path):
+    """Ctrl-C once the first round is done, in a process of its own: it falls anywhere."""
+    command = [sys.executable, "-m", "fedms", "run", *settings, "stage1.rounds=1000", "--quiet"]
+    process = subprocess.Popen(
+        [*command, "--out", str(tmp_path / "r")], stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+    while process.poll() is None and not (tmp_path / "r" / "metrics.jsonl").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130, said
+    assert "`fedms resume DIR` goes on" in said

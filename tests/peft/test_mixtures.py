@@ -11,6 +11,7 @@ from peft.tuners.lora import create_arrow_model
 from peft_models import fused_calls, small_llama, with_adapters
 
 import fedms
+from fedms.kernels import native
 
 TARGETS = ["q_proj", "down_proj"]
 IDS = torch.arange(12).reshape(2, 6)
@@ -80,6 +81,7 @@ def test_xlora(folders, config):
     assert not calls
 
 
+@pytest.mark.skipif(not native.available(), reason="the extension is not built")
 def test_xlora_computes_what_is_picked(folders):
     """NaN in an adapter that no token picks reaches nothing; peft's zero times NaN does."""
     model = _xlora(folders, top_k_lora=1)

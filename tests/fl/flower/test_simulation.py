@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ def test_a_simulation_ends_with_the_metrics_of_the_local_engine(
     simulated = subprocess.run(
         [*command, "engine.kind=flower-simulation", "--out", str(tmp_path / "flower")],
         capture_output=True, text=True, timeout=300, cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # threads that wait for a core spin
     )  # fmt: skip
     assert simulated.returncode == 0, simulated.stderr[-4000:]
     for name in ("metrics.jsonl", "clients.jsonl"):
