@@ -41,8 +41,10 @@ class Task:
     classes: bool = True
 
 
+CLIENTS = ("data.num_clients=12", "data.unseen_clients=3")
 TASKS = {
-    "icd10": Task(("data.num_clients=12", "data.unseen_clients=3"), ("0.3", "0.1", "1.0")),
+    "icd10": Task(CLIENTS, ("0.3", "0.1", "1.0")),
+    "icd10-long": Task((*CLIENTS, "stage1.rounds=24", "stage2.rounds=6"), ("0.3",)),
     "emoji": Task((*RECIPES["emoji"].settings, "model.image_size=56", "data.unseen_clients=2")),
     "wordnet-topics": Task((*RECIPES["wordnet-topics"].settings, *TWO_STEPS, "eval.clients=20")),
     "debian": Task((*RECIPES["debian"].settings, *TWO_STEPS, "eval.clients=20")),
@@ -71,6 +73,7 @@ class Method:
 
 
 NO_SAL, HALF, LOGITS = "sal.enabled=false", "mofm.gate=fixed", "mofm.combine=logits"
+NOT_TRUE = "mofm.local_loss=not_true"
 LATE = ("stage1.rounds=8", "stage2.rounds=1")  # more of the same steps go into the shared model
 METHODS = {
     **{
@@ -88,7 +91,9 @@ METHODS = {
             "fedms, gate adapter not shared": ("mofm.share_adapter=false",),
             "fedms, layer mixture": ("mofm.combine=layer", "mofm.gate_input=base"),
             "fedms, local expert from zero": ("mofm.local_from=zero",),
+            "fedms, no SAL, logits": (NO_SAL, LOGITS),
             "fedms, no SAL, logits, one half": (NO_SAL, HALF, LOGITS),
+            "fedms, no SAL, logits, one half, not-true": (NO_SAL, HALF, LOGITS, NOT_TRUE),
         }.items()
     },
     "fedms, no SAL, logits, one half, 8 + 1": Method(("method=fedms", NO_SAL, HALF, LOGITS, *LATE)),

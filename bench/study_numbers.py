@@ -49,17 +49,26 @@ class Study:
         return list(dict.fromkeys(m for lines in self.lines.values() for m in lines))
 
     def of(self, task: str, alpha: str, method: str) -> list[Line]:
-        """A method's lines in a setting, one a seed."""
-        found = [b for b in self.lines if b[:2] == (task, alpha) and method in self.lines[b]]
-        return [self.lines[block][method] for block in sorted(found)]
-
-    def complete(self, share: float = 0.6) -> tuple[list[str], list[Block]]:
-        """Methods and blocks without a gap: the blocks that ``share`` of all methods have run, and
-        the methods that have run all of those.
+        """A method's lines in a setting, one a seed: the same seeds for all methods, and none for a
+        method that lacks one of them.
         """
-        methods = self.methods()
-        blocks = [b for b, lines in self.lines.items() if len(lines) >= share * len(methods)]
-        return [m for m in methods if all(m in self.lines[b] for b in blocks)], sorted(blocks)
+        blocks = [block for block in self.lines if block[:2] == (task, alpha)]
+        methods, blocks = self._without_gaps(blocks)
+        return [self.lines[block][method] for block in blocks] if method in methods else []
+
+    def complete(self) -> tuple[list[str], list[Block]]:
+        """Methods and blocks of which every pair has run."""
+        return self._without_gaps(self.lines)
+
+    def _without_gaps(self, blocks: Iterable[Block]) -> tuple[list[str], list[Block]]:
+        """The largest full table that the blocks with the most methods make."""
+        order = sorted(sorted(blocks), key=lambda block: -len(self.lines[block]))
+        best: tuple[list[str], list[Block]] = ([], [])
+        for count in range(1, len(order) + 1):
+            methods = [m for m in self.methods() if all(m in self.lines[b] for b in order[:count])]
+            if len(methods) * count > len(best[0]) * len(best[1]):
+                best = methods, sorted(order[:count])
+        return best
 
     def ranks(self, score: Score) -> dict[str, Interval]:
         """Mean rank over the complete blocks, 1 for the highest score; ties share their ranks."""

@@ -160,10 +160,10 @@ def progress(study: Study, lines: Lines) -> str:
     """What has been run."""
     rows = []
     for task, alpha in study.settings():
-        seeds = {m: len(study.of(task, alpha, m)) for m in study.methods()}
-        runs = [run for m in seeds for run in study.of(task, alpha, m)]
+        blocks = [lines for block, lines in study.lines.items() if block[:2] == (task, alpha)]
+        runs = [run for lines in blocks for run in lines.values()]
         rows.append([
-            task, alpha, str(len([m for m, n in seeds.items() if n])), str(max(seeds.values())),
+            task, alpha, str(len({run["method"] for run in runs})), str(len(blocks)),
             str(len(runs)), f"{sum(run['cpu_seconds'] for run in runs) / 60:.0f}",
             ", ".join(sorted({run["commit"] for run in runs})),
         ])  # fmt: skip

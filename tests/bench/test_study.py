@@ -111,6 +111,19 @@ def test_ranks_share_ties_and_leave_gaps_out(lines):
     assert interval([2.0, 2.0, 2.0]) == (2.0, 2.0, 2.0)
 
 
+def test_a_setting_compares_its_methods_over_the_same_seeds(lines):
+    write(
+        lines,
+        *(run_line(m, 0.5, 0.5, seed) for m in ("fedavg", "ditto") for seed in (0, 1)),
+        run_line("fedprox", 0.9, 0.9), run_line("fedms", 0.9, 0.9, seed=2),
+        run_line("fedavg", 0.1, 0.1, seed=3, task="emoji", alpha="natural"),
+    )  # fmt: skip
+    found = Study(lines.runs())
+    seeds = {m: [run["seed"] for run in found.of("icd10", "0.3", m)] for m in found.methods()}
+    assert seeds == {"fedavg": [0, 1], "ditto": [0, 1], "fedprox": [], "fedms": []}
+    assert [run["seed"] for run in found.of("emoji", "natural", "fedavg")] == [3]
+
+
 def test_own_data_at_equal_everyones_lies_between_the_knobs():
     points = {"0.5": {"own": 0.8, "everyone": 0.6}, "-0.5": {"own": 0.4, "everyone": 0.7}}
     line = run_line("fedavg", 0.7, 0.7, frontier=points)
