@@ -71,12 +71,19 @@ def _run(args: argparse.Namespace, lines: Lines) -> None:
     now, context = commit(), get_context("spawn")
     with ProcessPoolExecutor(args.jobs, mp_context=context, max_tasks_per_child=1) as pool:
         for task in args.tasks:
-            left = [(m, scale) for m in args.methods for scale in lines.untried(task, m)]
-            size = math.ceil(len(left) / args.jobs) or 1  # neighbours share first stages
-            parts = [left[i : i + size] for i in range(0, len(left), size)]
-            groups = [Group.of_choices(task, part) for part in parts]
-            list(pool.map(work, *_spread(groups, args, now)))
+            before = None
+            while (left := _untried(args, lines, task)) not in ([], before):
+                size = math.ceil(len(left) / args.jobs)  # neighbours share first stages
+                parts = [left[i : i + size] for i in range(0, len(left), size)]
+                groups = [Group.of_choices(task, part) for part in parts]
+                list(pool.map(work, *_spread(groups, args, now)))
+                before = left  # what failed twice is left
         list(pool.map(work, *_spread(_left(args, lines), args, now)))
+
+
+def _untried(args: argparse.Namespace, lines: Lines, task: str) -> list[tuple[str, float]]:
+    """Methods and scales that the choices of a task still need."""
+    return [(method, scale) for method in args.methods for scale in lines.untried(task, method)]
 
 
 def _left(args: argparse.Namespace, lines: Lines) -> list[Group]:

@@ -17,9 +17,10 @@ NATURAL = "natural"
 PRIORS = (-0.5, -0.25, 0.25, 0.5, 0.75, 1.0)
 """The knob on the label prior, beside 0: own data against everyone's."""
 SCALES = (1.0, 0.5, 2.0)
-"""Both stages' learning rates are these times the defaults."""
+"""Both stages' learning rates are these times the defaults; then on from the best, see Lines."""
+BOUNDS = (1 / 32, 8.0)
 SCHEDULE = (
-    "stage1.rounds=6", "stage2.rounds=3", "stage1.batch_size=16", "stage2.batch_size=16",
+    "stage1.batch_size=16", "stage2.batch_size=16",
     "model.dtype=bfloat16", "engine.threads=1", "engine.keep_checkpoints=2",
     "eval.every=1000", "eval.clients=0", "eval.pooled_examples=200",
 )  # fmt: skip
@@ -32,28 +33,32 @@ class Task:
 
     Attributes:
         settings: beside the schedule.
+        rounds: of stage 1 and of stage 2.
         alphas: of its settings; the first is the one that rates are chosen on.
         classes: whether answers are classes, so that there is a knob on their prior.
     """
 
     settings: tuple[str, ...] = ()
+    rounds: tuple[int, int] = (6, 3)
     alphas: tuple[str, ...] = (NATURAL,)
     classes: bool = True
 
 
 CLIENTS = ("data.num_clients=12", "data.unseen_clients=3")
 TASKS = {
-    "icd10": Task(CLIENTS, ("0.3", "0.1", "1.0")),
-    "icd10-long": Task((*CLIENTS, "stage1.rounds=24", "stage2.rounds=6"), ("0.3",)),
-    "emoji": Task((*RECIPES["emoji"].settings, "model.image_size=56", "data.unseen_clients=2")),
+    "icd10": Task(CLIENTS, alphas=("0.3", "0.1", "1.0")),
+    "icd10-long": Task(CLIENTS, (24, 6), alphas=("0.3",)),
+    "emoji": Task(
+        (*RECIPES["emoji"].settings, "model.image_size=56", "data.unseen_clients=2"), (12, 6)
+    ),
     "wordnet-topics": Task((*RECIPES["wordnet-topics"].settings, *TWO_STEPS, "eval.clients=20")),
     "debian": Task((*RECIPES["debian"].settings, *TWO_STEPS, "eval.clients=20")),
     "sotu": Task(
         (
-            *RECIPES["sotu"].settings, *TWO_STEPS, "stage1.rounds=3", "stage2.rounds=2",
-            "stage1.batch_size=4", "stage2.batch_size=4", "eval.clients=8",
-            "eval.pooled_examples=50",
+            *RECIPES["sotu"].settings, *TWO_STEPS, "stage1.batch_size=4", "stage2.batch_size=4",
+            "eval.clients=8", "eval.pooled_examples=50",
         ),
+        (3, 2),
         classes=False,
     ),
 }  # fmt: skip
@@ -66,15 +71,19 @@ class Method:
     Attributes:
         settings: what makes it.
         like: whose learning rates it takes; default: its own choice.
+        late: two thirds of stage 2's rounds go to stage 1: more of the same steps for what is
+            shared.
+        longer: stage 1 has this many times its rounds.
     """
 
     settings: tuple[str, ...]
     like: str | None = None
+    late: bool = False
+    longer: float = 1.0
 
 
 NO_SAL, HALF, LOGITS = "sal.enabled=false", "mofm.gate=fixed", "mofm.combine=logits"
 NOT_TRUE = "mofm.local_loss=not_true"
-LATE = ("stage1.rounds=8", "stage2.rounds=1")  # more of the same steps go into the shared model
 METHODS = {
     **{
         name: Method((f"method={name}",), "zero_shot" if name == "zero_shot" else None)
@@ -85,7 +94,6 @@ METHODS = {
         name: Method(("method=fedms", *settings), like="fedms")
         for name, settings in {
             "fedms, no SAL": (NO_SAL,),
-            "fedms, SAL at the bytes of no SAL": ("stage1.rounds=7",),
             "fedms, one half": (HALF,),
             "fedms, gate not anchored": ("mofm.anchor=0.0",),
             "fedms, gate adapter not shared": ("mofm.share_adapter=false",),
@@ -96,8 +104,11 @@ METHODS = {
             "fedms, no SAL, logits, one half, not-true": (NO_SAL, HALF, LOGITS, NOT_TRUE),
         }.items()
     },
-    "fedms, no SAL, logits, one half, 8 + 1": Method(("method=fedms", NO_SAL, HALF, LOGITS, *LATE)),
-    "fedavg_ft, 8 + 1": Method(("method=fedavg_ft", *LATE)),
+    "fedms, SAL at the bytes of no SAL": Method(("method=fedms",), like="fedms", longer=7 / 6),
+    "fedms, no SAL, logits, one half, late": Method(
+        ("method=fedms", NO_SAL, HALF, LOGITS), late=True
+    ),
+    "fedavg_ft, late": Method(("method=fedavg_ft",), late=True),
 }
 """By name. Those without ``like`` choose rates of their own."""
 LABELS = {
@@ -165,7 +176,9 @@ class Group:
 
 def overrides(cell: Cell, scale: float, kind: str) -> list[str]:
     """All settings of a cell that are not defaults."""
-    task, defaults = TASKS[cell.task], Config()
+    task, method, defaults = TASKS[cell.task], METHODS[cell.method], Config()
+    first, second = round(task.rounds[0] * method.longer), task.rounds[1]
+    moved = second - max(1, second // 3) if method.late else 0
     rates = [
         f"{stage}.lr={scale * getattr(defaults, stage).lr:g}" for stage in ("stage1", "stage2")
     ]
@@ -174,10 +187,12 @@ def overrides(cell: Cell, scale: float, kind: str) -> list[str]:
         *([] if cell.alpha == NATURAL else [f"data.alpha={cell.alpha}"]),
         *([f"eval.priors={list(PRIORS)}"] if task.classes else []),
         *(["eval.split=val"] if kind == "choice" else []),
+        f"stage1.rounds={first + moved}",
+        f"stage2.rounds={second - moved}",
         *SCHEDULE,
         *task.settings,
         *(rates if scale != 1 else []),
-        *METHODS[cell.method].settings,
+        *method.settings,
     ]
 
 

@@ -15,7 +15,7 @@ import subprocess
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from study_cells import METHODS, SCALES, TASKS, Cell
+from study_cells import BOUNDS, METHODS, SCALES, TASKS, Cell
 
 ROOT = Path(__file__).parents[1]
 LINES = ROOT / "bench" / "results" / "study.jsonl"
@@ -59,10 +59,19 @@ class Lines:
         return scale in self.choices(cell.task, cell.method)
 
     def untried(self, task: str, method: str) -> list[float]:
-        """The scales that a method's choice still needs."""
+        """The scales that a method's choice still needs: while the best is the least or the
+        greatest, half or twice of it.
+        """
         if METHODS[method].like is not None:
             return []
-        return [scale for scale in SCALES if scale not in self.choices(task, method)]
+        tried = self.choices(task, method)
+        left = [scale for scale in SCALES if scale not in tried]
+        if left:
+            return left
+        best = self.chosen(task, method).scale
+        beyond = {min(tried): best / 2, max(tried): best * 2}.get(best)
+        low, high = BOUNDS
+        return [] if beyond is None or not low <= beyond <= high else [beyond]
 
     def chosen(self, task: str, method: str) -> Choice:
         """The rule: of the scales of the learning rates the one with the highest sum of validation

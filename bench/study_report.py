@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean
 
-from study_cells import METHODS, SCALES, TASKS, label
+from study_cells import METHODS, TASKS, label
 from study_lines import ROOT, Line, Lines
 from study_numbers import Interval, Study, at_knob, balance, frontier, own_at
 
@@ -143,17 +143,16 @@ def differences(study: Study, lines: Lines) -> str:
 
 def choices(study: Study, lines: Lines) -> str:
     """Validation scores by the scale of the learning rates, and what they choose."""
+    own = [name for name, method in METHODS.items() if method.like is None]
+    every = {(task, name): lines.choices(task, name) for task in TASKS for name in own}
+    scales = sorted({scale for tried in every.values() for scale in tried})
     rows = []
-    for task in TASKS:
-        for method in METHODS:
-            tried = lines.choices(task, method)
-            if tried and METHODS[method].like is None:
-                scale, knob = lines.chosen(task, method)
-                sums = [
-                    f"{100 * balance(tried[s]):.1f}" if s in tried else "–" for s in sorted(SCALES)
-                ]
-                rows.append([task, label(method), *sums, f"{scale:g}", f"{knob:g}"])
-    return _table(("task", "method", *(f"x {s:g}" for s in sorted(SCALES)), "chosen", "knob"), rows)
+    for (task, method), tried in every.items():
+        if tried:
+            scale, knob = lines.chosen(task, method)
+            sums = [f"{100 * balance(tried[s]):.1f}" if s in tried else "–" for s in scales]
+            rows.append([task, label(method), *sums, f"{scale:g}", f"{knob:g}"])
+    return _table(("task", "method", *(f"x {s:g}" for s in scales), "chosen", "knob"), rows)
 
 
 def progress(study: Study, lines: Lines) -> str:

@@ -60,6 +60,8 @@ def test_rates_and_knob_are_chosen_on_validation_lines_alone(lines):
     )
     assert lines.untried("icd10", "ditto") == [0.5]
     write(lines, {**place, **scored(0.8, 0.4, scale=0.5)})
+    assert lines.untried("icd10", "ditto") == [4.0]  # the best is the greatest
+    write(lines, {**place, **scored(0.2, 0.4, scale=4.0)})
     assert lines.untried("icd10", "ditto") == []
     assert lines.chosen("icd10", "ditto") == (2.0, 0.5)
     assert lines.chosen("icd10", "fedprox") == (1.0, 0.0)
@@ -68,6 +70,18 @@ def test_rates_and_knob_are_chosen_on_validation_lines_alone(lines):
     assert {"stage1.lr=0.012", "stage2.lr=0.004", "data.alpha=0.1", "seed=2"} <= {
         *overrides(cell, scale, "run")
     }
+
+
+def test_every_row_has_its_settings_rounds():
+    def rounds(task: str, method: str) -> list[str]:
+        given = overrides(Cell(task, "0.3", 0, method), 1.0, "run")
+        return [setting for setting in given if ".rounds=" in setting]
+
+    assert rounds("icd10", "fedavg") == ["stage1.rounds=6", "stage2.rounds=3"]
+    assert rounds("icd10", "fedavg_ft, late") == ["stage1.rounds=8", "stage2.rounds=1"]
+    assert rounds("icd10-long", "fedavg_ft, late") == ["stage1.rounds=28", "stage2.rounds=2"]
+    longer = rounds("icd10-long", "fedms, SAL at the bytes of no SAL")
+    assert longer == ["stage1.rounds=28", "stage2.rounds=6"]
 
 
 def test_an_ablation_takes_the_choice_of_its_method(lines):
