@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 NATURAL = "natural"
 PRIORS = (-0.5, -0.25, 0.25, 0.5, 0.75, 1.0)
 """The knob on the label prior, beside 0: own data against everyone's."""
-SCALES = (1.0, 0.5, 2.0)
+SCALES = (1.0, 0.5)
 """Both stages' learning rates are these times the defaults; then on from the best, see Lines."""
 BOUNDS = (1 / 32, 8.0)
 SCHEDULE = (

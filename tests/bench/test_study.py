@@ -49,7 +49,7 @@ def write(lines: Lines, *found: dict) -> None:
 
 
 def test_rates_and_knob_are_chosen_on_validation_lines_alone(lines):
-    assert lines.untried("icd10", "ditto") == [1.0, 0.5, 2.0]
+    assert lines.untried("icd10", "ditto") == [1.0, 0.5]
     place = {"kind": "choice", "task": "icd10", "alpha": "0.3", "seed": 0, "method": "ditto"}
     knobs = {"0.5": {"own": 0.9, "everyone": 0.5}, "-0.5": {"own": 0.5, "everyone": 0.8}}
     write(
