@@ -83,7 +83,7 @@ class Method:
 
 
 NO_SAL, HALF, LOGITS = "sal.enabled=false", "mofm.gate=fixed", "mofm.combine=logits"
-NOT_TRUE = "mofm.local_loss=not_true"
+NOT_TRUE, BALANCED = "mofm.local_loss=not_true", "mofm.local_loss=balanced"
 METHODS = {
     **{
         name: Method((f"method={name}",), "zero_shot" if name == "zero_shot" else None)
@@ -108,6 +108,16 @@ METHODS = {
     "fedms, no SAL, logits, one half, late": Method(
         ("method=fedms", NO_SAL, HALF, LOGITS), late=True
     ),
+    "fedms, no SAL, logits, one half, balanced, late": Method(
+        ("method=fedms", NO_SAL, HALF, LOGITS, BALANCED), late=True
+    ),
+    **{
+        name: Method(settings, "fedms, no SAL, logits, one half, late", late=True)
+        for name, settings in {
+            "fedms, no SAL, logits, late": ("method=fedms", NO_SAL, LOGITS),
+            "fedms, logits, late": ("method=fedms", LOGITS),
+        }.items()
+    },
     "fedavg_ft, late": Method(("method=fedavg_ft",), late=True),
 }
 """By name. Those without ``like`` choose rates of their own."""
