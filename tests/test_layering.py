@@ -21,8 +21,8 @@ KERNELS = {
     "kernels": {"kernels.functional", "kernels.reference", "kernels.segments"},
     "kernels.functional": {
         "kernels.dropout", "kernels.experts", "kernels.higher_order", "kernels.native",
-        "kernels.plan", "kernels.segments", "kernels.stacked", "kernels.triton",
-        "kernels.validate",
+        "kernels.plan", "kernels.reference", "kernels.segments", "kernels.stacked",
+        "kernels.triton", "kernels.validate",
     },
     "kernels.plan": {"kernels.cuda", "kernels.native", "kernels.tiles", "kernels.triton"},
     "kernels.tune": {

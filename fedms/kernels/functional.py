@@ -11,16 +11,14 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch._C._functorch import (
-    is_batchedtensor,
-    is_functorch_wrapped_tensor,
-    is_legacy_batchedtensor,
-)
+from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from fedms.kernels import higher_order, native, plan, stacked, triton, validate
 from fedms.kernels.dropout import as_seed
 from fedms.kernels.experts import counts
+from fedms.kernels.reference import gated_lora_linear_reference
 from fedms.kernels.segments import Segments
 
 # Looked up once: an attribute chain through torch.ops costs more than the autograd.Function's call.
@@ -117,6 +115,8 @@ def gated_lora_linear(
 
     Returns [..., N] in the base result's dtype. M, K, N, E and ranks of 0 equal the base. Under
     autocast x and the weight are cast to the autocast dtype and the adapters stay as they are.
+    Transforms of torch.func (vmap, grad, jvp ...) and forward-mode differentiation know no kernel:
+    under them the op is its definition, `gated_lora_linear_reference`.
     Raises ValueError or TypeError that names the argument.
     """
     if isinstance(x, Tensor) and _under_autocast(x):
@@ -130,6 +130,7 @@ def gated_lora_linear(
     base = None
     if not isinstance(weight, Tensor):
         base = weight(x)
+        validate.check_base_result(x, base)
     elif torch.is_grad_enabled() and (
         weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
@@ -143,14 +144,20 @@ def gated_lora_linear(
         validate.check_routing(x, e, gates, expert_idxs, segments)
     if dropout_p != 0.0 or seed is not None:
         validate.check_dropout(x, dropout_p, seed, segments)
-    if base is not None and base.shape[:-1] != x.shape[:-1]:
-        raise ValueError(
-            f"weight(x) must be [..., N] with leading dims {list(x.shape[:-1])}, "
-            f"got {list(base.shape)}"
-        )
     k, r = x.shape[-1], sum(ranks)
     if not (k and n and r):
         return base if base is not None else F.linear(x, weight, bias)  # type: ignore[arg-type]
+    if _transformed():
+        if backend is not None:
+            raise ValueError(
+                "backend must be None under torch.func's transforms and forward-mode "
+                f"differentiation, got {backend!r}"
+            )
+        return gated_lora_linear_reference(
+            x, weight if base is None else lambda _: base, lora_A, lora_B, gates=gates,
+            expert_idxs=expert_idxs, segments=segments, bias=bias if base is None else None,
+            scaling=scale, dropout_p=dropout_p, seed=seed,
+        )  # fmt: skip
 
     m, out_dtype = x.numel() // k, x.dtype if base is None else base.dtype
     chosen = plan.choose(x.device, x.dtype, lora_A[0].dtype, out_dtype, backend, m, k, n, r)
@@ -175,9 +182,9 @@ def _under_autocast(t: Tensor) -> bool:
     return torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(t.device.type)
 
 
-def _is_batched(t: Tensor) -> bool:
-    """True inside vmap, of torch.func or of torch.autograd.grad(is_grads_batched=True)."""
-    return is_legacy_batchedtensor(t) or is_batchedtensor(t)
+def _transformed() -> bool:
+    """Whether tensors may stand for batches, or carry tangents, which a kernel would not see."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _rows(t: Tensor | None) -> Tensor | None:
@@ -274,8 +281,10 @@ class _GatedLora(torch.autograd.Function):
         half = len(parts) // 2
         A, B = parts[:half], parts[half:]
         routing = (gates, expert_idxs, offsets, experts, seed)
-        # differentiated itself, or of a batch of dy
-        plain = not torch.compiler.is_compiling() and (torch.is_grad_enabled() or _is_batched(dy))
+        # differentiated itself, or of a batch of dy (torch.autograd.grad's is_grads_batched)
+        plain = not torch.compiler.is_compiling() and (
+            torch.is_grad_enabled() or is_legacy_batchedtensor(dy) or _transformed()
+        )
         run = higher_order.backward if plain else _op(spec.backend, "backward", dy)
         x = x if plain or keeps_x else None
         if run is not native.backward:
@@ -310,11 +319,7 @@ _apply_eagerly: Callable[..., Any] = super(torch.autograd.Function, _GatedLora).
 
 
 def _apply(x: Tensor) -> Callable[..., Any]:
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or is_functorch_wrapped_tensor(x)
-    ):
+    if torch.compiler.is_compiling() or is_functorch_wrapped_tensor(x):
         return _GatedLora.apply
     return _apply_eagerly
 

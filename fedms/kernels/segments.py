@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
-from typing import NamedTuple
+from operator import index
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,9 +45,10 @@ class Segments:
             found = _checked_tensors(self.offsets, self.experts)
         else:
             raw = self.offsets.tolist() if isinstance(self.offsets, Tensor) else self.offsets
-            offsets = tuple(int(o) for o in raw)
+            offsets = _integers("offsets", raw)
             experts = tuple(
-                (e,) if isinstance(e, int) else tuple(int(i) for i in e) for e in self.experts
+                (e,) if isinstance(e, int) else _integers(f"experts[{i}]", e)
+                for i, e in enumerate(self.experts)
             )
             _check_lists(offsets, experts)
             object.__setattr__(self, "offsets", offsets)
@@ -132,6 +134,15 @@ def row_width(ranks: Sequence[int], experts: Tensor | None) -> int:
     if experts is None:
         return sum(ranks)
     return sum(sorted(ranks, reverse=True)[: experts.shape[1]])
+
+
+def _integers(what: str, values: Any) -> tuple[int, ...]:
+    """One integer or several, also numpy's; no number is rounded to one."""
+    try:
+        several = not hasattr(values, "__index__") or getattr(values, "shape", ()) != ()
+        return tuple(map(index, values)) if several else (index(values),)
+    except TypeError:
+        raise TypeError(f"segments.{what} must hold integers, got {values!r}") from None
 
 
 def _checked_tensors(offsets: Sequence[int] | Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:

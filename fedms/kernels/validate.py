@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
 
 from fedms.kernels.segments import Segments
 
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 def check_base(x: Tensor, weight: Tensor | Callable, bias: Tensor | None) -> None:
-    """x [..., K] floating, weight [N, K] or a callable, bias [N] beside a weight only."""
+    """x [..., K] of 16, 32 or 64 bit floats, weight [N, K] or a callable, bias [N] beside a weight
+    only.
+    """
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
-    if x.dim() == 0 or not x.is_floating_point():
-        raise ValueError(f"x must be floating point with shape [..., K], got {_seen(x)}")
+    if x.dtype not in _FLOATS or x.layout is not torch.strided or x.dim() == 0:
+        raise ValueError(
+            "x must be floating point of 16, 32 or 64 bits with shape [..., K], and strided, got "
+            f"{_seen(x)}"
+        )
     if not isinstance(weight, Tensor):
         if not callable(weight):
             raise TypeError(f"weight must be a Tensor or a callable, got {type(weight).__name__}")
@@ -30,10 +40,23 @@ def check_base(x: Tensor, weight: Tensor | Callable, bias: Tensor | None) -> Non
         raise ValueError(
             f"weight must have x's dtype and device ({x.dtype}, {x.device}), got {_seen(weight)}"
         )
-    if bias is not None and (
-        bias.shape != shape[:1] or bias.dtype != x.dtype or bias.device != x.device
-    ):
+    if bias is None:
+        return
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"bias must be a Tensor, got {type(bias).__name__}")
+    if bias.shape != shape[:1] or bias.dtype != x.dtype or bias.device != x.device:
         raise ValueError(f"bias must be [{shape[0]}] {x.dtype} on {x.device}, got {_seen(bias)}")
+
+
+def check_base_result(x: Tensor, base: Any) -> None:
+    """weight(x), floating [..., N] with x's leading dims."""
+    if not isinstance(base, Tensor):
+        raise TypeError(f"weight(x) must be a Tensor, got {type(base).__name__}")
+    if base.shape[:-1] != x.shape[:-1] or base.dtype not in _FLOATS or base.dim() == 0:
+        raise ValueError(
+            f"weight(x) must be floating point with shape [..., N] and leading dims "
+            f"{list(x.shape[:-1])}, got {_seen(base)}"
+        )
 
 
 def check_experts(
@@ -56,17 +79,31 @@ def check_experts(
             "lora_A and lora_B must both be sequences or both be stacks, got "
             f"{type(lora_A).__name__} and {type(lora_B).__name__}"
         )
-    if len(lora_A) != len(lora_B):
+    try:
+        paired = len(lora_A) == len(lora_B)
+    except TypeError:
+        raise TypeError(
+            "lora_A and lora_B must be sequences of Tensors, got "
+            f"{type(lora_A).__name__} and {type(lora_B).__name__}"
+        ) from None
+    if not paired:
         raise ValueError(
             f"lora_B must have one entry for each of lora_A ({len(lora_A)}), got {len(lora_B)}"
         )
     ranks: list[int] = []
-    if not lora_A:
-        return lora_A, lora_B, ranks
-    k, dtype, device = x.shape[-1], lora_A[0].dtype, x.device
-    if not dtype.is_floating_point:
-        raise ValueError(f"lora_A[0] must have a floating dtype, got {_seen(lora_A[0])}")
+    k, dtype, device = x.shape[-1], None, x.device
     for e, (a, b) in enumerate(zip(lora_A, lora_B, strict=True)):
+        if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+            raise TypeError(
+                f"lora_A[{e}] and lora_B[{e}] must be Tensors, got {type(a).__name__} and "
+                f"{type(b).__name__}"
+            )
+        if dtype is None:
+            dtype = a.dtype
+            if dtype not in _FLOATS:
+                raise ValueError(
+                    f"lora_A[0] must have a floating dtype of 16, 32 or 64 bits, got {_seen(a)}"
+                )
         shape = a.shape
         expected: tuple[int, ...] = ()
         if len(shape) == 2:
@@ -105,8 +142,17 @@ def check_scaling(scaling: float | Sequence[float] | Tensor | None, e: int) -> l
     if isinstance(scaling, (int, float)):
         return [float(scaling)] * e
     if isinstance(scaling, Tensor):
+        if scaling.requires_grad:
+            raise ValueError(
+                "scaling must not require a gradient, it would get none: gates are differentiable"
+            )
         scaling = scaling.expand(e).tolist() if scaling.dim() == 0 else scaling.tolist()
-    values = list(map(float, scaling))
+    try:
+        values = list(map(float, scaling))
+    except (TypeError, ValueError):
+        if isinstance(scaling, Real):  # numpy's
+            return [float(scaling)] * e
+        raise TypeError(f"scaling must be a number or one an expert, got {scaling!r}") from None
     if len(values) != e:
         raise ValueError(f"scaling must have one entry an expert ({e}), got {len(values)}")
     return values
@@ -121,18 +167,25 @@ def check_routing(
 ) -> None:
     """gates [E], [..., E] or [..., k] beside expert_idxs [..., k]; segments that cover the rows."""
     lead = tuple(x.shape[:-1])
+    if segments is not None and not isinstance(segments, Segments):
+        raise TypeError(f"segments must be Segments, got {type(segments).__name__}")
     if expert_idxs is not None:
         if segments is not None:
             raise ValueError("segments must be None beside expert_idxs: both say the routing")
-        if expert_idxs.dtype != torch.int64:
-            raise TypeError(f"expert_idxs must be int64, got {expert_idxs.dtype}")
-        if expert_idxs.device != x.device or tuple(expert_idxs.shape[:-1]) != lead:
+        if not isinstance(expert_idxs, Tensor) or expert_idxs.dtype != torch.int64:
+            raise TypeError(
+                "expert_idxs must be an int64 Tensor, got "
+                f"{getattr(expert_idxs, 'dtype', type(expert_idxs))}"
+            )
+        shape = tuple(expert_idxs.shape)
+        if expert_idxs.device != x.device or not shape or shape[:-1] != lead:
             raise ValueError(
                 f"expert_idxs must be [..., k] with leading dims {lead} on {x.device}, "
                 f"got {_seen(expert_idxs)}"
             )
         # Reading device values would wait for the device; there the kernel's own bounds must do.
-        if expert_idxs.device.type == "cpu" and expert_idxs.numel() and not _compiling():
+        readable = expert_idxs.device.type == "cpu" and not is_batchedtensor(expert_idxs)
+        if readable and expert_idxs.numel() and not _compiling():
             low, high = (int(v) for v in expert_idxs.aminmax())
             if low < 0 or high >= e:
                 raise ValueError(f"expert_idxs must be in [0, {e}), got values {low} to {high}")
@@ -183,8 +236,11 @@ def check_dropout(
         if seed.dtype != torch.int64 or seed.device != x.device or seed.shape not in ((), own):
             expected = "[]" if own is None else f"[] or one a segment {list(own)}"
             raise ValueError(f"seed must be int64 {expected} on {x.device}, got {_seen(seed)}")
-    elif seed is not None and not 0 <= seed < 2**63:
-        raise ValueError(f"seed must be in [0, 2^63), got {seed}")
+    elif seed is not None:
+        if not hasattr(seed, "__index__"):
+            raise TypeError(f"seed must be an integer or an int64 Tensor, got {seed!r}")
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed must be in [0, 2^63), got {seed}")
 
 
 def _compiling() -> bool:
@@ -192,4 +248,5 @@ def _compiling() -> bool:
 
 
 def _seen(t: Tensor) -> str:
-    return f"{list(t.shape)} {t.dtype} on {t.device}"
+    layout = "" if t.layout is torch.strided else f" {t.layout}"
+    return f"{list(t.shape)} {t.dtype}{layout} on {t.device}"

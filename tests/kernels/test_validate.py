@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,6 +21,8 @@ IDXS = torch.zeros(2, 5, 1, dtype=torch.int64)
     [
         ({"x": [1.0]}, TypeError, r"x must be a Tensor, got list"),
         ({"x": torch.zeros(2, 4, dtype=torch.int32)}, ValueError, r"x must be floating .*int32"),
+        ({"x": X.to(torch.float8_e4m3fn)}, ValueError, r"x must be .*16, 32 or 64 .*float8_e4m3fn"),
+        ({"x": X.to_sparse()}, ValueError, r"x must be .* strided, got .*torch.sparse_coo"),
         ({"weight": 3}, TypeError, r"weight must be a Tensor or a callable, got int"),
         (
             {"weight": torch.zeros(3, 5)},
@@ -29,7 +32,14 @@ IDXS = torch.zeros(2, 5, 1, dtype=torch.int64)
         ({"weight": W.double()}, ValueError, r"weight must have x's dtype .*float64"),
         ({"weight": lambda x: x[..., :3], "bias": W[:, 0]}, ValueError, r"bias must be None"),
         ({"weight": lambda x: torch.zeros(9, 3)}, ValueError, r"weight\(x\) must be .* \[9, 3\]"),
+        ({"weight": lambda x: None}, TypeError, r"weight\(x\) must be a Tensor, got NoneType"),
+        (
+            {"weight": lambda x: x[..., :3].int()},
+            ValueError,
+            r"weight\(x\) must be floating .*int32",
+        ),
         ({"bias": torch.zeros(4)}, ValueError, r"bias must be \[3\] .* got \[4\]"),
+        ({"bias": [0.0] * 3}, TypeError, r"bias must be a Tensor, got list"),
         ({"lora_A": torch.zeros(2, 2, 4)}, TypeError, r"lora_A and lora_B must both be .* list"),
         (
             {"lora_A": A[0], "lora_B": B[0]},
@@ -55,7 +65,16 @@ IDXS = torch.zeros(2, 5, 1, dtype=torch.int64)
             r"lora_A\[1\] and .* must have .*float64",
         ),
         ({"lora_A": [a.int() for a in A]}, ValueError, r"lora_A\[0\] must have .*int32"),
+        ({"lora_A": None}, TypeError, r"must be sequences of Tensors, got NoneType and list"),
+        ({"lora_A": [A[0], None]}, TypeError, r"lora_A\[1\] and .* must be Tensors, got NoneType"),
+        ({"lora_B": [B[0].numpy(), B[1]]}, TypeError, r"lora_B\[0\] must be .* Tensor and ndarray"),
         ({"scaling": [1.0]}, ValueError, r"scaling must have one entry an expert \(2\), got 1"),
+        ({"scaling": torch.ones(1, 2)}, TypeError, r"scaling must be a number or one an expert"),
+        (
+            {"scaling": torch.ones(2, requires_grad=True)},
+            ValueError,
+            r"scaling must not require a gradient",
+        ),
         ({"gates": torch.zeros(3)}, ValueError, r"gates must be \[2\] or \[2, 5, 2\], got \[3\]"),
         ({"gates": torch.zeros(10, 2)}, ValueError, r"gates must be \[2\] or \[2, 5, 2\]"),
         (
@@ -64,7 +83,13 @@ IDXS = torch.zeros(2, 5, 1, dtype=torch.int64)
             r"gates must be a floating .*int64",
         ),
         ({"gates": 0.5}, TypeError, r"gates must be a floating point Tensor, got .*float"),
-        ({"expert_idxs": IDXS.int()}, TypeError, r"expert_idxs must be int64, got torch.int32"),
+        ({"expert_idxs": IDXS.int()}, TypeError, r"expert_idxs must be an int64 .* torch.int32"),
+        ({"expert_idxs": [[0]]}, TypeError, r"expert_idxs must be an int64 Tensor, got .*list"),
+        (
+            {"x": X[0, 0], "expert_idxs": IDXS[0, 0, 0]},
+            ValueError,
+            r"expert_idxs must be .* got \[\]",
+        ),
         ({"expert_idxs": IDXS[0]}, ValueError, r"expert_idxs must be .* \(2, 5\)"),
         (
             {"expert_idxs": IDXS + 2},
@@ -88,8 +113,10 @@ IDXS = torch.zeros(2, 5, 1, dtype=torch.int64)
             ValueError,
             r"segments.experts\[0\] must be in \[0, 2\)",
         ),
+        ({"segments": ([0, 10], [0])}, TypeError, r"segments must be Segments, got tuple"),
         ({"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\), got 1.0"),
         ({"seed": -1}, ValueError, r"seed must be in \[0, 2\^63\), got -1"),
+        ({"seed": 1.5}, TypeError, r"seed must be an integer or an int64 Tensor, got 1.5"),
         ({"seed": torch.tensor(1.0)}, ValueError, r"seed must be int64 \[\] on cpu, got .*float32"),
         ({"seed": torch.tensor([1])}, ValueError, r"seed must be int64 \[\] on cpu, got \[1\]"),
         (
@@ -103,6 +130,13 @@ IDXS = torch.zeros(2, 5, 1, dtype=torch.int64)
 def test_errors(change, error, message):
     with pytest.raises(error, match=message):
         gated_lora_linear(**{**GOOD, **change})
+
+
+def test_numbers_of_numpy():
+    plain = gated_lora_linear(**GOOD, segments=Segments([0, 4, 10], [1, (0, 1)]), scaling=2.0)
+    segments = Segments(np.array([0, 4, 10]), [np.int64(1), np.array([0, 1])])
+    for scaling in (np.float32(2), np.full(2, 2.0)):
+        assert torch.equal(gated_lora_linear(**GOOD, segments=segments, scaling=scaling), plain)
 
 
 def test_native_refuses_what_it_cannot_run(monkeypatch):
