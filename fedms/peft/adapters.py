@@ -152,8 +152,8 @@ def why_not_input(x: Any) -> str | None:
     """Why the op cannot take this input, or be called at all here."""
     if not isinstance(x, Tensor) or not x.is_floating_point() or not x.dim():
         return f"the input is a {type(x).__name__} {getattr(x, 'dtype', '')}".rstrip()
-    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
-        return "a torch.func transform or forward-mode differentiation is active"
+    if x.layout is not torch.strided or x.is_nested:
+        return f"the input is {'nested' if x.is_nested else x.layout}"
     if torch.compiler.is_compiling() and torch.compiler.is_exporting():
         return "torch.export, whose programs should hold no op that only fedms knows"
     return None

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from fedms.peft.binding import Binding, Gateable, bound_on, set_on
 from fedms.peft.layer import FusedLayer, why_not_taken
-from fedms.peft.routing import AdapterRouting, Gates, of_samples
+from fedms.peft.routing import AdapterRouting, Gates, of_samples, split_gates
 
 LayerGates = Gates | Callable[[Tensor], Gates]
 
@@ -134,11 +134,7 @@ def _name_bindings(
 def _routing(gates: LayerGates | None, names: tuple[str, ...]) -> AdapterRouting:
     if gates is None or (callable(gates) and not isinstance(gates, Tensor)):
         return AdapterRouting(names, gates)
-    values, idxs = gates if isinstance(gates, tuple) else (gates, None)
-    if not isinstance(values, Tensor) or not values.is_floating_point():
-        raise TypeError(
-            f"gates must be a floating point Tensor, got {getattr(values, 'dtype', type(values))}"
-        )
+    values, idxs = split_gates(gates)
     if idxs is None and (not values.dim() or values.shape[-1] != len(names)):
         raise ValueError(
             f"gates must have one column for each of the adapters {list(names)}, got "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,8 +63,7 @@ class AdapterRouting:
         """With the gates that a function gives for x in the function's place."""
         if isinstance(self.gates, Tensor) or self.gates is None:
             return self
-        found = self.gates(x)
-        gates, idxs = found if isinstance(found, tuple) else (found, None)
+        gates, idxs = split_gates(self.gates(x))
         return replace(self, gates=gates, expert_idxs=idxs)
 
     def fit(self, x: Tensor, names: list[str]) -> Experts:
@@ -127,6 +126,20 @@ class AdapterRouting:
             idxs = torch.where(idxs < 0, idxs, self._positions(names)[idxs])
         offsets = torch.arange(idxs.shape[0] + 1) * math.prod(x.shape[1:-1])
         return Segments(offsets, idxs)
+
+
+def split_gates(gates: Any) -> tuple[Tensor, Tensor | None]:
+    """Gates and the indices beside them, if there are any.
+
+    Raises TypeError when they are neither a floating tensor nor a pair of one and indices.
+    """
+    values, idxs = gates if isinstance(gates, tuple) and len(gates) == 2 else (gates, None)
+    if not isinstance(values, Tensor) or not values.is_floating_point():
+        raise TypeError(
+            "gates must be a floating point Tensor, or a pair (gates, expert_idxs) with one, got "
+            f"{getattr(values, 'dtype', type(values).__name__)}"
+        )
+    return values, idxs
 
 
 def of_samples(

@@ -265,6 +265,7 @@ def test_bad_gates_are_errors(model):
     cases = [
         (lambda: fedms.set_gates(model, torch.ones(2)), ValueError, r"one column for each"),
         (lambda: fedms.set_gates(model, torch.ones(3).long()), TypeError, r"floating point"),
+        (lambda: fedms.set_gates(model, (three,)), TypeError, r"or a pair \(gates, expert_idxs\)"),
         (lambda: fedms.set_gates(model, three, adapters=["x", "y", "z"]), ValueError, r"among"),
         (lambda: fedms.set_gates(model, three, adapters=["one"] * 3), ValueError, r"distinct"),
         (lambda: fedms.set_gates(model, {"nowhere": three}), ValueError, r"name fused layers"),
@@ -274,6 +275,13 @@ def test_bad_gates_are_errors(model):
     for call, kind, match in cases:
         with pytest.raises(kind, match=match):
             call()
+
+
+def test_a_function_of_gates_must_give_some(model):
+    """None would be read as no gates: every adapter in full."""
+    fedms.set_gates(model, lambda x: None)
+    with pytest.raises(TypeError, match=r"gates must be .* got NoneType"):
+        model(torch.randn(2, IN, dtype=DOUBLE))
 
 
 def test_gates_do_not_pass_over_layers_they_cannot_reach():

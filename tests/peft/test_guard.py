@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft_models import IN, fused_calls, mlp
-from torch import nn
+from torch import Tensor, nn
 
 import fedms
 from fedms.peft import why_not_fused
@@ -99,6 +99,22 @@ def test_arguments_and_inputs(model):
     assert "the input is a list" in why_not_fused(layer, [1.0])
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda x: torch.nested.as_nested_tensor([x, x[:2]], layout=torch.jagged), "nested"),
+        (torch.Tensor.to_sparse, "torch.sparse_coo"),
+    ],
+)
+def test_inputs_that_are_not_strided(model, change, reason):
+    layer, x = _layer(model), torch.randn(3, IN)
+    want = layer(x)
+    got = layer(change(x))
+    for part in got.unbind() if got.is_nested else [got]:
+        torch.testing.assert_close(part, want[: len(part)])
+    assert fedms.stats(model).fallback == {f"the input is {reason}": 1}
+
+
 def test_global_hooks_see_every_module(model):
     layer, x, seen = _layer(model), torch.randn(3, IN), []
     handle = nn.modules.module.register_module_forward_hook(lambda m, a, y: seen.append(m))
@@ -120,6 +136,23 @@ def test_functional_transforms_and_forward_mode(model):
     want = torch.func.vmap(torch.func.grad(lambda row: layer(row).sum()))(x)
     torch.testing.assert_close(got, want)
     torch.testing.assert_close((y, tangent), torch.func.jvp(layer, (x,), (torch.ones_like(x),)))
+
+
+def test_gates_under_functional_transforms(model):
+    layer, x, gates = _layer(model), torch.randn(3, IN), torch.rand(2)
+
+    def gradients(rows: Tensor, gates: Tensor) -> Tensor:
+        with fedms.gated(model, gates, adapters=["one", "two"]):
+            return torch.func.vmap(torch.func.grad(lambda row: layer(row).sum()))(rows)
+
+    base, one, two, both = (
+        gradients(x, torch.tensor(g)) for g in ([0.0, 0], [1.0, 0], [0.0, 1], [*gates.tolist()])
+    )
+    torch.testing.assert_close(both, base + gates[0] * (one - base) + gates[1] * (two - base))
+    model.set_adapter("one")
+    fedms.restore(model)
+    want = torch.func.vmap(torch.func.grad(lambda row: layer(row).sum()))(x)
+    torch.testing.assert_close(one, want)
 
 
 def test_exported_and_traced_programs_hold_torch_ops_only(model):
