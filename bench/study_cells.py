@@ -105,20 +105,22 @@ METHODS = {
         }.items()
     },
     "fedms, SAL at the bytes of no SAL": Method(("method=fedms",), like="fedms", longer=7 / 6),
-    "fedms, no SAL, logits, one half, late": Method(
-        ("method=fedms", NO_SAL, HALF, LOGITS), late=True
-    ),
-    "fedms, no SAL, logits, one half, balanced, late": Method(
-        ("method=fedms", NO_SAL, HALF, LOGITS, BALANCED), late=True
-    ),
     **{
-        name: Method(settings, "fedms, no SAL, logits, one half, late", late=True)
-        for name, settings in {
-            "fedms, no SAL, logits, late": ("method=fedms", NO_SAL, LOGITS),
-            "fedms, logits, late": ("method=fedms", LOGITS),
+        name: Method((f"method={method}", *settings), late=True)
+        for name, (method, *settings) in {
+            "fedms, logits, late": ("fedms", LOGITS),
+            "fedms, no SAL, logits, late": ("fedms", NO_SAL, LOGITS),
+            "fedms, no SAL, logits, one half, late": ("fedms", NO_SAL, LOGITS, HALF),
+            "fedms, no SAL, logits, one half, balanced, late": (
+                "fedms",
+                NO_SAL,
+                LOGITS,
+                HALF,
+                BALANCED,
+            ),
+            "fedavg_ft, late": ("fedavg_ft",),
         }.items()
     },
-    "fedavg_ft, late": Method(("method=fedavg_ft",), late=True),
 }
 """By name. Those without ``like`` choose rates of their own."""
 LABELS = {
