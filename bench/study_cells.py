@@ -108,6 +108,7 @@ METHODS = {
     **{
         name: Method((f"method={method}", *settings), late=True)
         for name, (method, *settings) in {
+            "fedms, late": ("fedms",),
             "fedms, logits, late": ("fedms", LOGITS),
             "fedms, no SAL, logits, late": ("fedms", NO_SAL, LOGITS),
             "fedms, no SAL, logits, one half, late": ("fedms", NO_SAL, LOGITS, HALF),
