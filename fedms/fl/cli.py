@@ -74,6 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if error.errno is None:  # not the system's
+            raise
+        print(f"fedms: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -208,7 +213,8 @@ def _run(args: argparse.Namespace) -> None:
 
 def _resume(args: argparse.Namespace) -> None:
     from fedms.fl.journal.progress import Progress
-    from fedms.fl.runs.folder import config_of, resume
+    from fedms.fl.runs.folder import resume
+    from fedms.fl.runs.origin import config_of
 
     config = config_of(args.folder)
     with Progress(quiet=args.quiet or not _speaks()) as progress:

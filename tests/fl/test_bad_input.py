@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -242,6 +243,47 @@ def test_a_run_whose_settings_are_broken(tmp_path, capsys):
     (tmp_path / "config.toml").write_text("seed = = 1")
     assert main(["resume", str(tmp_path)]) == 2
     assert "config.toml is not valid TOML" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["origin.json", "label_counts.json", "config.toml"])
+@pytest.mark.parametrize("content", [None, "{}", '{"examples": 2', "old = true"])
+def test_files_of_another_version(whole, tmp_path, capsys, name, content):
+    """What cannot be read is named, whoever reads it; nothing is taken for granted."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_text(content)
+    assert main(["predict", str(folder), "--client", "client-00", "rash"]) == 2
+    assert name in capsys.readouterr().err
+    if name == "origin.json" and content is not None:
+        (folder / "finished").unlink()
+        assert main(["resume", str(folder), "--quiet"]) == 2
+        assert name in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["export", "report"])
+def test_a_folder_that_cannot_be_written_any_more(whole, tmp_path, capsys, command):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    (folder / "adapters" / "clients").write_text("in the way")
+    (folder / "report.html").mkdir()
+    client = ["client-00"] if command == "export" else []
+    assert main([command, str(folder), *client]) == 2
+    assert str(folder) in capsys.readouterr().err
+
+
+def test_a_disk_without_room_for_an_export(whole, tmp_path, capsys, full_disk):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    with full_disk(1):
+        assert main(["export", str(folder), "client-00"]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+
+
+def test_bytes_that_are_no_text(whole, capsys):
+    assert main(["predict", str(whole), "--client", "client-00", "caf\udce9"]) == 2
+    assert r"a text must be UTF-8, got other bytes: 'caf\udce9'" in capsys.readouterr().err
 
 
 def test_all_checkpoints_damaged(settings, tmp_path, capsys):

@@ -13,7 +13,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
-from fedms.fl.data.table import Table
+from fedms.fl.data.table import Table, is_unicode
 from fedms.fl.types import DataError
 
 if TYPE_CHECKING:
@@ -116,6 +116,8 @@ def read_class_folders(root: Path) -> tuple[Images, list[str], tuple[str, ...] |
                 "got no folder"
             )
         for folder in classes:
+            if not is_unicode(folder.name):
+                raise DataError(f"{folder!r} names a class and must be UTF-8, got other bytes")
             found = [path for path in _visible(folder) if path.is_file()]
             if not found:
                 raise DataError(f"{folder} must hold the images of a class, got no file")

@@ -53,6 +53,8 @@ class Table:
                 got = "none"
             elif not isinstance(value, types):
                 got = f"type {type(value).__name__}"
+            elif isinstance(value, str) and not is_unicode(value):
+                got = f"half of a surrogate pair: {value[:40]!r}"
             else:
                 yield value
                 continue
@@ -111,6 +113,15 @@ def read_jsonl(path: Path, columns: Sequence[str]) -> Table:
         check_columns(path, columns, dict.fromkeys(key for cells in objects for key in cells))
     found = {name: [cells.get(name) for cells in objects] for name in columns}
     return Table(str(path), path.parent, found, rows)
+
+
+def is_unicode(text: str) -> bool:
+    """Whether it can be written as UTF-8; JSON's escapes and a console's bytes may be no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_columns(origin: Path | str, wanted: Iterable[str], found: Iterable[str]) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from fedms.fl.types import FedMSError
 
@@ -24,6 +26,27 @@ def replace_file(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}")
     write_synced(temporary, content)
     temporary.replace(path)
+
+
+def read_record(path: Path, *keys: str) -> dict[str, Any]:
+    """An object in JSON with these keys, one of the files that a run begins with.
+
+    Raises:
+        FedMSError: it is not there, damaged, or lacks a key.
+    """
+    try:
+        record = json.loads(path.read_bytes())
+        missing = [key for key in keys if key not in record]
+    except (OSError, ValueError, TypeError) as error:
+        reason = str(getattr(error, "strerror", None) or error)
+    else:
+        if not missing:
+            return record
+        reason = f"it has no {missing[0]!r}"
+    raise FedMSError(
+        f"{path} cannot be read: {reason}; another version of fedms began the run, or the file is "
+        "damaged"
+    )
 
 
 def sync_folder(folder: Path) -> None:

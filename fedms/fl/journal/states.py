@@ -96,7 +96,7 @@ class ClientStates:
 
     def forget_after(self, round: int) -> None:
         """Delete what a run that was killed has left of later rounds, and torn files."""
-        for path in self.folder.glob("*/*"):
+        for path in self.folder.glob(f"*/*{ENDING}"):  # file managers leave files of their own
             if path.name.startswith(".") or _round(path) > round:
                 path.unlink()
 

@@ -53,14 +53,12 @@ def save_adapter(
         "bias": "none",
         "inference_mode": True,
     }
-    (folder / "adapter_config.json").write_text(
-        json.dumps(config, indent=2) + "\n", encoding="utf-8"
-    )
+    replace_file(folder / "adapter_config.json", (json.dumps(config, indent=2) + "\n").encode())
     tensors = {f"{PEFT_PREFIX}{name}.weight": t.contiguous() for name, t in own.items()}
     # not save_file: what a full disk answers is to be an OSError
-    (folder / "adapter_model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
+    replace_file(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
     if head is not None:
-        (folder / "head.safetensors").write_bytes(save({"weight": head.contiguous()}))
+        replace_file(folder / "head.safetensors", save({"weight": head.contiguous()}))
 
 
 def export_common(slots: Slots, state: State, folder: Path, base_model: str) -> None:

@@ -38,7 +38,7 @@ from fedms.fl.journal.files import replace_file
 from fedms.fl.journal.progress import Progress
 from fedms.fl.journal.states import ClientStates
 from fedms.fl.runs.folder import from_anywhere, resume, start
-from fedms.fl.runs.origin import changed_settings, frozen_weights, model_digest
+from fedms.fl.runs.origin import changed_settings, config_of, frozen_weights, model_digest
 from fedms.fl.runs.site import Site
 from fedms.fl.types import ConfigError, FedMSError
 
@@ -208,7 +208,7 @@ def serve(config: Config, out: Path, grid: Grid, wait: float, progress: Progress
     if not (out / "config.toml").is_file():
         start(config, out, progress, federation, engine)
         return
-    if differ := changed_settings(load_config(out / "config.toml"), config):
+    if differ := changed_settings(config_of(out), config):
         raise FedMSError(
             f"{out} was started with other settings:\n  " + "\n  ".join(differ)
             + "\nBring back what it was started with, or name another out"

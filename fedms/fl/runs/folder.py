@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from fedms.fl.channel.channel import Channel
-from fedms.fl.config import Config, load_config, to_toml
+from fedms.fl.config import Config, to_toml
 from fedms.fl.data.federation import Federation
 from fedms.fl.engines.local import LocalEngine
 from fedms.fl.engines.world import World
@@ -32,7 +32,7 @@ from fedms.fl.journal.progress import Progress
 from fedms.fl.round import Run
 from fedms.fl.runs.export import export_common
 from fedms.fl.runs.method import MakeEngine, run_method
-from fedms.fl.runs.origin import Origin, frozen_weights
+from fedms.fl.runs.origin import Origin, config_of, frozen_weights
 from fedms.fl.types import FedMSError, select
 
 
@@ -75,13 +75,6 @@ def resume(
     config = config_of(folder)
     with locked(folder, progress.warn):
         _carry_on(config, folder, progress, source, engine)
-
-
-def config_of(folder: Path) -> Config:
-    """The settings of a run; FedMSError where there is none."""
-    if not (folder / "config.toml").is_file():
-        raise FedMSError(f"{folder} holds no run: it has no config.toml")
-    return load_config(folder / "config.toml")
 
 
 def _refuse_what_is_there(folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,16 +11,18 @@ import numpy as np
 from fedms.fl.algorithms import Stage, stages_of
 from fedms.fl.channel.link import Link, split_late
 from fedms.fl.client import received
-from fedms.fl.config import Config, load_config
+from fedms.fl.config import Config
 from fedms.fl.data.federation import Dataset, Federation
 from fedms.fl.data.images import Images
+from fedms.fl.data.table import is_unicode
 from fedms.fl.engines.texts import windows_of
 from fedms.fl.engines.world import load_model
 from fedms.fl.journal.checkpoint import load_checkpoint
+from fedms.fl.journal.files import read_record
 from fedms.fl.journal.progress import Progress
 from fedms.fl.journal.states import ClientStates
 from fedms.fl.model.model import Model
-from fedms.fl.runs.origin import check_model, frozen_weights
+from fedms.fl.runs.origin import check_model, config_of, frozen_weights
 from fedms.fl.sal import Activation
 from fedms.fl.server import Server
 from fedms.fl.types import FedMSError, State
@@ -65,16 +66,15 @@ def open_run(
     """Open a run for some of its clients, on ``examples``: texts, or files of images.
 
     Raises:
-        FedMSError: no such run or client, no round of it has ended, or its model is another one.
+        FedMSError: no such run or client, no round of it has ended, its model is another one, or an
+            example is no text.
     """
-    if not (folder / "config.toml").is_file():
-        raise FedMSError(f"{folder} holds no run: it has no config.toml")
-    config = load_config(folder / "config.toml")
+    config = config_of(folder)
     states = ClientStates(folder / "clients")
     checkpoint = load_checkpoint(folder / "checkpoints", states, progress.warn)
     if checkpoint is None:
         raise FedMSError(f"no round of {folder} has ended yet; there is nothing to ask")
-    record = json.loads((folder / "label_counts.json").read_bytes())
+    record = read_record(folder / "label_counts.json", "class_names", "clients", "unseen", "counts")
     counts = dict(zip(record["clients"], record["counts"], strict=True))
     for client_id in clients:
         if client_id not in counts:
@@ -103,6 +103,9 @@ def _dataset(config: Config, examples: Sequence[str], class_names: tuple[str, ..
         labels = np.zeros(len(examples), dtype=np.int64)
         images = Images(lambda i: Path(examples[i]), lambda i: examples[i], len(examples))
         return Dataset(images, labels, class_names)
+    for text in examples:
+        if not is_unicode(text):
+            raise FedMSError(f"a text must be UTF-8, got other bytes: {text[:40]!r}")
     texts = tuple(examples) or ("no example is asked for",)  # tokenizers take no empty list
     dataset = Dataset(texts, np.zeros(len(texts), dtype=np.int64), class_names)
     return windows_of(config, dataset) if config.task.kind == "causal_lm" else dataset

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedms.fl.config import Config
+from fedms.fl.config import Config, load_config
 from fedms.fl.data.federation import Dataset, Federation
-from fedms.fl.journal.files import replace_file
+from fedms.fl.journal.files import read_record, replace_file
 from fedms.fl.settings import Section
-from fedms.fl.types import FedMSError
+from fedms.fl.types import ConfigError, FedMSError
 
 FILE = "origin.json"
 FREE = ("rivals", "server.quorum", "engine.")
@@ -95,10 +95,10 @@ class Origin:
             record = {"settings": settings, **asdict(self)}
             replace_file(path, json.dumps(record, indent=1).encode())
             return
-        record = json.loads(path.read_bytes())
-        then = record.pop("settings")
-        differ = _changes(then, settings)
-        differ += Origin(**record)._differences(self, config)
+        names = [field.name for field in fields(self)]
+        record = read_record(path, "settings", *names)
+        differ = _changes(record["settings"], settings)
+        differ += Origin(**{name: record[name] for name in names})._differences(self, config)
         if differ:
             raise FedMSError(
                 f"{folder} was started with something else and does not go on:\n  "
@@ -120,13 +120,28 @@ class Origin:
             yield f"the model {config.model.path} has other parameters"
 
 
+def config_of(folder: Path) -> Config:
+    """The settings of a run.
+
+    Raises:
+        FedMSError: there is none, or its settings are not ones of this version.
+    """
+    path = folder / "config.toml"
+    if not path.is_file():
+        raise FedMSError(f"{folder} holds no run: it has no config.toml")
+    try:
+        return load_config(path)
+    except ConfigError as error:
+        raise ConfigError(f"{path} is not of this version of fedms: {error}") from error
+
+
 def check_model(folder: Path, weights: Mapping[str, Tensor], path: str) -> None:
     """Refuse to run a run's experts on another model than the one that they were trained on.
 
     Raises:
         FedMSError: it is another one.
     """
-    if json.loads((folder / FILE).read_bytes())["model"] != model_digest(weights):
+    if read_record(folder / FILE, "model")["model"] != model_digest(weights):
         raise FedMSError(f"the model in {path} is not the one that {folder} was trained on")
 
 

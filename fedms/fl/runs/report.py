@@ -17,8 +17,10 @@ from rich.table import Table
 from rich.text import Text
 
 from fedms.fl.algorithms import ALGORITHMS, stages_of, title
-from fedms.fl.config import Config, load_config
+from fedms.fl.config import Config
+from fedms.fl.journal.files import read_record
 from fedms.fl.journal.records import ClientRecord, RoundRecord, Spread
+from fedms.fl.runs.origin import config_of
 from fedms.fl.runs.plots import LabelCounts, MethodRun, draw
 from fedms.fl.tasks import METRICS
 from fedms.fl.tasks.task import Metric
@@ -150,7 +152,7 @@ def _has_lines(path: Path) -> bool:
 def _label_counts(path: Path) -> LabelCounts | None:
     if not path.exists():
         return None
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = read_record(path, "class_names", "clients", "counts")
     return LabelCounts(found["class_names"], found["clients"], found["counts"])
 
 
@@ -166,7 +168,7 @@ def _round(entry: dict[str, Any]) -> RoundRecord:
 def _methods(folder: Path) -> list[MethodRun]:
     """The run's method and the rivals that have a round, in the table's order."""
     rounds = read_rounds(folder)
-    config = load_config(folder / "config.toml")
+    config = config_of(folder)
     runs = [_method(folder, config.method, config, rounds)]
     for path in sorted(folder.glob("rivals/*/metrics.jsonl")):
         if _has_lines(path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import sys
 from io import BytesIO
 from pathlib import Path
 
@@ -111,6 +113,13 @@ def test_folders_without_images(folder, tmp_path):
         load_dataset(folder / "empty", image_column="image")
     with pytest.raises(DataError, match=r"ending in .csv, .*or a folder of .parquet files"):
         load_dataset(folder)
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its disks take text alone as names")
+def test_a_class_folder_whose_name_is_no_text(folder):
+    os.rename(folder / "red", os.fsencode(folder) + b"/ros\xe9")
+    with pytest.raises(DataError, match=r"ros.*names a class and must be UTF-8"):
+        load_dataset(folder, image_column="image")
 
 
 def test_damaged_pixels_are_named_when_they_are_asked_for(folder):

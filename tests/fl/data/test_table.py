@@ -225,6 +225,7 @@ def test_header_alone(tmp_path):
     [
         ("a.jsonl", b'{"text": "x", "label": "a"}\n{"text": \n', ["line 2", "not valid JSON"]),
         ("a.jsonl", b'["x", "a"]\n', ["line 1", "JSON object", "list"]),
+        ("a.jsonl", b'{"text": "\\ud83d", "label": "a"}\n', ["line 1", "'text'", "surrogate"]),
         ("a.csv", b"text,label\nx,a\none, two,b\n", ["row 2", "expected 2 cells", "got 3"]),
         ("a.csv", b"text,label\nx\n", ["row 1", "expected 2 cells", "got 1"]),
         ("a.csv", b'text,label\n"x,a\n', ["line 2", "not valid CSV"]),

@@ -89,7 +89,10 @@ def test_later_rounds_and_torn_files_of_a_killed_run_are_forgotten(states, tmp_p
     states.write("b", 3, state(3))
     whole = files(tmp_path)[0]
     whole.with_name(f".{whole.name}").write_bytes(b"to")
+    theirs = whole.with_name("Thumbs.db")
+    theirs.write_bytes(b"a file manager's")
     states.forget_after(2)
+    theirs.unlink()
     assert len(files(tmp_path)) == 2
     assert states.read("a", 9)["local.x"][0] == 2
     assert states.read("b", 9) is None
