@@ -60,7 +60,7 @@ class EngineConfig(Section):
     as it likes."""
     cohort: Natural = 0
     """Clients trained and scored side by side; 0: one on a CPU, as many as fit on a GPU."""
-    threads: Natural = 0
+    threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """Threads of torch, 0 for as many as it chooses.
 
     Sums are split by threads: another number changes the last digits.
@@ -211,8 +211,21 @@ def _parse(text: str) -> Any:
         return text
 
 
+def _names(key: str) -> list[str]:
+    """The parts of a dotted key as TOML reads them: ``data.class_names."J18.9"`` has three."""
+    names: list[str] = []
+    try:
+        found: Any = tomllib.loads(f"{key} = 0")
+    except tomllib.TOMLDecodeError:
+        found = 0
+    while found:
+        [(name, found)] = found.items()
+        names.append(name)
+    return names or key.split(".")
+
+
 def _put(tree: dict[str, Any], key: str, value: Any) -> None:
-    *sections, leaf = key.split(".")
+    *sections, leaf = _names(key)
     for section in sections:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):

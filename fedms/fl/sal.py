@@ -19,7 +19,7 @@ from fedms.fl.data.federation import ClientData
 from fedms.fl.data.sampling import generator
 from fedms.fl.model.model import Model
 from fedms.fl.model.view import View
-from fedms.fl.settings import Count, Section
+from fedms.fl.settings import Count, Finite, Section
 
 
 class SalConfig(Section):
@@ -39,7 +39,7 @@ class SalConfig(Section):
     """Blocks awake at most."""
     queue_length: Annotated[int, Field(ge=2)] = 2
     """Rounds whose scores the capability queue compares."""
-    threshold: float = 0.2
+    threshold: Finite = 0.2
     """The next blocks wake when the queue's last score is less than this above its first."""
     every: Count = 3
     """With ``trigger = "every"``: rounds between two wakings."""

@@ -144,6 +144,8 @@ def test_names_for_labels(tmp_path):
     for text in (to_toml(config), explain(config)):
         (tmp_path / "config.toml").write_text(text)
         assert load_config(tmp_path / "config.toml") == config
+    quoted = load_config(None, ['data.class_names."J18.9"=pneumonia', "data.class_names.'K.3'=x"])
+    assert quoted.data.class_names == {"J18.9": "pneumonia", "K.3": "x"}
     with pytest.raises(ConfigError, match=r"data.class_names.J18 must be of type str, got 1"):
         load_config(None, ["data.class_names.J18=1"])
 
@@ -214,7 +216,6 @@ def test_a_value_is_not_a_section():
         ("mofm.bottleneck", 1),
         ("mofm.gate_steps", 0),
         ("eval.pooled_examples", 0),
-        ("engine.threads", 0),
         ("engine.prefix_cache_mb", 0),
         ("eval.every", 1),
         ("eval.batch_size", 1),
@@ -256,6 +257,17 @@ def test_what_may_be_zero_but_not_below(key):
     for value in ("-0.1", "nan", "inf"):
         with pytest.raises(ConfigError, match=rf"{key} must be at least 0\.0, got"):
             load_config(None, [f"{key}={value}"])
+
+
+def test_no_more_threads_than_any_machine_runs():
+    load_config(None, ["engine.threads=1024"])
+    with pytest.raises(ConfigError, match=r"engine.threads must be in \[0, 1024\], got 1025"):
+        load_config(None, ["engine.threads=1025"])
+
+
+def test_the_threshold_is_a_number():
+    with pytest.raises(ConfigError, match=r"sal.threshold must be a finite number, got nan"):
+        load_config(None, ["sal.threshold=nan"])
 
 
 def test_dropout_leaves_something():
