@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedms.fl.algorithms.stage import Aggregate
-from fedms.fl.server import Totals, check_update, require_quorum
+from fedms.fl.server import Totals, check_values, require_quorum
 from fedms.fl.types import ClientFailure, Failure, QuorumError, State, Update
 
 
@@ -138,25 +138,20 @@ def test_totals_of_parts_are_those_of_the_whole(each):
         assert whole["w"].dtype == torch.float32
 
 
-def test_what_is_no_update_is_refused():
-    expected = {"w": torch.zeros(2, 3)}
-    check_update(update(1, {"w": torch.ones(2, 3)}), expected)
-    check_update(update(1, {}), expected)
-    with pytest.raises(ClientFailure, match="it sent v, which the server does not know"):
-        check_update(update(1, {"v": torch.ones(2, 3)}), expected)
-    with pytest.raises(ClientFailure, match=r"it sent w of shape \[3, 2\], expected \[2, 3\]"):
-        check_update(update(1, {"w": torch.ones(3, 2)}), expected)
+def test_what_is_not_finite_is_refused():
+    check_values(update(1, {"w": torch.ones(2, 3)}))
+    check_values(update(1, {}))
     for value in (float("nan"), float("inf"), float("-inf")):
         bad = torch.ones(2, 3)
         bad[1, 2] = value
         with pytest.raises(ClientFailure, match="its w is not finite"):
-            check_update(update(1, {"w": bad}), expected)
+            check_values(update(1, {"w": bad}))
 
 
 def test_an_update_without_examples_is_refused():
     for count in (0, -3):
         with pytest.raises(ClientFailure, match=f"trained on {count} examples"):
-            check_update(update(count, {"w": vector(1)}), {"w": vector(0)})
+            check_values(update(count, {"w": vector(1)}))
 
 
 @pytest.mark.parametrize(

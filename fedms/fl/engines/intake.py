@@ -11,7 +11,7 @@ from fedms.fl.channel.channel import Channel
 from fedms.fl.channel.link import Link
 from fedms.fl.engines.engine import Message, Order, Reply, Visited
 from fedms.fl.model.model import Model
-from fedms.fl.server import Totals, check_update, expected, owed
+from fedms.fl.server import Totals, check_values, expected, owed
 from fedms.fl.types import ClientFailure, Failure, State
 
 
@@ -66,7 +66,7 @@ class Intake:
             self._check_sender(found.client_id)
             owes = self._owed(found.client_id)
             sent = self._link.accept(found.content, found.client_id, self._order.round, owes)
-            check_update(sent, owes)
+            check_values(sent)
             self._totals.add(sent)
         except Exception as error:  # what one client sends must not stop the federation
             self._drop(Failure(found.client_id, f"{type(error).__name__}: {error}"))
