@@ -148,10 +148,11 @@ class Totals:
         """The server's next state; what nobody sent stays, as the same tensor."""
         if self.each:
             clients = sorted(self.each)  # whoever came first: sums over them must not depend on it
-            return self._aggregate.finish(
+            after = self._aggregate.finish(
                 server, {c: self.each[c] for c in clients}, {c: self.weights[c] for c in clients}
             )
-        after = self._aggregate.finish(server, self.sums, self.weights)
+        else:
+            after = self._aggregate.finish(server, self.sums, self.weights)
         return {n: t if server.get(n) is t else t.to(self.dtype) for n, t in after.items()}
 
     def _put(self, sums: State) -> None:

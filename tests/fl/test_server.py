@@ -134,8 +134,7 @@ def test_totals_of_parts_are_those_of_the_whole(each):
         for part in parts[1:]:
             parts[0].merge(part)
         assert torch.equal(parts[0].finish({})["w"], whole["w"])
-    if not each:
-        assert whole["w"].dtype == torch.float32
+    assert whole["w"].dtype == torch.float32
 
 
 def test_what_is_not_finite_is_refused():

@@ -75,7 +75,7 @@ class Channel:
         rule = self.settings.aggregate
         if rule == "mean":
             return stage.aggregate
-        return Aggregate(finish=Robust(rule, self.hostile), weight="clients", each=True)
+        return Aggregate(finish=Robust(rule, self.hostile, reference), weight="clients", each=True)
 
     @property
     def hostile(self) -> int:

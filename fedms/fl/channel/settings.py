@@ -30,12 +30,12 @@ class ChannelConfig(Section):
     """How the server writes what it sends."""
     topk_share: PositiveShare = 0.05
     """For ``codec = "topk"``: share of the values that are sent."""
-    aggregate: Literal["mean", "median", "trimmed_mean", "multi_krum"] = "mean"
+    aggregate: Literal["mean", "median", "trimmed_mean", "multi_krum", "bipartition"] = "mean"
     """How updates become one. All but the mean hold a whole cohort's updates, count clients alike
-    and bear some hostile ones."""
+    and bear some hostile ones, "bipartition" also those that turn what they changed round."""
     hostile: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.3
     """Share of a cohort that may be hostile: the trimmed mean cuts as many values at either end,
-    multi-Krum leaves out as many clients."""
+    multi-Krum and the bipartition leave out as many clients."""
     privacy: PrivacyConfig = PrivacyConfig()
 
     @model_validator(mode="after")

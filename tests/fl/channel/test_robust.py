@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedms.fl.channel.robust import Robust, bound, median, multi_krum, trimmed_mean
+from fedms.fl.channel.robust import (
+    Robust,
+    bipartition,
+    bound,
+    larger_group,
+    median,
+    multi_krum,
+    trimmed_mean,
+)
 from fedms.fl.types import QuorumError
 
 
@@ -53,28 +61,143 @@ def test_multi_krum_does_not_lose_digits_far_from_zero():
     assert multi_krum(torch.cat([far, near]), 6) == list(range(6, 36))
 
 
-@pytest.mark.parametrize("rule", ["median", "trimmed_mean", "multi_krum"])
+def diverse(*factors: float) -> torch.Tensor:
+    """Changes [n, n + 1] of 1 that all share and 2 that is each one's own, times its factor.
+
+    Any two of the same sign have cosine 1 / 5, of other signs -1 / 5.
+    """
+    n = len(factors)
+    changes = torch.cat([torch.ones(n, 1), 2 * torch.eye(n)], dim=1).double()
+    return torch.tensor(factors)[:, None] * changes
+
+
+def test_the_bipartition_leaves_out_changes_that_are_turned_round():
+    """Halved, too, they are nearer to everyone than honest ones.
+
+    n = 7, f = 2. Squared distances: honest 8, hostile 2, between them 1.5^2 + 4 + 1 = 7.25, so by
+    their 3 nearest honest ones score 22.5 and hostile ones 16.5: multi-Krum keeps them.
+    """
+    changes = diverse(-0.5, 1, 1, -0.5, 1, 1, 1)
+    assert {0, 3} < set(multi_krum(changes, 2))
+    mean = torch.tensor([1, 0, 0.4, 0.4, 0, 0.4, 0.4, 0.4]).double()
+    torch.testing.assert_close(bipartition(changes, 2), mean)
+    with pytest.raises(QuorumError, match="bipartition against 4 hostile clients needs 9 updates"):
+        bipartition(changes, 4)
+
+
+def test_a_long_change_of_an_honest_direction_stays_and_counts_for_one():
+    """As long as the median, 5 ** 0.5, if it was longer; shorter ones are not stretched."""
+    changes = diverse(-0.5, 1, 1e6, -30, 1, 0.5, 1)
+    mean = torch.tensor([0.9, 0, 0.4, 0.4, 0, 0.4, 0.2, 0.4]).double()
+    torch.testing.assert_close(bipartition(changes, 2), mean)
+    # nobody is hostile, all are chosen: lengths 1, 2, 2, 9 times 5 ** 0.5, whose median is 2
+    mean = torch.tensor([7, 2, 4, 4, 4]).double() / 4
+    torch.testing.assert_close(bipartition(diverse(1, 2, 9, 2), 0), mean)
+
+
+def cosines(within: float, across: float, small: float, larger: int = 3) -> torch.Tensor:
+    """Within the larger group, which stands first, across, and within a group of two."""
+    found = torch.full((larger + 2, larger + 2), within).double()
+    found[:larger, larger:] = found[larger:, :larger] = across
+    found[larger:, larger:] = small
+    return found.fill_diagonal_(1)
+
+
+@pytest.mark.parametrize("numbers", [(0.2, -0.2, 0.2), (0.1, 0.0, 0.9), (0.1, -0.1, -0.1)])
+def test_the_larger_group_by_hand(numbers):
+    """However alike the smaller is; in the last case by those across alone."""
+    order = torch.tensor([3, 0, 1, 4, 2])
+    found = cosines(*numbers)
+    assert larger_group(found, 2) == [0, 1, 2]
+    assert larger_group(found[order][:, order], 2) == [1, 2, 4]
+    assert larger_group(found, 0) == [0, 1, 2, 3, 4]
+
+
+def test_the_two_farthest_apart_are_not_the_smaller_group():
+    """2 and 3 differ most, which is the direction of the largest variance; 2 belongs to 0 and 1.
+
+    With 3 and 4 put apart cosines sum to 4 * 0.1 within and to -5 * 0.1 - 0.5 across, 1.4 in all;
+    with 2 and 3 to -0.1 - 0.5 within and to 0 across.
+    """
+    found = cosines(0.1, -0.1, 0.1)
+    found[2, 3] = found[3, 2] = -0.5
+    centred = found - found.mean(0)
+    spread = torch.linalg.eigh(centred - centred.mean(1, keepdim=True)).eigenvectors[:, -1].abs()
+    assert sorted(spread.argsort()[-2:].tolist()) == [2, 3]
+    assert larger_group(found, 2) == [0, 1, 2]
+
+
+def test_a_pair_that_is_alike_across_does_not_change_sides_for_it():
+    """Swapped, 5 and 6 would be as far apart as before.
+
+    With 6 and 7 put apart cosines sum to 16 * 0.1 within and to -11 * 0.1 + 0.7 across, 2.0 in all;
+    with 5 and 6 to 10 * 0.1 - 5 * 0.1 + 0.7 within and to 0 across.
+    """
+    found = cosines(0.1, -0.1, 0.1, larger=6)
+    found[5, 6] = found[6, 5] = 0.7
+    assert larger_group(found, 2) == [0, 1, 2, 3, 4, 5]
+
+
+def test_lengths_do_not_decide_who_is_in_the_larger_group():
+    draw = torch.Generator().manual_seed(0)
+    changes = torch.randn(20, 200, generator=draw) + 0.2
+    changes[:6] *= -1
+    directions = (changes / changes.norm(dim=1, keepdim=True)).double()
+    lengths = torch.ones(20, 1).double()
+    lengths[[2, 9, 15]] = 50.0
+    mean = bipartition(directions, 6)
+    torch.testing.assert_close(mean, directions[6:].mean(0))
+    torch.testing.assert_close(bipartition(lengths * directions, 6), mean)
+
+
+def test_who_changes_nothing_is_no_number_less():
+    assert bipartition(torch.zeros(3, 2), 0).tolist() == [0, 0]
+    changes = torch.tensor([[0.0, 0.0], [0.0, 3.0], [0.0, 3.0]])
+    assert bipartition(changes, 0).tolist() == [0, 2]
+
+
+def test_the_server_moves_from_what_clients_began_with():
+    """Which need not be what it holds: nobody has sent v before."""
+    reference = {"v": torch.tensor([[100.0], [200.0]]), "w": torch.tensor([300.0])}
+    changes = diverse(1, 1)  # [2, 3]: v and w by turns
+    each = {
+        str(i): {"w": reference["w"] + row[2:], "v": reference["v"] + row[:2, None]}
+        for i, row in enumerate(torch.cat([changes, diverse(1, 1)]).float())
+    }
+    server = {"w": torch.zeros(1), "other": torch.ones(1)}
+    after = Robust("bipartition", 0, reference)(server, each, {})
+    assert after["v"].tolist() == [[101], [201]]
+    assert after["w"].tolist() == [301]
+    assert after["other"] is server["other"]
+
+
+RULES = ["median", "trimmed_mean", "multi_krum", "bipartition"]
+
+
+@pytest.mark.parametrize("rule", RULES)
 def test_three_of_ten_cannot_move_it_far(rule):
     draw = torch.Generator().manual_seed(0)
     honest = {f"h{i}": {"w": 1 + 0.1 * torch.randn(50, generator=draw)} for i in range(7)}
     hostile = {f"x{i}": {"w": torch.full((50,), -1e6)} for i in range(3)}
     server = {"w": torch.zeros(50), "v": torch.ones(1)}
-    after = Robust(rule, 3)(server, {**hostile, **honest}, {})
+    after = Robust(rule, 3, server)(server, {**hostile, **honest}, {})
     assert (after["w"] - 1).abs().max() < 0.3
     assert after["v"] is server["v"]
 
 
-@pytest.mark.parametrize("rule", ["median", "trimmed_mean", "multi_krum"])
+@pytest.mark.parametrize("rule", RULES)
 def test_too_few_to_outvote_them_is_an_error(rule):
     """f is of the cohort that was drawn: honest clients that fail make nobody honest."""
     each = {str(i): {"w": column(float(i))} for i in range(6)}
     with pytest.raises(QuorumError, match=r"against 3 hostile clients needs [79] updates, 6 came"):
-        Robust(rule, 3)({}, each, {})
+        Robust(rule, 3, each["0"])({}, each, {})
 
 
-def test_nobody_leaves_the_server_as_it_is():
+@pytest.mark.parametrize("rule", RULES)
+def test_nobody_and_nothing_leave_the_server_as_it_is(rule):
     server = {"w": torch.ones(1)}
-    assert Robust("median", 0)(server, {}, {}) is server
+    assert Robust(rule, 0, server)(server, {}, {}) is server
+    assert Robust(rule, 0, server)(server, {c: {} for c in "abc"}, {}) is server
 
 
 def test_the_bound_is_not_lost_to_rounding():
@@ -83,6 +206,10 @@ def test_the_bound_is_not_lost_to_rounding():
     assert bound(3, 0.3) == 0
 
 
-def test_bfloat16_is_widened():
-    each = {c: {"w": torch.ones(2, dtype=torch.bfloat16)} for c in "abc"}
-    assert Robust("median", 0)({}, each, {})["w"].dtype == torch.float32
+@pytest.mark.parametrize("rule", RULES)
+def test_sums_are_not_rounded_to_what_was_sent(rule):
+    """1 and 1 + 2^-7 are neighbours in bfloat16."""
+    one, two = torch.tensor([[1, 1 + 2**-7], [1 + 2**-7, 1]]).bfloat16()
+    each = {"a": {"w": one}, "b": {"w": two}, "c": {"w": two}, "d": {"w": one}}
+    after = Robust(rule, 0, {"w": torch.ones(2).bfloat16()})({}, each, {})["w"]
+    assert after.tolist() == [1 + 2**-8] * 2

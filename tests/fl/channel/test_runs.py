@@ -145,7 +145,7 @@ def test_what_a_robust_rule_cannot_do_is_refused(config):
 # Robust rules ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", ["median", "trimmed_mean", "multi_krum"])
+@pytest.mark.parametrize("rule", ["median", "trimmed_mean", "multi_krum", "bipartition"])
 def test_robust_rules_run(metrics, rule):
     lines = metrics(f"channel.aggregate={rule}", "channel.hostile=0.24")
     assert all(line["failed"] == [] for line in lines)

@@ -11,6 +11,7 @@ from spy import write
 from fedms.fl.algorithms import stages_of
 from fedms.fl.algorithms.stage import Aggregate
 from fedms.fl.channel.link import Link
+from fedms.fl.channel.robust import Robust
 from fedms.fl.channel.settings import ChannelConfig
 from fedms.fl.config import Config
 from fedms.fl.engines.engine import Order, Reply, Visited
@@ -95,8 +96,18 @@ def median(server, states, weights):
     return {"w": torch.stack([state["w"] for state in states.values()]).median(dim=0).values}
 
 
-@pytest.mark.parametrize("how", [Aggregate(), Aggregate(finish=median, each=True)])
-def test_replies_of_shares_are_the_reply_to_the_whole(how):
+COSINE = Robust("bipartition", 0, {"w": torch.zeros(2)})  # cuts [8, -1] to the length of [1, 5]
+
+
+@pytest.mark.parametrize(
+    ("how", "mean"),
+    [
+        (Aggregate(), [45 / 8, 9 / 8]),
+        (Aggregate(finish=median, each=True), [3, 4]),
+        (Aggregate(finish=COSINE, each=True), [(4 + 8 * 0.4**0.5) / 3, (9 - 0.4**0.5) / 3]),
+    ],
+)
+def test_replies_of_shares_are_the_reply_to_the_whole(how, mean):
     """Each through bytes, in any order of arrival."""
     updates = [sent("a", 1, 5, examples=2), sent("b", 3, 4), sent("c", 8, -1, examples=5)]
     whole = took(how, *updates)
@@ -111,7 +122,7 @@ def test_replies_of_shares_are_the_reply_to_the_whole(how):
     assert (merged.failed, merged.bytes_down) == ((), 30)
     assert merged.train_loss == 0.25
     assert torch.equal(merged.totals.finish({})["w"], whole.totals.finish({})["w"])
-    assert merged.totals.finish({})["w"].tolist() == ([3, 4] if how.each else [45 / 8, 9 / 8])
+    assert merged.totals.finish({})["w"].tolist() == pytest.approx(mean)
 
 
 def test_what_the_server_does_not_take():
