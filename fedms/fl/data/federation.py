@@ -56,8 +56,8 @@ class ClientData:
         return np.union1d(self.train, self.gate)
 
 
-EVERYONE = "*"
-"""The client that stands for all of them together."""
+EVERYONE = " everyone"
+"""The client that stands for all of them together. Names in data have no blanks around them."""
 
 
 @dataclass(frozen=True)

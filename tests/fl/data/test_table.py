@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from fedms.fl.data.dataset import load_dataset
+from fedms.fl.data.federation import EVERYONE
 from fedms.fl.data.icd10 import _sample, load_icd10
-from fedms.fl.data.partition import Fractions, split_dataset
+from fedms.fl.data.partition import Fractions, make_federation, split_dataset
 from fedms.fl.types import DataError, FedMSError
 
 ROWS = [
@@ -110,6 +111,15 @@ def test_blanks_around_a_label_and_blank_lines_do_not_count(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('\n{"text": "x", "label": "a"}\n\n{"text": "y", "label": "b"}\n')
     assert load(path).labels.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("name", ["*", "everyone", EVERYONE])
+def test_no_name_in_a_table_stands_for_everyone(tmp_path, name):
+    rows = [{**ROWS[0], "text": str(i), "site": name if i % 4 else "b"} for i in range(40)]
+    path = write(tmp_path / "a.csv", [*rows, {**ROWS[1], "site": "b"}])
+    federation = make_federation(load(path, client_column="site"), partitioner="column")
+    (own,) = (client for client in federation.clients if client.client_id == name.strip())
+    assert federation.client(own.client_id) is own
 
 
 def test_a_cell_may_be_of_any_length(tmp_path):
