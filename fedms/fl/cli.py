@@ -193,11 +193,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from fedms.fl.config import explain, explain_methods, load_config
+    from fedms.fl.config import explain, explain_methods
 
-    settings: list[str] = args.settings
-    path = Path(settings.pop(0)) if settings and "=" not in settings[0] else None
-    config = load_config(path, settings)
+    config = _config(args.settings)
     if args.explain or args.methods:
         print(explain(config) if args.explain else explain_methods(config), end="")
         return
@@ -209,6 +207,14 @@ def _run(args: argparse.Namespace) -> None:
         here = _carry_out(config, folder, progress, partial(start, config, folder, progress))
     if here:
         _print_table(folder)
+
+
+def _config(settings: list[str]) -> Config:
+    """The configuration that a settings file, if the first names one, and single settings give."""
+    from fedms.fl.config import load_config
+
+    path = Path(settings.pop(0)) if settings and "=" not in settings[0] else None
+    return load_config(path, settings)
 
 
 def _resume(args: argparse.Namespace) -> None:
@@ -253,14 +259,10 @@ def _flower() -> Iterator[None]:
 
 
 def _flower_new(args: argparse.Namespace) -> None:
-    from fedms.fl.config import load_config
+    from fedms.fl.runs.flower_new import write_app
 
     with _flower():
-        from fedms.fl.runs.flower_new import write_app
-
-    settings: list[str] = args.settings
-    path = Path(settings.pop(0)) if settings and "=" not in settings[0] else None
-    write_app(load_config(path, settings), args.folder)
+        write_app(_config(args.settings), args.folder)
     print(f"{args.folder / 'README.md'} says how it is run")
 
 

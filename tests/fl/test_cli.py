@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -383,6 +384,16 @@ def test_what_no_command_knows(capsys, arguments):
         main(arguments)
     assert stopped.value.code == 2
     assert f"unrecognized arguments: {' '.join(arguments[2:])}" in capsys.readouterr().err
+
+
+def test_without_flower_the_error_says_what_to_install(settings, tmp_path, capsys, monkeypatch):
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.distribution", missing)
+    assert main(["flower", "new", str(tmp_path / "app"), *settings]) == 2
+    assert "pip install 'fedms[flower]'" in capsys.readouterr().err
+    assert not (tmp_path / "app").exists()
 
 
 def test_interrupt(settings, tmp_path):

@@ -82,7 +82,6 @@ def write_app(config: Config, folder: Path) -> None:
     config = _for_sites(config)
     name = re.sub(r"[^a-z0-9]+", "-", folder.absolute().name.lower()).strip("-") or "federation"
     package = "app_" + name.replace("-", "_")
-    (folder / package).mkdir(parents=True)
     project = {
         "build-system": {"requires": ["hatchling"], "build-backend": "hatchling.build"},
         "project": {
@@ -126,6 +125,7 @@ def write_app(config: Config, folder: Path) -> None:
             what="A site's answers to the server's orders.", function="client_app"
         ),
     }
+    (folder / package).mkdir(parents=True)
     for path, content in files.items():
         replace_file(folder / path, content.encode())
 

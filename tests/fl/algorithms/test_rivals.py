@@ -232,7 +232,7 @@ def test_centralised_is_one_visit_to_everybodys_examples(setting, config, execut
     overrides = ("method=centralised", "model.dtype=float64", "sal.enabled=false", *short)
     run = execute(config(*overrides), tmp_path)
     stage, model, clients = setting(*overrides)
-    everyone = world.federation.client("*")
+    everyone = world.federation.pooled
     assert everyone.own.tolist() == sorted(i for client in clients for i in client.own)
     update = one_visit(stage, model, everyone)
     assert update.steps == 6
