@@ -127,7 +127,7 @@ def read_parquet(
             parquet = pq.ParquetFile(file)
             check_columns(file, columns, parquet.schema_arrow.names)
             found = parquet.read(plain).to_pydict() if plain else {}
-        except pa.ArrowInvalid as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise DataError(f"{file} cannot be read as Parquet: {error}") from error
         sources.append(parquet)
         for column in plain:

@@ -78,9 +78,6 @@ def read_csv(path: Path, columns: Sequence[str]) -> Table:
         return Table(str(path), path.parent, {}, ())
     header, *lines = lines
     check_columns(path, columns, header)
-    for column in columns:
-        if header.count(column) > 1:
-            raise DataError(f"{path}: the header must name column {column!r} once, got it twice")
     for number, line in enumerate(lines, start=1):
         if len(line) != len(header):
             raise DataError(
@@ -125,13 +122,15 @@ def is_unicode(text: str) -> bool:
 
 
 def check_columns(origin: Path | str, wanted: Iterable[str], found: Iterable[str]) -> None:
-    """Refuse a table that lacks a column; the message has its columns and the nearest one."""
+    """Refuse a table that lacks a column, or has two of the name; the message has the nearest."""
     found = list(found)
     for column in wanted:
         if column not in found:
             near = difflib.get_close_matches(column, found, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise DataError(f"{origin} has no column {column!r}, its columns are {found}{hint}")
+        if found.count(column) > 1:
+            raise DataError(f"{origin} must have column {column!r} once, got {found}")
 
 
 @contextmanager

@@ -243,6 +243,7 @@ def test_header_alone(tmp_path):
         ("a.csv", b"text,label\nM\xfcller,a\n", ["UTF-8"]),
         ("a.parquet", b"text", ["Parquet"]),
         ("a.parquet", b"", ["Parquet"]),
+        ("a.parquet", b"PAR1" + bytes(100) + b"PAR1", ["Parquet"]),
     ],
 )
 def test_malformed_file(tmp_path, name, content, parts):
@@ -251,6 +252,18 @@ def test_malformed_file(tmp_path, name, content, parts):
     path = tmp_path / name
     path.write_bytes(content)
     refuse(path, *parts)
+
+
+def test_parquet_that_holds_a_column_twice_or_bytes_as_text(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow.parquet import write_table
+
+    path, column = tmp_path / "a.parquet", pa.array(["a", "b"])
+    write_table(pa.Table.from_arrays([column] * 3, names=["text", "label", "label"]), path)
+    refuse(path, "'label'", "once")
+    latin = pa.Array.from_buffers(pa.string(), 2, pa.array([b"caf\xe9", b"b"]).buffers())
+    write_table(pa.table({"text": latin, "label": column}), path)
+    refuse(path, "cannot be read as Parquet", "utf-8")
 
 
 def without(monkeypatch, package: str) -> None:
