@@ -125,6 +125,12 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _has_rounds_as_its_methods_need_them(self) -> Self:
+        for method in (self.method, *self.rivals):
+            stages_of(self, method)
+        return self
+
+    @model_validator(mode="after")
     def _has_the_heads_that_are_trained(self) -> Self:
         for method in (self.method, *self.rivals):
             if self.task.kind == "causal_lm" and any(s.heads for s in stages_of(self, method)):

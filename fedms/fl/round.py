@@ -1,6 +1,6 @@
 """The federated loop. A round is:
 
-1. Draw the cohort from (seed, round), and make the order.
+1. Draw the cohort from (seed, round), and make an order for each group that is sent the same.
 2. The engine visits the cohort and adds up the updates that the server can take.
 3. If enough clients came back, the stage's aggregate makes the server's next state of the sums.
 4. SAL sees the common model's validation score, and may wake blocks for the next round.
@@ -13,7 +13,7 @@ Where clients run is the engine's business, what they train the stage's.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from fedms.fl.algorithms import Stage, stages_of
 from fedms.fl.channel.channel import Channel
@@ -27,8 +27,6 @@ from fedms.fl.journal.progress import Progress
 from fedms.fl.journal.records import RoundRecord, peak_memory_mb
 from fedms.fl.sal import PROBE_CLIENTS, Activation, SalConfig, wake_order
 from fedms.fl.server import Server, require_quorum
-
-NOBODY = Scores(Tally(), ())
 
 
 class Run:
@@ -104,19 +102,21 @@ class Run:
 
         cohort = self._cohort(stage, round)  # 1
         self._announce(stage, round, len(cohort) + len(scored))
-        order = self._order(number, round, cohort)
+        orders = self._orders(number, round, cohort)
 
-        reply = self.engine.train(order)  # 2
+        reply = Reply.merged([self.engine.train(order) for order in orders], cohort)  # 2
 
         require_quorum(len(cohort), reply.failed, self.config.server.quorum)  # 3
         self.server.state = reply.totals.finish(self.server.state)
         self._visited.update(cohort)
 
         if stage.wakes:  # 4
-            score = self.engine.validate(self._order(number, round, self.clients))
+            orders = self._orders(number, round, self.clients)
+            score = sum((self.engine.validate(order) for order in orders), Tally())
             self._activation.observe(score.mean)
 
-        scores = self.engine.evaluate(self._order(number, round, scored)) if scored else NOBODY  # 5
+        orders = self._orders(number, round, scored) if scored else []  # 5
+        scores = Scores.merged([self.engine.evaluate(order) for order in orders], scored)
 
         record = self._record(stage, awake, reply, scores, round, started)  # 6
         written = tuple(each.client_id for each in reply.visited if each.kept)
@@ -132,9 +132,16 @@ class Run:
             return [EVERYONE]
         return self._channel.cohort(self.clients, round)
 
-    def _order(self, number: int, round: int, clients: Iterable[str]) -> Order:
+    def _orders(self, number: int, round: int, clients: Sequence[str]) -> list[Order]:
+        """One for each group of clients that are sent the same; an empty one of no clients."""
+        groups: dict[str, list[str]] = {}
+        for client in clients:
+            groups.setdefault(self.server.group(self.stages[number], client), []).append(client)
+        return [self._order(number, round, *each) for each in (groups or {"": []}).items()]
+
+    def _order(self, number: int, round: int, group: str, clients: Sequence[str]) -> Order:
         activation, seed = self._activation, self.config.seed
-        sent, frozen = self.server.sends(self.stages[number], self.awake)
+        sent, frozen = self.server.sends(self.stages[number], self.awake, group)
         return Order(
             method=self.config.method,
             stage=number,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fedms.fl.algorithms.stage import Aggregate, Stage
+from fedms.fl.algorithms.stage import Aggregate, Stage, of_group
 from fedms.fl.client import prepare, received
 from fedms.fl.model.model import Model
 from fedms.fl.settings import PositiveShare, Section
@@ -44,10 +44,14 @@ class Server:
     def metric(self) -> Metric:
         return self._model.task.metric
 
-    def sends(self, stage: Stage, awake: Sequence[int]) -> tuple[State, State]:
-        """What every client of a cohort is sent, and what only those are who lack it."""
+    def group(self, stage: Stage, client: str) -> str:
+        """Which group of clients, all sent the same, a client is in."""
+        return "" if stage.group is None else stage.group(self.state, client)
+
+    def sends(self, stage: Stage, awake: Sequence[int], group: str = "") -> tuple[State, State]:
+        """What every client of a group is sent, and what only those are who lack it."""
         prepare(self._model, stage, awake)
-        state = received(self._model, stage, self.state)
+        state = received(self._model, stage, of_group(self.state, group))
         return self._awake(state, stage.sends_every_round), self._awake(state, stage.frozen)
 
     def trainable_parameters(self, stage: Stage, awake: Sequence[int]) -> int:

@@ -59,6 +59,7 @@ SLOW["all"] = SLOW["prefix"] + SLOW["global"] + SLOW["cohort"]
         ((), ("prefix", "cohort", "all")),
         (("mofm.local_loss=mixture", "lora.dropout=0.3"), ("global", "cohort")),
         (("mofm.combine=layer", "mofm.gate_input=base"), ("all",)),
+        (("mofm.clusters=2", "mofm.cluster_rounds=1", "lora.dropout=0.3"), ("all",)),
     ],
 )
 def test_what_makes_it_fast_changes_no_result(metrics, in_float64, base, names):

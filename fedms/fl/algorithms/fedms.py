@@ -4,8 +4,12 @@ The paper is arXiv 2312.15926. Stage 1 trains the global expert by federated ave
 wakes the blocks. Stage 2 freezes it; every client trains a local expert and a gate network, and
 only the gate adapter is sent and averaged. What is this library's reading of it is in DESIGN.md.
 
-Trained: stage 1 the awake blocks' global expert; stage 2 a local expert, then the gate network.
-Sent: stage 1 the awake blocks' global expert; stage 2 the gate adapter.
+With ``clusters`` the last rounds of stage 1 train a middle expert a cluster of like clients on the
+frozen global one, whose place their sum takes in the mixture: HiLoRA's root, cluster and leaf.
+
+Trained: stage 1 the awake blocks' global expert, then each cluster's; stage 2 a local expert, then
+the gate network.
+Sent: stage 1 the awake blocks' expert, global or of the cluster; stage 2 the gate adapter.
 Kept: the local expert and the gate's last linear.
 Predicted: by the mixture of both experts.
 """
@@ -19,10 +23,11 @@ import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 
+from fedms.fl.algorithms.clusters import PATH, cluster_of, clustered
 from fedms.fl.algorithms.fedavg import global_expert
 from fedms.fl.algorithms.fedavg_ft import from_global
 from fedms.fl.algorithms.losses import NotTrueDivergence, balanced_nll
-from fedms.fl.algorithms.stage import Phase, Rounds, Stage, received_and_kept
+from fedms.fl.algorithms.stage import Examples, Phase, Rounds, Stage, StageConfig, received_and_kept
 from fedms.fl.model.gate import (
     Gate,
     gate_width,
@@ -61,6 +66,13 @@ class Settings(Section):
     """Weight of the distillation of ``local_loss = "not_true"``."""
     orthogonal: NotNegative = 0.0
     """Weight of |B_global' B_local|^2, summed over linears, in the local expert's loss (HiLoRA)."""
+    clusters: Natural = 0
+    """Clusters of clients, each with an expert on top of the global one (HiLoRA); 0: none. A local
+    expert that begins from the global one, or lies on top of it, does so with its cluster's."""
+    cluster_rounds: Count = 2
+    """The last of stage 1's rounds, in which the clusters' experts are trained."""
+    eigengap: bool = False
+    """Between two and ``clusters``: as many as the clients' likeness says (largest eigengap)."""
     bottleneck: Count = 16
     """Width of the gate adapter."""
     gate_steps: Natural = 30
@@ -76,9 +88,15 @@ class Settings(Section):
     """
 
     @property
+    def shared(self) -> Path:
+        """The experts of the mixture's first half, which a client does not have alone."""
+        return PATH if self.clusters else ("global",)
+
+    @property
     def local(self) -> Path:
-        """The experts that the local one answers with."""
-        return ("global", "local") if self.local_from == "residual" else ("local",)
+        """The experts of its second half."""
+        under = {"global": self.shared[:-1], "zero": (), "residual": self.shared}
+        return (*under[self.local_from], "local")
 
     @model_validator(mode="after")
     def _is_no_residual_of_a_layer(self) -> Self:
@@ -86,6 +104,15 @@ class Settings(Section):
             raise ValueError(
                 'local_from must not be "residual" where combine = "layer" adds both experts in '
                 'every linear anyway: "zero" is the same'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _is_no_layer_of_three(self) -> Self:
+        if self.combine == "layer" and self.clusters:
+            raise ValueError(
+                'combine = "layer" weighs two experts in every linear, and with '
+                f"mofm.clusters = {self.clusters} there are three: choose another, or no clusters"
             )
         return self
 
@@ -116,8 +143,8 @@ class Weights:
             return torch.cat([1.0 - local, local], dim=-1)
         inputs: list[Tensor] = []
         if self.settings.gate_input != "base":
-            said = view.over(_what_they_say, ("global",), self.settings.local, detached=True)
-            inputs.append(said)
+            shared, local = self.settings.shared, self.settings.local
+            inputs.append(view.over(_what_they_say, shared, local, detached=True))
         if self.settings.gate_input != "experts":
             inputs.append(view.features())
         return view.call("gate", torch.cat(inputs, dim=-1))
@@ -131,20 +158,21 @@ class Mixture:
 
     def __call__(self, view: View) -> Tensor:
         weights, how = Weights(self.settings)(view), self.settings.combine
-        local = self.settings.local
+        shared, local = self.settings.shared, self.settings.local
         if how == "layer":
             return view.log_p("global", "local", gates=view.first(weights))
         if how == "features":
-            z = mixed_features(weights, view.features("global"), view.features(*local))
+            z = mixed_features(weights, view.features(*shared), view.features(*local))
             return view.log_p_of(z, "local")
-        return mixed_log_p(how, weights, view.log_p("global"), view.log_p(*local))
+        return mixed_log_p(how, weights, view.log_p(*shared), view.log_p(*local))
 
     def nll(self, view: View) -> Tensor:
         """The right answers' negative log-probabilities [P]."""
         if self.settings.combine != "probabilities":
             return -self(view).gather(-1, view.targets[:, None]).squeeze(-1)
         weights = Weights(self.settings)(view)
-        each = -torch.stack([view.nll("global"), view.nll(*self.settings.local)], dim=-1)
+        shared, local = self.settings.shared, self.settings.local
+        each = -torch.stack([view.nll(*shared), view.nll(*local)], dim=-1)
         # at a weight of exactly 0 the log's gradient would be NaN
         return -(weights.clamp(min=torch.finfo(weights.dtype).tiny).log() + each).logsumexp(-1)
 
@@ -165,7 +193,7 @@ class LocalLoss:
         else:
             loss = view.nll(*settings.local)
         if how == "not_true":
-            kl = view.over(NotTrueDivergence(1.0), settings.local, ("global",))
+            kl = view.over(NotTrueDivergence(1.0), settings.local, settings.shared)
             loss = loss + settings.distill * kl
         if settings.orthogonal == 0.0:
             return view.mean(loss)
@@ -216,6 +244,7 @@ STARTS = {"global": from_global, "zero": received_and_kept, "residual": on_globa
 
 
 def stages(settings: Settings, rounds: Rounds) -> tuple[Stage, ...]:
+    """ValueError: the clusters' experts are to be trained in more rounds than stage 1 has."""
     first, (name, second) = rounds
     learned, in_layers = settings.gate == "learned", settings.combine == "layer"
     examples = "train" if learned and settings.gate_data == "held_out" else "own"
@@ -236,19 +265,36 @@ def stages(settings: Settings, rounds: Rounds) -> tuple[Stage, ...]:
             weight_decay=0.0,
         )
         phases = (expert, gate)
-    stage1 = global_expert(*first)
     return (
-        replace(stage1, phases=(replace(stage1.phases[0], examples=examples),), wakes=True),
+        *_shared_experts(settings, *first, examples),
         Stage(
             name=name,
             settings=second,
             phases=phases,
-            experts=("global", "local"),
+            experts=(*settings.shared, "local"),
             shares=("gate.adapter.*",) if learned and settings.share_adapter else (),
-            frozen=("global.*",),
+            frozen=tuple(f"{expert}.*" for expert in settings.shared),
+            group=cluster_of if settings.clusters else None,
             modules=(("gate", BuildGate(settings)),) if learned else (),
             start=STARTS[settings.local_from],
             predict=Mixture(settings),
             weights=Weights(settings),
         ),
     )
+
+
+def _shared_experts(
+    settings: Settings, name: str, first: StageConfig, examples: Examples
+) -> tuple[Stage, ...]:
+    """Stage 1: the global expert, then one a cluster."""
+    later = settings.cluster_rounds if settings.clusters else 0
+    if later > first.rounds:
+        raise ValueError(
+            f"mofm.cluster_rounds are the last of stage1.rounds = {first.rounds}, got {later}"
+        )
+    stage = global_expert(name, first.replace(rounds=first.rounds - later))
+    stage = replace(stage, phases=(replace(stage.phases[0], examples=examples),), wakes=True)
+    if not settings.clusters:
+        return (stage,)
+    middle = clustered(first.replace(rounds=later), settings.clusters, settings.eigengap, examples)
+    return stage, middle

@@ -24,6 +24,8 @@ Predict = Callable[[View], Tensor]
 GLOBAL = Expert("global")
 Start = Callable[[State, State], State]
 End = Callable[[State, State], State]
+Group = Callable[[State, str], str]
+Examples = Literal["train", "gate", "own"]
 Build = Callable[[int, int], nn.Module]
 """The backbone's width D and the number of classes C -> a small network."""
 
@@ -64,7 +66,7 @@ class Phase:
 
     trains: Patterns
     loss: Loss
-    examples: Literal["train", "gate", "own"] = "own"
+    examples: Examples = "own"
     whole: bool = False
     steps: int | None = None
     lr: float | None = None
@@ -107,6 +109,17 @@ class Aggregate:
     each: bool = False
 
 
+def of_group(server: State, group: str) -> State:
+    """The server's state as the members of a group see it; see :attr:`Stage.group`."""
+    parts = {name: name.partition(".") for name in server} if group else {}
+    own = {
+        f"{part.removesuffix(f'-{group}')}.{rest}": server[name]
+        for name, (part, _, rest) in parts.items()
+        if part.endswith(f"-{group}")
+    }
+    return {**server, **own}
+
+
 @dataclass(frozen=True)
 class Stage:
     """Some rounds with one rule.
@@ -128,6 +141,9 @@ class Stage:
             ``received``: what the server sent, over fresh experts and modules.
         end: (now, began) -> what a visit leaves; default: what its phases trained.
         aggregate: how the server puts the updates together.
+        group: (server's state, client) -> the group that it is in, "" for none. What the server
+            holds as ``<expert>-<group>.<name>`` the group's members are sent as ``<expert>.<name>``
+            and nobody else is. None: all are sent the same.
         common: the model that all clients share; None where there is none.
         predict: a client's own model; None: the common one.
         prior: how far its answers are moved towards its own labels; see :meth:`View.adjusted`.
@@ -137,6 +153,7 @@ class Stage:
         wakes: whether SAL watches the common model in these rounds; without such a stage all its
             blocks are awake from the start.
         budgets: whether a client may train some of the awake blocks only (``sal.scope``).
+        least: clients that a cohort must have.
     """
 
     name: str
@@ -152,6 +169,7 @@ class Stage:
     start: Start = received_and_kept
     end: End | None = None
     aggregate: Aggregate = field(default_factory=Aggregate)
+    group: Group | None = None
     common: Predict | None = GLOBAL
     predict: Predict | None = None
     prior: float = 0.0
@@ -160,6 +178,7 @@ class Stage:
     pooled: bool = False
     wakes: bool = False
     budgets: bool = True
+    least: int = 1
 
     @property
     def trains(self) -> Patterns:

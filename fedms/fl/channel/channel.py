@@ -43,6 +43,7 @@ class Channel:
         """
         settings, stages = config.channel, stages_of(config)
         fraction, promise = config.server.fraction_train, None
+        _check_cohort(config.method, stages, cohort_size(clients, fraction))
         if settings.privacy.clip:
             _check_privacy(config.method, stages, config.sal)
             releases = sum(stage.settings.rounds for stage in stages if stage.shares)
@@ -92,6 +93,12 @@ class Channel:
             releases += rounds if stage.shares else 0
             left -= rounds
         return self.promise.epsilon(releases)
+
+
+def _check_cohort(method: str, stages: tuple[Stage, ...], drawn: int) -> None:
+    least = max(stage.least for stage in stages)
+    if drawn < least:
+        raise ConfigError(f"{method} as it is set needs a cohort of {least} clients, got {drawn}")
 
 
 def _check_privacy(method: str, stages: tuple[Stage, ...], sal: SalConfig) -> None:

@@ -128,9 +128,9 @@ class Reply:
         return sum(count * loss for count, loss in told) / examples if examples else None
 
     @staticmethod
-    def merged(replies: Sequence[Reply], order: Order) -> Reply:
-        """The replies to an order's shares as one, to be finished as the first says."""
-        place = {client: i for i, client in enumerate(order.clients)}
+    def merged(replies: Sequence[Reply], clients: Iterable[str]) -> Reply:
+        """Replies of some clients each as one, in the order of ``clients``."""
+        place = {client: i for i, client in enumerate(clients)}
         first, *rest = replies
         for reply in rest:
             first.totals.merge(reply.totals)

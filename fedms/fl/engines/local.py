@@ -147,6 +147,7 @@ class LocalEngine:
         prepare(self._model, stage, order.awake)
         self._model.prefix.keep([*order.depths, self._model.slots.depth])
         frozen = [(expert,) for expert in stage.experts if matches(f"{expert}.", stage.frozen)]
+        frozen = frozen if stage.group is None else []  # what is frozen is not alike for everybody
         self._model.outputs.keep([(), *frozen], (self, order.stage))
         return stage
 

@@ -160,7 +160,7 @@ class TorchrunEngine:
         own, others = self._shares("train", order)
         mine, stage = self._local.train(own), self._stages[order.stage]
         replies = [Reply.from_bytes(content, stage) for content in self._answers(others)]
-        return Reply.merged([mine, *replies], order)
+        return Reply.merged([mine, *replies], order.clients)
 
     def validate(self, order: Order) -> Tally:
         own, _ = self._shares("validate", order)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,7 @@ class Opened:
     dataset: Dataset
     counts: dict[str, list[int]]
     took_part: tuple[str, ...]
-    _received: State
+    _received: Callable[[str], State]
     _states: ClientStates
     _round: int
 
@@ -57,7 +58,7 @@ class Opened:
             CheckpointError: its file is damaged.
         """
         kept, _ = split_late(self._states.read(client_id, self._round) or {})
-        return self.stage.start(self._received, kept)
+        return self.stage.start(self._received(client_id), kept)
 
 
 def open_run(
@@ -88,13 +89,26 @@ def open_run(
     stage = _stage_of(config, checkpoint.round)
     server, link = Server(model), Link(config.channel)
     server.state = checkpoint.server
-    sent, frozen = (
-        link.as_received(checkpoint.round, state) for state in server.sends(stage, activation.awake)
-    )
-    at_clients = received(model, stage, {**frozen, **sent})
+
+    @cache
+    def at(group: str) -> State:
+        sent, frozen = (
+            link.as_received(checkpoint.round, state)
+            for state in server.sends(stage, activation.awake, group)
+        )
+        return received(model, stage, {**frozen, **sent})
+
     took_part = tuple(client_id for client_id in counts if client_id not in record["unseen"])
     return Opened(
-        config, stage, model, dataset, counts, took_part, at_clients, states, checkpoint.round
+        config,
+        stage,
+        model,
+        dataset,
+        counts,
+        took_part,
+        lambda client_id: at(server.group(stage, client_id)),
+        states,
+        checkpoint.round,
     )
 
 

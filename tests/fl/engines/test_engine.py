@@ -116,7 +116,9 @@ def test_replies_of_shares_are_the_reply_to_the_whole(how, mean):
         took(how, updates[2], updates[0], of=order().share("ca")),
         took(how, updates[1], of=order().share("b")),
     ]
-    merged = Reply.merged([Reply.from_bytes(part.to_bytes(), stage) for part in parts], order())
+    merged = Reply.merged(
+        [Reply.from_bytes(part.to_bytes(), stage) for part in parts], order().clients
+    )
     assert [each.client_id for each in merged.visited] == ["a", "b", "c"]
     assert merged.visited == whole.visited
     assert (merged.failed, merged.bytes_down) == ((), 30)

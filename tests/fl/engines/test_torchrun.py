@@ -78,6 +78,16 @@ def test_one_two_and_four_ranks_end_alike(settings, tmp_path):
         assert max(abs(found[at] - value) for at, value in wanted.items()) < 1e-9
 
 
+def test_clusters_of_clients_on_two_ranks(settings, tmp_path):
+    settings = [*settings, "mofm.clusters=2", "mofm.cluster_rounds=1", "model.dtype=float64"]
+    start(load_config(None, settings), tmp_path / "1", Progress(quiet=True))
+    run_ranks(carry_out, settings, str(tmp_path / "2"), ranks=2)
+    wanted, found = numbers(tmp_path / "1"), numbers(tmp_path / "2")
+    assert any("/clusters.client-00" in at for at in wanted)
+    assert found.keys() == wanted.keys()
+    assert max(abs(found[at] - value) for at, value in wanted.items()) < 1e-9
+
+
 def torchrun(*arguments: str, ranks: int = 2) -> subprocess.Popen[str]:
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",

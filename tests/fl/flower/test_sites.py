@@ -45,10 +45,12 @@ def without_everyone(lines: list[dict]) -> list[dict]:
     return [{k: v for k, v in line.items() if k != "pooled_accuracy"} for line in lines]
 
 
+@pytest.mark.parametrize("more", [(), ("mofm.clusters=2", "mofm.cluster_rounds=1")])
 def test_sites_end_with_the_metrics_of_the_local_engine(
-    federation, wards, tmp_path, quiet, read_lines, same_lines
+    federation, wards, tmp_path, quiet, read_lines, same_lines, more
 ):
     settings = ["data.num_clients=3", "data.unseen_clients=1", "stage1.rounds=2", "stage2.rounds=2"]
+    settings += more
     local = tmp_path / "local"
     start(load_config(None, [*wards.settings, *settings]), local, quiet)
     (unseen,) = {c["client_id"] for c in read_lines(local / "clients.jsonl") if not c["seen"]}

@@ -334,6 +334,22 @@ def test_a_resumed_run_does_not_repeat_rounds_that_are_done(config, tmp_path, qu
     assert [order.round for order in made[0].orders] == [4]
 
 
+@pytest.mark.parametrize("rounds", [2, 3, 4])
+def test_clusters_survive(whole, tmp_path, quiet, assert_same_run, rounds):
+    """Killed before they are made, after it, and after a newcomer has joined one."""
+    settings, wanted = whole(
+        "stage1.rounds=4",
+        "stage2.rounds=1",
+        "server.fraction_train=0.5",
+        "mofm.clusters=2",
+        "mofm.local_from=residual",
+    )
+    folder = tmp_path / "stopped"
+    stopped_after(settings, folder, rounds)
+    resume(folder, quiet)
+    assert_same_run(folder, wanted)
+
+
 def test_the_order_of_waking_survives(whole, tmp_path, quiet, assert_same_run):
     settings, wanted = whole(
         "sal.order=importance",
