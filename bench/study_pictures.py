@@ -16,13 +16,13 @@ from study_numbers import Study, balance, frontier
 
 # Okabe and Ito's palette, and markers, so that no method rests on its colour alone
 LOOKS = {
-    "fedms": ("#0072B2", "o"),
+    "fedms, late": ("#0072B2", "o"),
+    "fedms": ("#56B4E9", "h"),
     "fedavg_ft": ("#CC79A7", "D"),
     "fedavg": ("#E69F00", "s"),
     "local_only": ("#009E73", "^"),
     "ditto": ("#D55E00", "P"),
-    "fedms, one half": ("#56B4E9", "h"),
-    "fedms, no SAL": ("#003a5d", "X"),
+    "fedms, no SAL, logits, one half, late": ("#003a5d", "X"),
     "fedalt": ("#8c564b", "*"),
     "fedsa_lora": ("#999999", "<"),
 }
@@ -58,7 +58,11 @@ def _frontiers(study: Study) -> Figure:
             curve = frontier(runs)
             x, y = [100 * e for _, e, _ in curve], [100 * own for _, _, own in curve]
             axes.plot(
-                x, y, color=color, linewidth=1.8 if method == "fedms" else 1.0, zorder=1 + known
+                x,
+                y,
+                color=color,
+                linewidth=1.8 if method == "fedms, late" else 1.0,
+                zorder=1 + known,
             )
             at = mean(100 * run["everyone"] for run in runs), mean(100 * run["own"] for run in runs)
             size = 15 + 120 * _bytes(runs) / most
