@@ -1,6 +1,6 @@
 """Fine-tune a sentence encoder with peft's LoRA on fused layers.
 
-    pip install "fedms[demo,peft]" && python examples/finetune_encoder.py
+    pip install ".[demo,peft]" && python examples/finetune_encoder.py
 
 Everything here is what a user of peft writes, and one line more: `fedms.accelerate(model)`. The
 encoder learns to tell which of four topics a sentence is about, and the adapter that is saved at
