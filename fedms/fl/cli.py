@@ -84,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _speaks() -> bool:
     """Whether this process is alone or the first of torchrun's ranks."""
-    return os.environ.get("RANK", "0") == "0"
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"  # then another program's RANK may be about
+    return alone or os.environ.get("RANK", "0") == "0"
 
 
 def _take_any_text() -> None:

@@ -386,6 +386,15 @@ def test_what_no_command_knows(capsys, arguments):
     assert f"unrecognized arguments: {' '.join(arguments[2:])}" in capsys.readouterr().err
 
 
+def test_a_rank_without_a_world_says_what_is_wrong(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    assert main(["resume", str(tmp_path)]) == 2
+    assert "holds no run" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert main(["resume", str(tmp_path)]) == 2
+    assert not capsys.readouterr().err  # the first of torchrun's ranks says it
+
+
 def test_without_flower_the_error_says_what_to_install(settings, tmp_path, capsys, monkeypatch):
     def missing(name):
         raise PackageNotFoundError(name)
