@@ -4,9 +4,9 @@
     trimmed_mean   of each value, without the f largest and f smallest (the same)
     multi_krum     the mean of the n - f updates whose n - f - 2 nearest neighbours are nearest
                    (Blanchard et al., NeurIPS 2017)
-    bipartition    the mean of the larger of two groups, of n - f and f, into which clients fall by
-                   the direction of what they changed (Sattler et al., ICASSP 2020), none of them
-                   longer than the median (Nguyen et al., USENIX Security 2022)
+    bipartition    the mean of the larger of two groups into which clients fall by the direction of
+                   what they changed (Sattler et al., ICASSP 2020), f at most in the smaller; none
+                   counts for more than a median length (Nguyen et al., USENIX Security 2022)
 
 Honest changes may be nearly at right angles, and yet all lie on one side. Turned round they are no
 farther from honest ones than those are from each other, so no distance tells; nor are they all
@@ -29,6 +29,8 @@ from torch import Tensor
 
 from fedms.fl.channel.codec import unflatten
 from fedms.fl.types import QuorumError, State
+
+_ROUNDING = 1e-12  # of a sum of cosines
 
 
 @dataclass(frozen=True)
@@ -127,11 +129,11 @@ def bipartition(changes: Tensor, hostile: int) -> Tensor:
 
 
 def larger_group(cosines: Tensor, hostile: int) -> list[int]:
-    """n - f of n clients, in order, so that groups are most alike within and least across.
+    """n - f of n clients or more, in order, so that groups are most alike within, least across.
 
     Sought is the most that the cosines [n, n] within groups less those across them sum to (Sattler
     et al. make the largest across least: where all are small, that hangs on one pair). From the f
-    that lie farthest out where clients differ most, pairs are swapped while that raises it.
+    that lie farthest out where clients differ most, one or two change sides while that raises it.
     """
     n = len(cosines)
     centred = cosines - cosines.mean(dim=0)
@@ -143,9 +145,14 @@ def larger_group(cosines: Tensor, hostile: int) -> list[int]:
         pull = others @ side
         least_fit, leaves = pull.where(side > 0, math.inf).min(dim=0)
         fittest, joins = pull.where(side < 0, -math.inf).max(dim=0)
-        if fittest - least_fit <= 2 * others[leaves, joins] + 1e-12:
+        if fittest > _ROUNDING:
+            side[joins] = 1
+        elif least_fit < -_ROUNDING and (side < 0).sum() < hostile:
+            side[leaves] = -1
+        elif fittest - least_fit > 2 * others[leaves, joins] + _ROUNDING:
+            side[leaves], side[joins] = -1, 1
+        else:
             break
-        side[leaves], side[joins] = -1, 1
     return (side > 0).nonzero().flatten().tolist()
 
 

@@ -95,9 +95,11 @@ def test_a_long_change_of_an_honest_direction_stays_and_counts_for_one():
     torch.testing.assert_close(bipartition(diverse(1, 2, 9, 2), 0), mean)
 
 
-def cosines(within: float, across: float, small: float, larger: int = 3) -> torch.Tensor:
-    """Within the larger group, which stands first, across, and within a group of two."""
-    found = torch.full((larger + 2, larger + 2), within).double()
+def cosines(
+    within: float, across: float, small: float, larger: int = 3, smaller: int = 2
+) -> torch.Tensor:
+    """Within the larger group, which stands first, across, and within the smaller."""
+    found = torch.full((larger + smaller, larger + smaller), within).double()
     found[:larger, larger:] = found[larger:, :larger] = across
     found[larger:, larger:] = small
     return found.fill_diagonal_(1)
@@ -127,14 +129,30 @@ def test_the_two_farthest_apart_are_not_the_smaller_group():
     assert larger_group(found, 2) == [0, 1, 2]
 
 
-def test_a_pair_that_is_alike_across_does_not_change_sides_for_it():
-    """Swapped, 5 and 6 would be as far apart as before.
+def test_who_differs_from_nobody_is_not_left_out():
+    """f bounds how many are."""
+    assert larger_group(torch.full((7, 7), 0.1).double(), 3) == list(range(7))
+    assert larger_group(cosines(0.1, -0.1, 0.1, larger=7), 4) == list(range(7))
+    assert larger_group(cosines(0.1, 0.02, 0.02, larger=7), 4) == list(range(9))
 
-    With 6 and 7 put apart cosines sum to 16 * 0.1 within and to -11 * 0.1 + 0.7 across, 2.0 in all;
-    with 5 and 6 to 10 * 0.1 - 5 * 0.1 + 0.7 within and to 0 across.
+
+def test_hostile_clients_who_are_more_alike_than_honest_ones_are_left_out():
+    """As those are who learn the same wrong labels: such cosines were measured."""
+    found = cosines(0.15, -0.03, 0.33, larger=14, smaller=6)
+    assert larger_group(found, 6) == list(range(14))
+
+
+@pytest.mark.parametrize("links", [0.05, 0.02])
+def test_a_pair_that_is_alike_across_does_not_change_sides_for_it(links):
+    """5 fits the smaller group (pull -0.25) better than 6 does (-0.2), but for 6 alone.
+
+    With 6 and 7 put apart cosines sum to 10 * 0.1 + 5 * 0.05 + 0.1 within and to -10 * 0.1 + 0.4 +
+    0.1 across, 1.85 in all. Next are 7 alone with 1.45, and 5 and 6 with 0.95.
     """
     found = cosines(0.1, -0.1, 0.1, larger=6)
-    found[5, 6] = found[6, 5] = 0.7
+    found[5, :5] = found[:5, 5] = links  # with 0.02 the search begins with 5 and 6 put apart
+    found[5, 6] = found[6, 5] = 0.4
+    found[5, 7] = found[7, 5] = 0.1
     assert larger_group(found, 2) == [0, 1, 2, 3, 4, 5]
 
 
