@@ -407,7 +407,11 @@ def test_without_flower_the_error_says_what_to_install(settings, tmp_path, capsy
 
 def test_interrupt(settings, tmp_path):
     """Ctrl-C once the first round is done, in a process of its own: it falls anywhere."""
-    command = [sys.executable, "-m", "fedms", "run", *settings, "stage1.rounds=1000", "--quiet"]
+    heard = (  # also where the tests run in the background of a shell, which ignores it
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from fedms.fl.cli import main; sys.exit(main())"
+    )
+    command = [sys.executable, "-c", heard, "run", *settings, "stage1.rounds=1000", "--quiet"]
     process = subprocess.Popen(
         [*command, "--out", str(tmp_path / "r")], stderr=subprocess.PIPE, text=True, cwd=tmp_path
     )
