@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean
@@ -69,7 +70,8 @@ def _frontiers(study: Study) -> Figure:
             axes.scatter(*at, s=size, color=color, marker=marker, zorder=3 + known,
                          label=label(method) if known else None)  # fmt: skip
         _decorate(axes, _title(task, alpha), "everyone's data, %")
-    grid[0].set_ylabel("own data, %")
+    for axes in grid[::3]:
+        axes.set_ylabel("own data, %")
     _legend(figure, grid)
     return figure
 
@@ -122,10 +124,15 @@ def _title(task: str, alpha: str) -> str:
 
 
 def _figure(panels: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(width * max(1, panels), height), layout="constrained")
+    """So many panels, three a row."""
+    columns = min(max(1, panels), 3)
+    rows = max(1, math.ceil(panels / columns))
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    grid: Any = figure.subplots(1, max(1, panels), squeeze=False)
-    return figure, list(grid[0])
+    grid: list[Axes] = [*figure.subplots(rows, columns, squeeze=False).flat]
+    for spare in grid[max(1, panels) :]:
+        spare.set_axis_off()
+    return figure, grid[: max(1, panels)]
 
 
 def _decorate(axes: Axes, title: str, xlabel: str) -> None:
