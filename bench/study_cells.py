@@ -19,6 +19,7 @@ PRIORS = (-0.5, -0.25, 0.25, 0.5, 0.75, 1.0)
 SCALES = (1.0, 0.5)
 """Both stages' learning rates are these times the defaults; then on from the best, see Lines."""
 BOUNDS = (1 / 32, 8.0)
+"""How far a choice of scales may go on."""
 SCHEDULE = (
     "stage1.batch_size=16", "stage2.batch_size=16",
     "model.dtype=bfloat16", "engine.threads=1", "engine.keep_checkpoints=2",

@@ -28,6 +28,8 @@ LOOKS = {
     "fedsa_lora": ("#999999", "<"),
 }
 GREY = ("#bbbbbb", ".")
+A_ROW = 3
+"""Panels."""
 
 
 def draw(study: Study, folder: Path) -> list[Path]:
@@ -58,19 +60,14 @@ def _frontiers(study: Study) -> Figure:
             (color, marker), known = LOOKS.get(method, GREY), method in LOOKS
             curve = frontier(runs)
             x, y = [100 * e for _, e, _ in curve], [100 * own for _, _, own in curve]
-            axes.plot(
-                x,
-                y,
-                color=color,
-                linewidth=1.8 if method == "fedms, late" else 1.0,
-                zorder=1 + known,
-            )
+            width = 1.8 if method == "fedms, late" else 1.0
+            axes.plot(x, y, color=color, linewidth=width, zorder=1 + known)
             at = mean(100 * run["everyone"] for run in runs), mean(100 * run["own"] for run in runs)
             size = 15 + 120 * _bytes(runs) / most
             axes.scatter(*at, s=size, color=color, marker=marker, zorder=3 + known,
                          label=label(method) if known else None)  # fmt: skip
         _decorate(axes, _title(task, alpha), "everyone's data, %")
-    for axes in grid[::3]:
+    for axes in grid[::A_ROW]:
         axes.set_ylabel("own data, %")
     _legend(figure, grid)
     return figure
@@ -124,15 +121,15 @@ def _title(task: str, alpha: str) -> str:
 
 
 def _figure(panels: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    """So many panels, three a row."""
-    columns = min(max(1, panels), 3)
-    rows = max(1, math.ceil(panels / columns))
+    """So many panels, at least one, in rows."""
+    panels = max(1, panels)
+    columns, rows = min(panels, A_ROW), math.ceil(panels / A_ROW)
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     FigureCanvasAgg(figure)
     grid: list[Axes] = [*figure.subplots(rows, columns, squeeze=False).flat]
-    for spare in grid[max(1, panels) :]:
+    for spare in grid[panels:]:
         spare.set_axis_off()
-    return figure, grid[: max(1, panels)]
+    return figure, grid[:panels]
 
 
 def _decorate(axes: Axes, title: str, xlabel: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from statistics import mean
 
@@ -114,9 +115,10 @@ def knobs(study: Study, lines: Lines) -> str:
 
 def _scores(lines: Lines) -> dict[str, Callable[[Line], float]]:
     """What methods are compared by."""
+    chosen = cache(lines.chosen)  # the file is read at every question
 
     def at_its_knob(line: Line) -> float:
-        return balance(at_knob(line, lines.chosen(line["task"], line["method"]).knob))
+        return balance(at_knob(line, chosen(line["task"], line["method"]).knob))
 
     return {
         "own": lambda line: line["own"],

@@ -22,7 +22,6 @@ from fedms import __version__
 from fedms.fl.cli import main
 from fedms.fl.config import load_config
 from fedms.fl.journal.states import ClientStates
-from fedms.fl.runs.export import folder_name
 
 ARGUMENTS = {
     "run": ["CONFIG.toml", "key=value", "--out DIR", "--quiet", "--settings", "fedms resume DIR"],
@@ -334,28 +333,6 @@ def test_doctor_tells_a_kernel_that_is_wrong(capsys, monkeypatch):
     out, err = capsys.readouterr()
     assert "WRONG" in out
     assert "a kernel disagrees with the reference" in err
-
-
-@pytest.mark.parametrize(
-    "client",
-    ["client-00", "../../x", "a/b", ".", "..", ".hidden", "Köln 7", "a%2Fb", "C:\\x", "", "x" * 999,
-     "é" * 300, "\ud800", "a.", "nul\0"],
-)  # fmt: skip
-def test_a_clients_folder_stays_in_the_run(tmp_path, client):
-    name = folder_name(client)
-    assert name not in ("", ".", "..")
-    assert (tmp_path / name).resolve().parent == tmp_path.resolve()
-    assert "\\" not in name
-    (tmp_path / name).mkdir()
-
-
-def test_clients_have_folders_of_their_own():
-    """Also where a disk knows no case, and where one is called what another's folder is."""
-    names = ["a/b", "a%2Fb", "a b", "a+b", ".a", "%2Ea", "A", "a", "client", "Client", "CLIENT"]
-    names += ["x" * 300, "x" * 301, "ward-0123456789abcdef"]
-    names += [folder_name(name).lower() for name in names if folder_name(name) != name]
-    assert len({folder_name(name).lower() for name in names}) == len(names)
-    assert max(map(len, map(folder_name, names))) <= 80
 
 
 @pytest.mark.parametrize(
