@@ -105,11 +105,18 @@ METHODS = {
             "fedms, no SAL, logits, one half, not-true": (NO_SAL, HALF, LOGITS, NOT_TRUE),
         }.items()
     },
+    "centralised": Method(("method=centralised", "centralised.clients=12")),  # as icd10 has
     "fedms, SAL at the bytes of no SAL": Method(("method=fedms",), like="fedms", longer=7 / 6),
+    "fedms, late, SAL at the bytes of no SAL": Method(
+        ("method=fedms",), like="fedms, late", late=True, longer=7 / 6
+    ),
     **{
         name: Method((f"method={method}", *settings), late=True)
         for name, (method, *settings) in {
             "fedms, late": ("fedms",),
+            "fedms, one half, late": ("fedms", HALF),
+            "fedms, no SAL, late": ("fedms", NO_SAL),
+            "fedms, no SAL, one half, late": ("fedms", NO_SAL, HALF),
             "fedms, logits, late": ("fedms", LOGITS),
             "fedms, no SAL, logits, late": ("fedms", NO_SAL, LOGITS),
             "fedms, no SAL, logits, one half, late": ("fedms", NO_SAL, LOGITS, HALF),
