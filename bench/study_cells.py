@@ -57,9 +57,11 @@ TASKS = {
     "sotu": Task(
         (
             *RECIPES["sotu"].settings, *TWO_STEPS, "stage1.batch_size=4", "stage2.batch_size=4",
-            "eval.clients=8", "eval.pooled_examples=50",
+            "model.max_tokens=64", "server.fraction_train=0.25",
+            "data.train=0.9", "data.gate=0.03", "data.val=0.03", "data.test=0.04",
+            "eval.clients=8", "eval.pooled_examples=40", "eval.val_examples=40",
         ),
-        (3, 2),
+        (4, 2),
         classes=False,
     ),
 }  # fmt: skip
