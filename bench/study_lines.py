@@ -62,7 +62,7 @@ class Lines:
         """The scales that a method's choice still needs: while the best is the least or the
         greatest, half or twice of it.
         """
-        if METHODS[method].like is not None:
+        if METHODS[method].like is not None or not TASKS[task].tuned:
             return []
         tried = self.choices(task, method)
         left = [scale for scale in SCALES if scale not in tried]
