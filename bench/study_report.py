@@ -7,183 +7,253 @@ lines; the words around the tables are people's.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from statistics import mean
+from typing import Any, NamedTuple
 
-from study_cells import METHODS, TASKS, label
-from study_lines import ROOT, Line, Lines
-from study_numbers import Interval, Study, at_knob, balance, frontier, own_at
+from study_cells import METHODS, NATURAL, TASKS, Cell, label
+from study_lines import ROOT, Choice, Line, Lines
+
+from fedms.fl.compare.cells import bracketed, ranged
+from fedms.fl.compare.comparison import Comparison, FullTable, Score
+from fedms.fl.compare.pictures import draw
+from fedms.fl.compare.result import Block, Point, Result, balance, frontier, own_at
+from fedms.fl.tasks.causal_lm import BITS
+from fedms.fl.tasks.classify import ACCURACY
 
 PAGE = ROOT / "docs" / "study.md"
 REFERENCE = "fedms, late"
 RIVAL = "fedavg_ft"
+FIRST = (
+    REFERENCE, "fedms", "fedms, no SAL, logits, one half, late", "fedavg", RIVAL, "ditto",
+    "local_only", "fedalt", "fedsa_lora",
+)  # fmt: skip
+"""Stand out in the pictures, beside the best of the others."""
 Row = Sequence[str]
+
+
+class Study(NamedTuple):
+    """The lines of the study, compared.
+
+    Attributes:
+        places: (task, alpha) of every setting.
+        chosen: (task, method) -> what validation scores chose.
+    """
+
+    lines: Lines
+    comparison: Comparison
+    places: dict[str, tuple[str, str]]
+    chosen: Callable[[str, str], Choice]
+
+    @classmethod
+    def of(cls, lines: Lines) -> Study:
+        runs = lines.runs()
+        places = {setting(cell): (cell.task, cell.alpha) for cell in sorted(runs)}
+        found = Comparison(result_of(cell, line) for cell, line in runs.items())
+        return cls(lines, found, places, cache(lines.chosen))  # the file is read at every question
+
+    def with_knob(self, result: Result) -> Point:
+        """The scores at the knob that was chosen."""
+        task, _ = self.places[result.block.setting]
+        return result.at(self.chosen(task, result.method).knob)
+
+
+def setting(cell: Cell) -> str:
+    """A task and its alpha, in words."""
+    return cell.task if cell.alpha == NATURAL else f"{cell.task}, alpha {cell.alpha}"
+
+
+def point(scores: Line) -> Point:
+    """The scores of a line, or of one of its knobs."""
+    return Point(*(scores[name] for name in ("own", "worst10", "everyone", "unseen")))
+
+
+def result_of(cell: Cell, line: Line) -> Result:
+    """A line as what `fedms report` compares."""
+    costs: dict[str, Any] = {
+        name: line[name]
+        for name in ("bytes_up", "bytes_down", "seconds", "cpu_seconds", "trained_share", "gate")
+    }
+    return Result(
+        block=Block(setting(cell), cell.seed),
+        method=cell.method,
+        label=label(cell.method),
+        algorithm=cell.method.partition(",")[0],
+        metric=ACCURACY if TASKS[cell.task].classes else BITS,
+        scores=point(line),
+        by_knob={float(knob): point(scores) for knob, scores in line["frontier"].items()},
+        **costs,
+    )
 
 
 def write_report(lines: Lines, page: Path = PAGE) -> list[Path]:
     """Fill the page's tables and draw its pictures."""
-    from study_pictures import draw
-
-    study = Study(lines.runs())
+    study = Study.of(lines)
     text = page.read_text("utf-8")
     for name, table in TABLES.items():
-        filled = f"<!-- {name} -->\n{table(study, lines)}\n<!-- end -->"
+        filled = f"<!-- {name} -->\n{table(study)}\n<!-- end -->"
         pattern = rf"<!-- {name} -->\n.*?<!-- end -->"
         text, found = re.subn(pattern, lambda _, new=filled: new, text, flags=re.DOTALL)
         if not found:
             raise SystemExit(f"{page} has no place for the table {name!r}")
     page.write_text(text, "utf-8")
-    return [page, *draw(study, page.parent / page.stem)]
+    return [page, *draw(study.comparison, page.parent / page.stem, FIRST)]
 
 
 # Tables -------------------------------------------------------------------------------------------
 
 
-def points(study: Study, lines: Lines) -> str:
+def points(study: Study) -> str:
     """Each setting: own / worst tenth / everyone's / unseen, means over seeds."""
     parts = []
-    for task, alpha in study.settings():
+    for name in study.places:
         rows = []
-        for method in study.methods():
-            runs = study.of(task, alpha, method)
+        for method in study.comparison.labels:
+            runs = study.comparison.of(name, method)
             if runs:
-                rows.append((mean(map(balance, runs)), _point(task, method, runs)))
+                rows.append((_mean(balance(run.scores) for run in runs), _point(runs)))
         rows.sort(key=lambda row: -row[0])
         head = (
-            task if alpha == "natural" else f"{task}, alpha {alpha}", "seeds", "own data",
-            "worst tenth", "everyone's data", "unseen clients", "MB up", "MB down",
-            "processor s", "trained", "gate on local",
+            name, "seeds", "own data", "worst tenth", "everyone's data", "unseen clients", "MB up",
+            "MB down", "processor s", "trained", "gate on local",
         )  # fmt: skip
         parts.append(_table(head, [row for _, row in rows]))
     return "\n\n".join(parts)
 
 
-def _point(task: str, method: str, runs: Sequence[Line]) -> Row:
+def _point(runs: Sequence[Result]) -> Row:
     def scores(name: str) -> str:
-        return _over_seeds(task, [run[name] for run in runs if run[name] is not None])
+        return ranged(runs[0].metric, [getattr(run.scores, name) for run in runs])
 
-    gates = [run["gate"] for run in runs if run["gate"] is not None]
+    gates = [run.gate for run in runs if run.gate is not None]
     return (
-        label(method), str(len(runs)),
+        runs[0].label, str(len(runs)),
         *(scores(name) for name in ("own", "worst10", "everyone", "unseen")),
-        f"{mean(run['bytes_up'] for run in runs) / 1e6:.1f}",
-        f"{mean(run['bytes_down'] for run in runs) / 1e6:.1f}",
-        f"{mean(run['cpu_seconds'] for run in runs):.0f}",
-        f"{100 * mean(run['trained_share'] for run in runs):.2f} %",
+        f"{mean(run.bytes_up for run in runs) / 1e6:.1f}",
+        f"{mean(run.bytes_down for run in runs) / 1e6:.1f}",
+        f"{_mean(run.cpu_seconds for run in runs):.0f}",
+        f"{100 * mean(run.trained_share for run in runs):.2f} %",
         f"{mean(gates):.2f}" if gates else "–",
     )  # fmt: skip
 
 
-def knobs(study: Study, lines: Lines) -> str:
+def knobs(study: Study) -> str:
     """With the knob: as chosen on validation data, and own data at equal everyone's."""
     parts = []
-    for task, alpha in study.settings():
+    for name, (task, _) in study.places.items():
         if not TASKS[task].classes:
             continue
         levels = {
-            other: mean(run["everyone"] for run in runs)
+            runs[0].label: _mean(run.scores.everyone for run in runs)
             for other in (RIVAL, REFERENCE)
-            if (runs := study.of(task, alpha, other))
+            if (runs := study.comparison.of(name, other))
         }
         rows = []
-        for method in study.methods():
-            runs = study.of(task, alpha, method)
+        for method, label_ in study.comparison.labels.items():
+            runs = study.comparison.of(name, method)
             if not runs:
                 continue
-            knob = lines.chosen(task, method).knob
-            chosen = [at_knob(run, knob) for run in runs]
+            chosen = [study.with_knob(run) for run in runs]
             curve = frontier(runs)
             at = [own_at(curve, level) for level in levels.values()]
-            rows.append((mean(map(balance, chosen)), (
-                label(method), f"{knob:g}",
-                *(f"{100 * mean(c[name] for c in chosen):.1f}"
-                  for name in ("own", "worst10", "everyone")),
-                f"{100 * mean(map(balance, chosen)):.1f}",
+            middle = _mean(map(balance, chosen))
+            rows.append((middle, (
+                label_, f"{study.chosen(task, method).knob:g}",
+                *(f"{100 * mean(getattr(c, each) for c in chosen):.1f}"
+                  for each in ("own", "worst10", "everyone")),
+                f"{100 * middle:.1f}",
                 *("–" if own is None else f"{100 * own:.1f}" for own in at),
             )))  # fmt: skip
         rows.sort(key=lambda row: -row[0])
         head = (
-            task if alpha == "natural" else f"{task}, alpha {alpha}", "knob", "own", "worst tenth",
-            "everyone's", "(own + everyone's) / 2",
-            *(f"own at everyone's {100 * e:.1f} ({label(m)})" for m, e in levels.items()),
+            name, "knob", "own", "worst tenth", "everyone's", "(own + everyone's) / 2",
+            *(f"own at everyone's {100 * e:.1f} ({other})" for other, e in levels.items()),
         )  # fmt: skip
         parts.append(_table(head, [row for _, row in rows]))
     return "\n\n".join(parts)
 
 
-def _scores(lines: Lines) -> dict[str, Callable[[Line], float]]:
+def _scores(study: Study) -> dict[str, Score]:
     """What methods are compared by."""
-    chosen = cache(lines.chosen)  # the file is read at every question
-
-    def at_its_knob(line: Line) -> float:
-        return balance(at_knob(line, chosen(line["task"], line["method"]).knob))
-
     return {
-        "own": lambda line: line["own"],
-        "worst tenth": lambda line: line["worst10"],
-        "everyone's": lambda line: line["everyone"],
-        "own + everyone's": balance,
-        "own + everyone's, each with its knob": at_its_knob,
+        "own": lambda run: run.scores.own,
+        "worst tenth": lambda run: run.scores.worst10,
+        "everyone's": lambda run: run.scores.everyone,
+        "own + everyone's": lambda run: balance(run.scores),
+        "own + everyone's, each with its knob": lambda run: balance(study.with_knob(run)),
     }
 
 
-def ranks(study: Study, lines: Lines) -> str:
-    """Mean ranks over blocks, with 95 % of the bootstrap."""
-    methods, blocks = study.complete()
-    scores = _scores(lines)
-    found = {name: study.ranks(score) for name, score in scores.items()}
-    order = sorted(methods, key=lambda m: found["own + everyone's"][m].mean)
-    rows = [[label(m), *(_interval(found[name][m], 1.0, 1) for name in scores)] for m in order]
-    tasks = ", ".join(f"{task} {alpha}" for task, alpha in sorted({b[:2] for b in blocks}))
-    note = f"{len(blocks)} blocks of task, alpha and seed: {tasks}."
+def ranks(study: Study) -> str:
+    """Mean ranks with 95 % of the bootstrap: over most blocks, of the methods in all of them."""
+    return _ranks(study, study.comparison.most_blocks())
+
+
+def ranks_all(study: Study) -> str:
+    """The same of most methods, over the blocks that have all of them."""
+    return _ranks(study, study.comparison.most_methods())
+
+
+def _ranks(study: Study, table: FullTable) -> str:
+    scores = _scores(study)
+    found = {name: study.comparison.ranks(table, score) for name, score in scores.items()}
+    order = sorted(table.methods, key=lambda m: found["own + everyone's"][m].mean)
+    rows = [[label(m), *(bracketed(found[name][m], 1.0, 1) for name in scores)] for m in order]
+    places = sorted({study.places[block.setting] for block in table.blocks})
+    tasks = ", ".join(f"{task} {alpha}" for task, alpha in places)
+    note = f"{len(table.blocks)} blocks of task, alpha and seed: {tasks}."
     return f"{_table(('mean rank', *scores), rows)}\n\n{note}"
 
 
-def differences(study: Study, lines: Lines) -> str:
+def differences(study: Study) -> str:
     """FedMS as it is recommended less each other method, in points."""
-    rows, scores = [], _scores(lines)
-    for method in study.methods():
-        found = [study.difference(score, REFERENCE, method) for score in scores.values()]
+    rows, scores = [], _scores(study)
+    accuracies = study.comparison.by_metric()[ACCURACY]  # bits and points have no mean
+    for method, label_ in accuracies.labels.items():
+        found = [accuracies.difference(score, REFERENCE, method) for score in scores.values()]
         if method != REFERENCE and None not in found:
-            shared = sum(REFERENCE in all_ and method in all_ for all_ in study.lines.values())
-            cells = [_interval(each, 100.0, 1, signed=True) for each in found if each]
-            rows.append([label(method), str(shared), *cells])
+            blocks = accuracies.blocks.values()
+            shared = sum(REFERENCE in runs and method in runs for runs in blocks)
+            cells = [bracketed(each, 100.0, 1, signed=True) for each in found if each]
+            rows.append([label_, str(shared), *cells])
     return _table((f"{label(REFERENCE)} less", "blocks", *scores), rows)
 
 
-def choices(study: Study, lines: Lines) -> str:
+def choices(study: Study) -> str:
     """Validation scores by the scale of the learning rates, and what they choose."""
     own = [name for name, method in METHODS.items() if method.like is None]
-    every = {(task, name): lines.choices(task, name) for task in TASKS for name in own}
+    every = {(task, name): study.lines.choices(task, name) for task in TASKS for name in own}
     scales = sorted({scale for tried in every.values() for scale in tried})
     rows = []
     for (task, method), tried in every.items():
         if tried:
-            scale, knob = lines.chosen(task, method)
-            sums = [f"{100 * balance(tried[s]):.1f}" if s in tried else "–" for s in scales]
-            rows.append([task, label(method), *sums, f"{scale:g}", f"{knob:g}"])
+            scale, knob = study.chosen(task, method)
+            means = {s: _mean((line["own"], line["everyone"])) for s, line in tried.items()}
+            cells = [f"{100 * means[s]:.1f}" if s in means else "–" for s in scales]
+            rows.append([task, label(method), *cells, f"{scale:g}", f"{knob:g}"])
     return _table(("task", "method", *(f"x {s:g}" for s in scales), "chosen", "knob"), rows)
 
 
-def progress(study: Study, lines: Lines) -> str:
+def progress(study: Study) -> str:
     """What has been run."""
-    rows = []
-    for task, alpha in study.settings():
-        blocks = [lines for block, lines in study.lines.items() if block[:2] == (task, alpha)]
-        runs = [run for lines in blocks for run in lines.values()]
+    rows, runs = [], study.lines.runs()
+    for place in study.places.values():
+        there = [(cell, line) for cell, line in runs.items() if (cell.task, cell.alpha) == place]
+        minutes = sum(line["cpu_seconds"] for _, line in there) / 60
         rows.append([
-            task, alpha, str(len({run["method"] for run in runs})), str(len(blocks)),
-            str(len(runs)), f"{sum(run['cpu_seconds'] for run in runs) / 60:.0f}",
-            ", ".join(sorted({run["commit"] for run in runs})),
+            *place, str(len({cell.method for cell, _ in there})),
+            str(len({cell.seed for cell, _ in there})), str(len(there)), f"{minutes:.0f}",
+            ", ".join(sorted({line["commit"] for _, line in there})),
         ])  # fmt: skip
     head = ("task", "alpha", "methods", "seeds", "runs", "processor minutes", "commits")
     return _table(head, rows)
 
 
-TABLES: dict[str, Callable[[Study, Lines], str]] = {
+TABLES: dict[str, Callable[[Study], str]] = {
     "ranks": ranks,
+    "ranks-all": ranks_all,
     "differences": differences,
     "knobs": knobs,
     "points": points,
@@ -200,17 +270,5 @@ def _table(head: Row, rows: Sequence[Row]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _over_seeds(task: str, values: Sequence[float]) -> str:
-    """Accuracies in %, bits per token otherwise; with the range of the seeds."""
-    if not values:
-        return "–"
-    factor, digits = (100, 1) if TASKS[task].classes else (-1, 3)
-    shown = sorted(factor * value for value in values)
-    spread = f" ({shown[0]:.{digits}f}–{shown[-1]:.{digits}f})" if len(shown) > 1 else ""
-    return f"{mean(shown):.{digits}f}{spread}"
-
-
-def _interval(found: Interval, factor: float, digits: int, signed: bool = False) -> str:
-    middle, low, high = (factor * value for value in found)
-    sign = "+" if signed else ""
-    return f"{middle:{sign}.{digits}f} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
+def _mean(values: Iterable[float | None]) -> float:
+    return mean(value for value in values if value is not None)

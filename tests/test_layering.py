@@ -100,6 +100,7 @@ FL_ROOMS = (
     {"fl.engines"},
     {"fl.round"},
     {"fl.runs"},
+    {"fl.compare"},
     {"fl.cli"},
 )
 BELOW_FL = {"", "kernels", "peft", "doctor", "tuning"}

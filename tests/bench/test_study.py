@@ -13,9 +13,10 @@ sys.path.append(str(Path(__file__).parents[2] / "bench"))
 import study
 from study_cells import TASKS, Cell, Group, Task, overrides
 from study_lines import Lines, append
-from study_numbers import Study, balance, frontier, interval, own_at
-from study_report import TABLES
+from study_report import TABLES, Study, write_report
 from study_work import work
+
+from fedms.fl.compare.result import Point
 
 TINY = (
     "data.max_per_category=1", "data.num_clients=2", "data.unseen_clients=1",
@@ -29,7 +30,7 @@ def scored(own: float, everyone: float, **more: object) -> dict:
     return {
         "own": own, "everyone": everyone, "worst10": own, "unseen": None, "global": None,
         "gate": None, "frontier": {}, "bytes_up": 10**6, "bytes_down": 10**6, "cpu_seconds": 2.0,
-        "trained_share": 0.01, "scale": 1.0, "commit": "abc", **more,
+        "seconds": 9.0, "trained_share": 0.01, "scale": 1.0, "commit": "abc", **more,
     }  # fmt: skip
 
 
@@ -103,50 +104,41 @@ def test_what_has_a_line_is_not_run_again_and_the_last_line_counts(lines):
         assert (Cell("icd10", "0.3", 0, "fedavg") in cells) == bool(more)
 
 
-def test_ranks_share_ties_and_leave_gaps_out(lines):
+def test_a_line_is_compared_as_what_it_says(lines):
+    knobs = {"0.5": {"own": 0.8, "worst10": 0.7, "everyone": 0.6, "unseen": 0.1}}
+    write(lines, run_line("fedms, late", 0.7, 0.5, 2, frontier=knobs, gate=0.4, seconds=3.0))
+    study_ = Study.of(lines)
+    ((block, runs),) = study_.comparison.blocks.items()
+    assert block == ("icd10, alpha 0.3", 2)
+    assert study_.places == {"icd10, alpha 0.3": ("icd10", "0.3")}
+    run = runs["fedms, late"]
+    assert (run.label, run.algorithm, run.metric.unit) == ("FedMS, late", "fedms", "%")
+    assert run.scores == Point(0.7, 0.7, 0.5, None)
+    assert run.at(0.5) == Point(0.8, 0.7, 0.6, 0.1)
+    assert (run.sent, run.seconds, run.cpu_seconds, run.gate) == (2 * 10**6, 3.0, 2.0, 0.4)
+
+
+def test_the_page_keeps_its_words_and_gets_its_tables(lines, tmp_path):
     write(
         lines,
-        run_line("fedavg", 0.9, 0.5), run_line("ditto", 0.9, 0.4), run_line("fedprox", 0.1, 0.9),
-        run_line("fedavg", 0.5, 0.5, seed=1), run_line("ditto", 0.6, 0.4, seed=1),
-        run_line("fedprox", 0.7, 0.1, seed=1), run_line("fedms", 0.7, 0.1, seed=1),
+        *(run_line(m, 0.5, own, s) for s in (0, 1) for m, own in
+          (("fedms, late", 0.6), ("fedavg", 0.7), ("fedavg_ft", 0.5))),
     )  # fmt: skip
-    found = Study(lines.runs())
-    methods, blocks = found.complete()
-    assert (methods, len(blocks)) == (["fedavg", "ditto", "fedprox"], 2)
-    ranks = found.ranks(lambda line: line["own"])
-    assert {m: r.mean for m, r in ranks.items()} == {
-        "fedavg": 2.25, "ditto": 1.75, "fedprox": 2.0,
-    }  # fmt: skip
-    assert (ranks["fedprox"].low, ranks["fedprox"].high) == (1.0, 3.0)
-    gain = found.difference(balance, "fedavg", "ditto")
-    assert gain is not None
-    assert gain.mean == pytest.approx(0.025)
-    assert found.difference(balance, "fedavg", "nobody") is None
-    assert interval([2.0, 2.0, 2.0]) == (2.0, 2.0, 2.0)
-
-
-def test_a_setting_compares_its_methods_over_the_same_seeds(lines):
-    write(
-        lines,
-        *(run_line(m, 0.5, 0.5, seed) for m in ("fedavg", "ditto") for seed in (0, 1)),
-        run_line("fedprox", 0.9, 0.9), run_line("fedms", 0.9, 0.9, seed=2),
-        run_line("fedavg", 0.1, 0.1, seed=3, task="emoji", alpha="natural"),
-    )  # fmt: skip
-    found = Study(lines.runs())
-    seeds = {m: [run["seed"] for run in found.of("icd10", "0.3", m)] for m in found.methods()}
-    assert seeds == {"fedavg": [0, 1], "ditto": [0, 1], "fedprox": [], "fedms": []}
-    assert [run["seed"] for run in found.of("emoji", "natural", "fedavg")] == [3]
-
-
-def test_own_data_at_equal_everyones_lies_between_the_knobs():
-    points = {"0.5": {"own": 0.8, "everyone": 0.6}, "-0.5": {"own": 0.4, "everyone": 0.7}}
-    line = run_line("fedavg", 0.7, 0.7, frontier=points)
-    curve = frontier([line])
-    assert curve == [(-0.5, 0.7, 0.4), (0.0, 0.7, 0.7), (0.5, 0.6, 0.8)]
-    assert own_at(curve, 0.65) == pytest.approx(0.75)
-    assert own_at(curve, 0.6) == 0.8
-    assert own_at(curve, 0.5) == 0.8
-    assert own_at(curve, 0.71) is None
+    page = tmp_path / "page.md"
+    places = "\n\n".join(f"{name} is\n<!-- {name} -->\nold\n<!-- end -->" for name in TABLES)
+    page.write_text(places, "utf-8")
+    written = write_report(lines, page)
+    assert [path.name for path in written] == ["page.md", "frontier.png", "cost.png", "ranks.png"]
+    text = page.read_text("utf-8")
+    assert "old" not in text
+    assert all(f"{name} is\n<!-- {name} -->\n| " in text for name in TABLES)
+    difference = "| FedAvg-LoRA | 2 | +0.0 [+0.0, +0.0] | +0.0 [+0.0, +0.0] | -10.0 [-10.0, -10.0]"
+    assert difference in text
+    write_report(lines, page)
+    assert page.read_text("utf-8") == text
+    page.write_text(text.replace("<!-- knobs -->", ""), "utf-8")
+    with pytest.raises(SystemExit, match="no place for the table 'knobs'"):
+        write_report(lines, page)
 
 
 def test_cells_of_one_world_end_as_lines_that_their_folders_bear_out(lines, tmp_path, monkeypatch):
@@ -174,6 +166,6 @@ def test_cells_of_one_world_end_as_lines_that_their_folders_bear_out(lines, tmp_
     )
     assert 0 < first["cpu_seconds"] < 60
     assert tuned["cpu_seconds"] > 0
-    found = Study(lines.runs())
+    study_ = Study.of(lines)
     for table in TABLES.values():
-        assert table(found, lines).startswith("| ")
+        assert table(study_).startswith("| ")

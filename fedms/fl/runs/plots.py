@@ -105,14 +105,14 @@ def accuracy(runs: Sequence[MethodRun]) -> Figure | None:
     scored = [run for run in runs if _curve(run, _own)[0].size]
     if not scored:
         return None
-    figure = _figure(9.5, 4.6)
+    figure = new_figure(9.5, 4.6)
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, score, title in ((left, _own, "own data"), (right, _everyone, "everyone's data")):
         for run in scored:
             rounds, values = _curve(run, score)
             untrained = not any(r.trainable_parameters for r in run.rounds)
             _line(axes, run, rounds, values, level=untrained)
-        _decorate(axes, title, "round")
+        decorate(axes, title, "round")
         _whole_rounds(axes, max(run.rounds[-1].round for run in runs))
     left.set_ylabel(_mean_of(runs))
     _widen(left, 0.16, 0.08)  # room for the marks
@@ -127,7 +127,7 @@ def accuracy_by_bytes(runs: Sequence[MethodRun]) -> Figure | None:
     scored = [run for run in runs if _curve(run, _own)[0].size]
     if not scored:
         return None
-    figure = _figure(7.0, 4.8)
+    figure = new_figure(7.0, 4.8)
     axes = figure.subplots()
     for run in scored:
         rounds, values = _curve(run, _own)
@@ -136,7 +136,7 @@ def accuracy_by_bytes(runs: Sequence[MethodRun]) -> Figure | None:
         silent = not any(sent.values())
         _line(axes, run, so_far, values, level=silent, note=", sends nothing" if silent else "")
     title = f"{runs[0].metric.name} on own data against communication"
-    _decorate(axes, title, "sent up and down so far [MB]")
+    decorate(axes, title, "sent up and down so far [MB]")
     axes.set_xlim(0, max(axes.get_xlim()[1], 1e-3))
     axes.set_ylabel(_mean_of(runs))
     _widen(axes, 0.04, 0.04)
@@ -157,7 +157,9 @@ def client_histograms(runs: Sequence[MethodRun]) -> Figure | None:
     color = _look(hero)[0]
     panels = max(1, len(rivals))
     columns = min(2, panels)
-    figure = _figure(4.6 * columns + (2.4 if panels == 1 else 0), 2.7 * math.ceil(panels / 2) + 1.1)
+    figure = new_figure(
+        4.6 * columns + (2.4 if panels == 1 else 0), 2.7 * math.ceil(panels / 2) + 1.1
+    )
     grid = figure.subplots(math.ceil(panels / 2), columns, sharex=True, sharey=True, squeeze=False)
     for axes in grid.flat[panels:]:
         axes.set_visible(False)
@@ -174,7 +176,7 @@ def client_histograms(runs: Sequence[MethodRun]) -> Figure | None:
             outline = {"histtype": "step", "color": "black", "linewidth": 1.6}
             axes.hist(values, bins, label="the rival named above", **outline)
         below = f"{metric.name} [{metric.unit}]" if i + columns >= panels else ""
-        _decorate(axes, title, below)
+        decorate(axes, title, below)
         axes.xaxis.set_tick_params(labelbottom=True)
         axes.yaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)  # type: ignore[attr-defined]
         if i % columns == 0:
@@ -185,7 +187,7 @@ def client_histograms(runs: Sequence[MethodRun]) -> Figure | None:
 
 def label_map(labels: LabelCounts) -> Figure:
     """How many training examples of each class each client has."""
-    figure = _figure(
+    figure = new_figure(
         min(14.0, max(6.5, 3.4 + 0.3 * len(labels.class_names))),
         min(11.0, max(4.8, 2.9 + 0.2 * len(labels.clients))),
     )
@@ -215,7 +217,7 @@ def blocks_and_gate(run: MethodRun) -> Figure | None:
     for client in run.clients:
         if client.seen and client.gate_local is not None:
             gates.setdefault(client.round, []).append(100 * client.gate_local)
-    figure = _figure(7.5, min(5.0, 1.5 + 0.22 * depth) + (2.6 if gates else 0))
+    figure = new_figure(7.5, min(5.0, 1.5 + 0.22 * depth) + (2.6 if gates else 0))
     panels = figure.subplots(
         1 + bool(gates), 1, sharex=True, squeeze=False,
         height_ratios=[min(3.5, 0.5 + 0.22 * depth), 2.4][: 1 + bool(gates)],
@@ -226,7 +228,7 @@ def blocks_and_gate(run: MethodRun) -> Figure | None:
         for block in range(depth):
             shade = color if block in record.awake_blocks else _PALE
             top.bar(record.round, 0.86, bottom=block - 0.43, width=1.0, color=shade)
-    _decorate(top, "blocks awake (in colour)", "" if gates else "round")
+    decorate(top, "blocks awake (in colour)", "" if gates else "round")
     top.grid(False)
     top.set_ylabel("block")
     top.set_ylim(-0.6, depth - 0.4)
@@ -249,7 +251,7 @@ def _draw_gate(axes: Axes, gates: dict[int, list[float]], color: str) -> None:
     else:
         axes.vlines(rounds, low, high, color=color, alpha=0.3, linewidth=8, label=band)
     axes.plot(rounds, mean, color=color, marker="o", markersize=5, label="mean over clients")
-    _decorate(axes, "gate", "round")
+    decorate(axes, "gate", "round")
     axes.set_ylabel("weight on the\nlocal expert [%]")
     axes.set_ylim(-3, 103)
 
@@ -257,7 +259,7 @@ def _draw_gate(axes: Axes, gates: dict[int, list[float]], color: str) -> None:
 # What the pictures share ------------------------------------------------------------------------
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -317,7 +319,7 @@ def _line(
     if not x.size:
         return
     color, marker = _look(run)
-    label = _plain(run.label + note)
+    label = plain(run.label + note)
     if level:
         dashes = (0, (5, 2)) if run.method != "zero_shot" else (0, (1.5, 1.5))
         axes.axhline(y[-1], color=color, linewidth=1.6, linestyle=dashes, label=label)
@@ -333,7 +335,7 @@ def _mark_stages_and_blocks(axes: Axes, rounds: Sequence[RoundRecord]) -> None:
     for before, after in pairwise(rounds):
         if before.stage != after.stage:
             axes.axvline(after.round - 0.5, color=_GREY, linewidth=0.9, linestyle=(0, (1, 2)))
-            name = _plain(after.stage.replace("stage", "stage "))
+            name = plain(after.stage.replace("stage", "stage "))
             axes.text(after.round - 0.42, 0.975, name, va="top", fontsize=8, **faint)
         woken = sorted(set(after.awake_blocks) - set(before.awake_blocks))
         if woken:
@@ -342,8 +344,8 @@ def _mark_stages_and_blocks(axes: Axes, rounds: Sequence[RoundRecord]) -> None:
             axes.text(after.round, 0.05, f"wakes\n{what}", ha="center", fontsize=7, **faint)
 
 
-def _decorate(axes: Axes, title: str, xlabel: str) -> None:
-    axes.set_title(_plain(title), loc="left", fontsize=10.5)
+def decorate(axes: Axes, title: str, xlabel: str) -> None:
+    axes.set_title(plain(title), loc="left", fontsize=10.5)
     axes.set_xlabel(xlabel)
     axes.grid(color=_PALE, linewidth=0.7)
     axes.set_axisbelow(True)
@@ -374,9 +376,9 @@ def _thin(count: int, most: int = 40) -> list[int]:
 
 
 def _short(name: str, length: int) -> str:
-    return _plain(name if len(name) <= length else name[: length - 1].rstrip() + "…")
+    return plain(name if len(name) <= length else name[: length - 1].rstrip() + "…")
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """As it stands: matplotlib would set what is between two dollars as mathematics."""
     return text.replace("$", r"\$")

@@ -1,0 +1,244 @@
+"""The pictures of a comparison: frontiers, scores against costs, mean ranks.
+
+A method has one colour, marker and number in all of them (see looks.py); numbers stand beside the
+marks, and a key below says whose they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedms.fl.compare.comparison import Comparison, FullTable
+from fedms.fl.compare.looks import Look, looks_of
+from fedms.fl.compare.marks import Mark, number
+from fedms.fl.compare.result import Result, balance, frontier
+from fedms.fl.runs.plots import decorate, new_figure, plain
+from fedms.fl.tasks.task import Metric
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+DPI = 100
+A_ROW = 2
+"""Panels."""
+FAR = 3.0
+"""Interquartile ranges below the lower quartile."""
+Looks = dict[str, Look]
+Panel = tuple["Axes", list[Mark]]
+
+
+def draw(comparison: Comparison, folder: Path, first: Sequence[str] = ()) -> list[Path]:
+    """Draw what there are numbers for.
+
+    Args:
+        first: methods that stand out in any case.
+
+    Raises:
+        FedMSError: matplotlib is not installed.
+    """
+    looks = looks_of(comparison, first)
+    figures = {
+        "frontier.png": frontiers(comparison, looks),
+        "cost.png": costs(comparison, looks),
+        "ranks.png": ranks(comparison, looks),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = {name: figure for name, figure in figures.items() if figure is not None}
+    for name, figure in drawn.items():
+        figure.savefig(folder / name, dpi=DPI)
+    return [folder / name for name in drawn]
+
+
+def frontiers(comparison: Comparison, looks: Looks) -> Figure | None:
+    """A panel a setting: own against everyone's as the knob turns, with a mark where a method
+    answers without it, the larger the more it sends. None where nobody has everyone's examples.
+    """
+    found = {
+        setting: {m: runs for m in looks if (runs := comparison.of(setting, m)) and frontier(runs)}
+        for setting in comparison.settings()
+    }
+    found = {setting: methods for setting, methods in found.items() if methods}
+    if not found:
+        return None
+    most = max(_sent(runs) for methods in found.values() for runs in methods.values()) or 1
+    figure, grid = _grid(len(found), 7.2, 6.0)
+    panels = []
+    for axes, (setting, methods) in zip(grid, found.items(), strict=True):
+        metric = next(iter(methods.values()))[0].metric
+        marks, curves = [], []
+        for method, runs in methods.items():
+            look = looks[method]
+            curve = frontier(runs)
+            line = {p.knob: (metric.factor * p.everyone, metric.factor * p.own) for p in curve}
+            style: dict[str, Any] = {"linewidth": 1.4 if look.stands_out else 0.6}
+            axes.plot(*zip(*line.values(), strict=True), color=look.color, zorder=1, **style)
+            marks.append(_mark(axes, line[0.0], look, 4 + 9 * math.sqrt(_sent(runs) / most)))
+            curves.append(list(line.values()))
+        decorate(axes, setting, f"everyone's data [{metric.unit}]")
+        axes.set_ylabel(f"own data [{metric.unit}]")
+        panels.append((axes, _limited(axes, marks, metric, curves, costs=False)))
+    _key(figure, looks, {method for methods in found.values() for method in methods}, panels)
+    return figure
+
+
+def costs(comparison: Comparison, looks: Looks) -> Figure | None:
+    """The mean of own and everyone's scores (own alone where there are no others) against bytes and
+    against seconds: for each metric a row of the methods that have most blocks in common, and one
+    of the most methods that have some.
+    """
+    rows = [(part, table) for part in comparison.by_metric().values() for table in _tables(part)]
+    figure, grid = _grid(2 * len(rows), 7.2, 5.2)
+    panels, shown = [], set()
+    for row, (part, table) in enumerate(rows):
+        runs = {method: part.runs(table, method) for method in looks if method in table.methods}
+        shown.update(runs)
+        everything = [run for found in runs.values() for run in found]
+        by_processor = all(run.cpu_seconds is not None for run in everything)
+        both = all(run.scores.everyone is not None for run in everything)
+        metric = everything[0].metric
+        named: list[tuple[str, Callable[[Result], float]]] = [
+            ("sent and received [MB]", lambda run: run.sent / 1e6),
+            ("clients' training [processor seconds]", lambda run: run.cpu_seconds or 0.0)
+            if by_processor else ("rounds [seconds]", lambda run: run.seconds),
+        ]  # fmt: skip
+        for axes, (name, cost) in zip(grid[2 * row :], named, strict=False):
+            marks = []
+            for method, found in runs.items():
+                scores = [balance(run.scores) if both else run.scores.own for run in found]
+                place = (
+                    mean(map(cost, found)),
+                    metric.factor * mean(s for s in scores if s is not None),
+                )
+                marks.append(_mark(axes, place, looks[method], 9))
+            decorate(axes, f"{len(runs)} methods, {_counted(table)}", name)
+            axes.set_ylabel(f"{'own + everyone, mean' if both else 'own data'} [{metric.unit}]")
+            panels.append((axes, _limited(axes, marks, metric, costs=True)))
+    _key(figure, looks, shown, panels)
+    return figure
+
+
+def ranks(comparison: Comparison, looks: Looks) -> Figure | None:
+    """Mean ranks by own + everyone's (own alone where there are no others), with intervals."""
+    tables = _tables(comparison)
+    heights = [0.9 + 0.21 * max(3, len(table.methods)) for table in tables]
+    figure = new_figure(8.0, sum(heights))
+    panels = figure.subplots(len(tables), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, table in zip(panels, tables, strict=True):
+        name = "own + everyone's data"
+        found = comparison.ranks(table, lambda run: balance(run.scores))
+        if not found:
+            name, found = "own data", comparison.ranks(table, lambda run: run.scores.own)
+        order = sorted(found, key=lambda m: -found[m].mean)
+        for place, method in enumerate(order):
+            middle, low, high = found[method]
+            look = looks[method]
+            axes.plot([low, high], [place, place], color=look.color, linewidth=2)
+            axes.plot([middle], [place], color=look.color, marker=look.marker)
+        names = [f"{plain(looks[m].label)}  {looks[m].number}" for m in order]
+        axes.set_yticks(range(len(order)), names, fontsize=8)
+        axes.set_ylim(-0.7, len(order) - 0.3)
+        decorate(axes, f"mean rank by {name}, {_counted(table)}", "rank, 1 the best")
+    return figure
+
+
+# What the pictures share ------------------------------------------------------------------------
+
+
+def _tables(comparison: Comparison) -> list[FullTable]:
+    """The one with most blocks, and the one with most methods if that is another."""
+    long, wide = comparison.most_blocks(), comparison.most_methods()
+    return [long] if long == wide else [long, wide]
+
+
+def _counted(table: FullTable) -> str:
+    count = len(table.blocks)
+    return f"{count} block{'s' if count > 1 else ''}"
+
+
+def _sent(runs: Iterable[Result]) -> float:
+    return mean(run.sent for run in runs)
+
+
+def _mark(axes: Axes, at: tuple[float, float], look: Look, size: float) -> Mark:
+    size = size if look.stands_out else 5
+    style: dict[str, Any] = {"markersize": size, "markeredgecolor": "white", "linestyle": ""}
+    axes.plot(
+        [at[0]], [at[1]], color=look.color, marker=look.marker if look.stands_out else "o",
+        markeredgewidth=0.6, zorder=3 + look.stands_out, **style,
+    )  # fmt: skip
+    color = look.color if look.stands_out else "#777777"
+    return Mark(*at, str(look.number), color, size, look.stands_out)
+
+
+def _limited(
+    axes: Axes, marks: Sequence[Mark], metric: Metric, curves: Sequence[Any] = (), *, costs: bool
+) -> list[Mark]:
+    """Show the marks, and of curves what is beyond the best of them; up is better, and so is right
+    unless x is a cost. Marks that another excels and that lie far below are named in a corner.
+
+    Returns:
+        the marks that are shown.
+    """
+    better = math.copysign(1.0, metric.factor)
+    turn = np.array([1.0 if costs else better, better])
+    at = turn * np.array([(mark.x, mark.y) for mark in marks])
+    scores = at[:, 1:] if costs else at
+    quarter, three = np.percentile(scores, (25, 75), axis=0)
+    is_far = np.any(scores < quarter - FAR * (three - quarter), axis=1)
+    excelled = np.any(np.all(scores[None] > scores[:, None], axis=2), axis=1)
+    is_near = ~(is_far & excelled)
+    low, high = at[is_near].min(0), at[is_near].max(0)
+    for curve in curves:
+        within = turn * np.array(curve)
+        high = np.maximum(high, within[within[:, 0] >= low[0]].max(0, initial=-np.inf))
+    margin = np.maximum(0.06 * (high - low), 1e-3)
+    (x0, y0), (x1, y1) = turn * (low - margin), turn * (high + margin)
+    axes.set_xlim(x0, x1)
+    axes.set_ylim(y0, y1)
+    beyond = [mark.text for mark, near in zip(marks, is_near, strict=True) if not near]
+    if beyond:
+        where: dict[str, Any] = {
+            "transform": axes.transAxes,
+            "fontsize": 8,
+            "color": "#777777",
+            "zorder": 5,
+        }
+        where["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        axes.text(0.01, 0.01, f"far below: {', '.join(beyond)}", **where)
+    return [mark for mark, near in zip(marks, is_near, strict=True) if near]
+
+
+def _grid(panels: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    columns, rows = min(panels, A_ROW), math.ceil(panels / A_ROW)
+    figure = new_figure(width * columns, height * rows)
+    grid: list[Axes] = [*figure.subplots(rows, columns, squeeze=False).flat]
+    for spare in grid[panels:]:
+        spare.set_axis_off()
+    return figure, grid[:panels]
+
+
+def _key(figure: Figure, looks: Looks, shown: Iterable[str], panels: Sequence[Panel]) -> None:
+    """Whose the numbers are, below the panels; then, as all have their places, the numbers."""
+    from matplotlib.lines import Line2D
+
+    shown = set(shown)
+    handles = [
+        Line2D([], [], color=look.color, marker=look.marker if look.stands_out else "o",
+               markersize=7 if look.stands_out else 5, linewidth=1.4 if look.stands_out else 0.6,
+               label=f"{look.number}  {plain(look.label)}")
+        for method, look in looks.items() if method in shown
+    ]  # fmt: skip
+    columns = max(1, int(figure.get_figwidth() / 3.4))
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8
+    )
+    figure.draw_without_rendering()
+    for axes, marks in panels:
+        number(axes, marks)
