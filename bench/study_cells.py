@@ -89,6 +89,7 @@ class Method:
 
 
 NO_SAL, HALF, LOGITS = "sal.enabled=false", "mofm.gate=fixed", "mofm.combine=logits"
+A_BLOCK_A_ROUND = ("sal.trigger=every", "sal.every=1", "sal.wake_blocks=1")
 NOT_TRUE, BALANCED = "mofm.local_loss=not_true", "mofm.local_loss=balanced"
 METHODS = {
     **{
@@ -121,6 +122,7 @@ METHODS = {
             "fedms, late": ("fedms",),
             "fedms, one half, late": ("fedms", HALF),
             "fedms, no SAL, late": ("fedms", NO_SAL),
+            "fedms, a block a round, late": ("fedms", *A_BLOCK_A_ROUND),
             "fedms, no SAL, one half, late": ("fedms", NO_SAL, HALF),
             "fedms, logits, late": ("fedms", LOGITS),
             "fedms, no SAL, logits, late": ("fedms", NO_SAL, LOGITS),
