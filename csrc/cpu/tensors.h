@@ -82,12 +82,14 @@ inline void set_exchange(const py::capsule& table) {
 // Reads the arguments of one call and keeps the copies that it had to make of them.
 class Reader {
   public:
-    // The tensor as it is; all zero for None.
+    // The tensor as it is; all zero for None. Throws where there is no memory to read: a layout that
+    // is not strided, storage that was freed, a tensor that stands for zeros or for other tensors.
     View view(py::handle tensor) const {
         View out;
-        if (!tensor.is_none() && exchange_slot()->view(tensor.ptr(), &out) != 0) {
-            throw py::error_already_set();
-        }
+        if (tensor.is_none()) return out;
+        const bool found = exchange_slot()->view(tensor.ptr(), &out) == 0;
+        if (!found) PyErr_Clear();
+        if (!found || (out.data == nullptr && !out.is_empty())) refuse(tensor);
         return out;
     }
 
@@ -100,6 +102,13 @@ class Reader {
     }
 
   private:
+    [[noreturn]] static void refuse(py::handle tensor) {
+        const py::str message("tensors must be strided and have memory, got a {} {} {} without");
+        throw std::runtime_error(message.format(py::type::of(tensor).attr("__name__"),
+                                                tensor.attr("layout"),
+                                                py::list(tensor.attr("shape"))));
+    }
+
     std::vector<py::object> copies_;
 };
 

@@ -6,7 +6,7 @@ Shape suffixes: M rows of the flattened x, K in, N out, E experts, k experts a t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -38,24 +38,39 @@ _OPS: dict[tuple[str, str], Callable[..., Any]] = {
         for direction in ("forward", "backward")
     },
 }
-
-
-def _op(backend: str, direction: str, like: Tensor) -> Callable[..., Any]:
-    """The backend's function; the operator itself where somebody traces or intercepts operators."""
-    eager = not torch.compiler.is_compiling() and (
-        type(like) in (Tensor, torch.nn.Parameter) and torch._C._len_torch_dispatch_stack() == 0
-    )
-    return (_OPS if eager else _TRACED)[backend, direction]
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class _Spec(NamedTuple):
     """What a call is, apart from its tensors."""
 
     backend: str
+    at_hand: bool  # whether `_at_hand` holds for all of them
     has_rows: list[bool]  # whether any row uses a part, of lora_A and so of lora_B
     scale: list[float]
     dropout_p: float
     has_base: bool
+
+
+def _op(spec: _Spec, direction: str, at_hand: bool = True) -> Callable[..., Any]:
+    """The backend's function; the operator itself where somebody traces or intercepts operators,
+    or a tensor is none that kernels could read.
+    """
+    eager = spec.at_hand and at_hand and torch._C._len_torch_dispatch_stack() == 0
+    return (_OPS if eager else _TRACED)[spec.backend, direction]
+
+
+def _at_hand(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether the memory of all of these holds what they say, and no graph is being traced.
+
+    It does not for a subclass that wraps other tensors, nor for one that is negated when it is read
+    (the imaginary part of a conjugate): the dispatcher knows of both, kernels do not.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return False not in [
+        type(t) in _PLAIN and not t.is_neg() for t in tensors if t is not None
+    ]  # a generator takes twice as long
 
 
 # gates, expert_idxs, offsets and experts of the segments, seed: which pairs exist and what acts on
@@ -167,8 +182,10 @@ def gated_lora_linear(
     if dropout_p > 0.0:
         seeds = as_seed(seed, x.device)
     routing = (gates, expert_idxs, offsets, experts, seeds)
-    spec = _Spec(chosen, _parts_with_rows(lora_A, segments), scale, dropout_p, base is not None)
     weight_NK, bias_N = (cast(Tensor, weight), bias) if base is None else (None, None)
+    at_hand = _at_hand((x, weight_NK, bias_N, base, *routing, *lora_A, *lora_B))
+    has_rows = _parts_with_rows(lora_A, segments)
+    spec = _Spec(chosen, at_hand, has_rows, scale, dropout_p, base is not None)
     if torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, base, gates, *lora_A, *lora_B)
     ):
@@ -207,7 +224,7 @@ def _forward(
     A: Sequence[Tensor], B: Sequence[Tensor], routing: _Routing, save_h: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y [..., N], and h [M, R] for the backward."""
-    run = _op(spec.backend, "forward", x)
+    run = _op(spec, "forward")
     flat = x.dim() == 2 or run is native.forward
     y, h = run(
         x if flat else _rows(x), weight, bias, base if flat else _rows(base), A, B,
@@ -285,7 +302,7 @@ class _GatedLora(torch.autograd.Function):
         plain = not torch.compiler.is_compiling() and (
             torch.is_grad_enabled() or is_legacy_batchedtensor(dy) or _transformed()
         )
-        run = higher_order.backward if plain else _op(spec.backend, "backward", dy)
+        run = higher_order.backward if plain else _op(spec, "backward", _at_hand((dy,)))
         x = x if plain or keeps_x else None
         if run is not native.backward:
             dy, x = cast(Tensor, _rows(dy)), _rows(x)
@@ -328,7 +345,7 @@ def _kept_ranks(spec: _Spec, h: Tensor, A: Sequence[Tensor], routing: _Routing, 
     _, expert_idxs, offsets, experts, _ = routing
     with torch.no_grad():
         return higher_order.kept_ranks(
-            _op(spec.backend, "backward", h), h, m, A, _rows(expert_idxs), offsets, experts
+            _op(spec, "backward"), h, m, A, _rows(expert_idxs), offsets, experts
         )
 
 

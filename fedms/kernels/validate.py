@@ -34,8 +34,10 @@ def check_base(x: Tensor, weight: Tensor | Callable, bias: Tensor | None) -> Non
             raise ValueError("bias must be None beside a callable base, got a Tensor")
         return
     shape = weight.shape
-    if len(shape) != 2 or shape[1] != x.shape[-1]:
-        raise ValueError(f"weight must be [N, K] with K = {x.shape[-1]}, got {_seen(weight)}")
+    if len(shape) != 2 or shape[1] != x.shape[-1] or weight.layout is not torch.strided:
+        raise ValueError(
+            f"weight must be [N, K] with K = {x.shape[-1]}, strided, got {_seen(weight)}"
+        )
     if weight.dtype != x.dtype or weight.device != x.device:
         raise ValueError(
             f"weight must have x's dtype and device ({x.dtype}, {x.device}), got {_seen(weight)}"

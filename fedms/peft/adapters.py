@@ -121,8 +121,9 @@ def read_adapters(layer: LoraLayer, names: list[str], *, called: bool) -> Adapte
         weights = held(A, "weight"), held(B, "weight")
         for weight in weights:
             own = weight.dtype
-            if type(weight) not in _PLAIN or own not in _FLOATS:
-                kind = f"a {type(weight).__name__} {own}"
+            if not plain(weight) or own not in _FLOATS:
+                layout = "" if weight.layout is torch.strided else f" {weight.layout}"
+                kind = f"a {type(weight).__name__} {own}{layout}"
                 if hasattr(weight, "placements"):  # a DTensor, which FSDP2 gathers for the call
                     return Undecided(f"a weight of adapter {name!r} is sharded ({kind})")
                 return f"a weight of adapter {name!r} is {kind}"
@@ -166,8 +167,8 @@ def held(linear: nn.Module, name: str) -> Any:
 
 
 def plain(tensor: Tensor) -> bool:
-    """Whether it is a tensor like any other: no subclass but nn.Parameter."""
-    return type(tensor) in _PLAIN
+    """Whether it is a tensor like any other: strided, and of no subclass but nn.Parameter."""
+    return type(tensor) in _PLAIN and tensor.layout is torch.strided
 
 
 def unobserved(module: nn.Module) -> bool:

@@ -27,8 +27,9 @@ IDXS = torch.zeros(2, 5, 1, dtype=torch.int64)
         (
             {"weight": torch.zeros(3, 5)},
             ValueError,
-            r"weight must be \[N, K\] with K = 4, got \[3, 5\]",
+            r"weight must be \[N, K\] with K = 4, strided, got \[3, 5\]",
         ),
+        ({"weight": W.to_sparse()}, ValueError, r"weight must be .* strided, got .*sparse_coo"),
         ({"weight": W.double()}, ValueError, r"weight must have x's dtype .*float64"),
         ({"weight": lambda x: x[..., :3], "bias": W[:, 0]}, ValueError, r"bias must be None"),
         ({"weight": lambda x: torch.zeros(9, 3)}, ValueError, r"weight\(x\) must be .* \[9, 3\]"),

@@ -115,6 +115,30 @@ def test_inputs_that_are_not_strided(model, change, reason):
     assert fedms.stats(model).fallback == {f"the input is {reason}": 1}
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
+@pytest.mark.parametrize(
+    ("where", "fallback"),
+    [
+        ("base_layer", {}),
+        ("lora_A", {"a weight of adapter 'one' is a Parameter torch.float32 torch.sparse_csr": 1}),
+    ],
+)
+def test_sparse_weights(model, where, fallback):
+    """torch multiplies by them: a base layer's product stays its own, a factor's is peft's."""
+    layer, x = _layer(model), torch.randn(3, IN, requires_grad=True)
+    linear = layer.base_layer if where == "base_layer" else layer.lora_A["one"]
+    linear.weight = nn.Parameter(linear.weight.detach().to_sparse_csr(), requires_grad=False)
+
+    def results() -> tuple[Tensor, ...]:
+        y = layer(x)
+        return y.detach(), *torch.autograd.grad(y.sum(), x)
+
+    got = results()
+    assert fedms.stats(model).fallback == fallback
+    fedms.restore(model)
+    torch.testing.assert_close(got, results())
+
+
 def test_global_hooks_see_every_module(model):
     layer, x, seen = _layer(model), torch.randn(3, IN), []
     handle = nn.modules.module.register_module_forward_hook(lambda m, a, y: seen.append(m))

@@ -166,7 +166,10 @@ def _alignment(tensors: Sequence[Tensor | None]) -> Hashable:
     together = 0
     for t in tensors:
         if t is not None:
-            together |= t.data_ptr()
+            address = t.data_ptr()
+            if not address and t.numel():
+                raise RuntimeError(f"tensors must have memory, got a {list(t.shape)} without")
+            together |= address
     if together & 15 == 0:
         return 0
     return tuple(0 if t is None else t.data_ptr() & 15 for t in tensors)
