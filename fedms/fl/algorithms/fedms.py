@@ -157,7 +157,11 @@ class Mixture:
     settings: Settings
 
     def __call__(self, view: View) -> Tensor:
-        weights, how = Weights(self.settings)(view), self.settings.combine
+        return self.log_p(view, Weights(self.settings)(view))
+
+    def log_p(self, view: View, weights: Tensor) -> Tensor:
+        """Of experts that weigh ``weights`` [P, 2]."""
+        how = self.settings.combine
         shared, local = self.settings.shared, self.settings.local
         if how == "layer":
             return view.log_p("global", "local", gates=view.first(weights))
@@ -166,11 +170,10 @@ class Mixture:
             return view.log_p_of(z, "local")
         return mixed_log_p(how, weights, view.log_p(*shared), view.log_p(*local))
 
-    def nll(self, view: View) -> Tensor:
-        """The right answers' negative log-probabilities [P]."""
+    def nll(self, view: View, weights: Tensor) -> Tensor:
+        """The right answers' negative log-probabilities [P], of experts that weigh ``weights``."""
         if self.settings.combine != "probabilities":
-            return -self(view).gather(-1, view.targets[:, None]).squeeze(-1)
-        weights = Weights(self.settings)(view)
+            return -self.log_p(view, weights).gather(-1, view.targets[:, None]).squeeze(-1)
         shared, local = self.settings.shared, self.settings.local
         each = -torch.stack([view.nll(*shared), view.nll(*local)], dim=-1)
         # at a weight of exactly 0 the log's gradient would be NaN
@@ -187,7 +190,7 @@ class LocalLoss:
         settings = self.settings
         how = "mixture" if settings.combine == "layer" else settings.local_loss
         if how == "mixture":
-            loss = Mixture(settings).nll(view)
+            loss = Mixture(settings).nll(view, Weights(settings)(view))
         elif how == "balanced":
             loss = view.over(balanced_nll, settings.local)
         else:
@@ -216,11 +219,12 @@ class GateLoss:
     settings: Settings
 
     def __call__(self, view: View) -> Tensor:
+        weights = Weights(self.settings)(view)
         balance = view.class_counts() ** -self.settings.balance
-        nll = view.mean(Mixture(self.settings).nll(view), balance)
+        nll = view.mean(Mixture(self.settings).nll(view, weights), balance)
         local = view.constant(self.settings.weight, 1)
         wanted = torch.cat([1.0 - local, local], dim=-1)
-        kl = torch.xlogy(wanted, wanted / Weights(self.settings)(view)).sum(-1)
+        kl = torch.xlogy(wanted, wanted / weights).sum(-1)
         return nll + self.settings.anchor * view.mean(kl)
 
 
