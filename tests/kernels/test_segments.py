@@ -50,7 +50,7 @@ def test_runs_list_each_pair_once(segments):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(segments=segmentations())
 def test_segments_equal_dense_gates_with_zeros(backend, segments):
     """A pair that does not exist is as if its gate were zero, and has no gradient."""
@@ -101,7 +101,7 @@ def _of_tensors(segments: Segments) -> Segments:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(segments=segmentations())
 def test_tensors_compute_what_lists_compute(backend, segments):
     """Bit for bit; but an expert without rows has a gradient of zeros."""

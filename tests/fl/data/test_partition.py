@@ -76,7 +76,7 @@ def datasets(draw) -> Dataset:
     return dataset(labels, groups=labels * of_class + rng.integers(of_class, size=len(labels)))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(datasets(), SETTINGS)
 def test_every_example_lands_in_one_split_of_one_client(data, options):
     options["classes_per_client"] = min(options["classes_per_client"], len(data.class_names))
@@ -98,7 +98,7 @@ def test_every_example_lands_in_one_split_of_one_client(data, options):
         assert sum(len(side) for side in sides) == len(set(data.groups.tolist()))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(SETTINGS)
 def test_the_seed_alone_decides(options):
     first = as_lists(make_federation(BIG, **options))
@@ -106,7 +106,7 @@ def test_the_seed_alone_decides(options):
     assert as_lists(make_federation(BIG, **{**options, "seed": options["seed"] + 1})) != first
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(SETTINGS)
 def test_a_client_has_its_share_of_every_class_in_every_split(options):
     """Counts of a client and class are those of the split times one share, within one example."""
