@@ -4,7 +4,9 @@ A line: kind ("run", or "choice": scored on validation examples), task, alpha, s
 (of the learning rates), settings, commit, machine, when; own, worst10, everyone, unseen, global
 (shares in [0, 1], or log2 p a token); gate (mean weight on the local expert); frontier (the same
 scores by the knob on the label prior); bytes_up, bytes_down (all clients, all rounds), seconds,
-cpu_seconds (of the clients' training alone), trained_share. The last line of a cell counts.
+step_seconds (of processor, of the clients' training alone, without frozen states; the first lines
+have cpu_seconds, with them, which whoever came first in a process had to compute), trained_share.
+The last line of a cell counts.
 """
 
 from __future__ import annotations
@@ -101,6 +103,11 @@ def append(path: Path, line: Line) -> None:
         file.write(json.dumps(line) + "\n")
 
 
+def processor(line: Line) -> float:
+    """Seconds, of whichever kind a line has."""
+    return line["step_seconds"] if "step_seconds" in line else line["cpu_seconds"]
+
+
 def shown(line: Line) -> str:
     """A line as people read it."""
     factor = 100 if TASKS[line["task"]].classes else 1
@@ -113,7 +120,7 @@ def shown(line: Line) -> str:
     return (
         f"{line['task']} {line['alpha']} seed {line['seed']} {line['method']} x{line['scale']:g} "
         f"({line['kind']}): {', '.join(scores)}; {sent:.1f} MB, "
-        f"{line['cpu_seconds']:.0f} s of processor"
+        f"{processor(line):.0f} s of processor"
     )
 
 

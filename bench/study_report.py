@@ -14,7 +14,7 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 from study_cells import METHODS, NATURAL, TASKS, Cell, label
-from study_lines import ROOT, Choice, Line, Lines
+from study_lines import ROOT, Choice, Line, Lines, processor
 
 from fedms.fl.compare.cells import bracketed, ranged
 from fedms.fl.compare.comparison import Comparison, FullTable, Score
@@ -73,8 +73,7 @@ def point(scores: Line) -> Point:
 def result_of(cell: Cell, line: Line) -> Result:
     """A line as what `fedms report` compares."""
     costs: dict[str, Any] = {
-        name: line[name]
-        for name in ("bytes_up", "bytes_down", "seconds", "cpu_seconds", "trained_share", "gate")
+        name: line[name] for name in ("bytes_up", "bytes_down", "seconds", "trained_share", "gate")
     }
     return Result(
         block=Block(setting(cell), cell.seed),
@@ -83,6 +82,7 @@ def result_of(cell: Cell, line: Line) -> Result:
         algorithm=cell.method.partition(",")[0],
         metric=ACCURACY if TASKS[cell.task].classes else BITS,
         scores=point(line),
+        cpu_seconds=line.get("step_seconds"),
         by_knob={float(knob): point(scores) for knob, scores in line["frontier"].items()},
         **costs,
     )
@@ -128,12 +128,13 @@ def _point(runs: Sequence[Result]) -> Row:
         return ranged(runs[0].metric, [getattr(run.scores, name) for run in runs])
 
     gates = [run.gate for run in runs if run.gate is not None]
+    spent = [run.cpu_seconds for run in runs if run.cpu_seconds is not None]
     return (
         runs[0].label, str(len(runs)),
         *(scores(name) for name in ("own", "worst10", "everyone", "unseen")),
         f"{mean(run.bytes_up for run in runs) / 1e6:.1f}",
         f"{mean(run.bytes_down for run in runs) / 1e6:.1f}",
-        f"{_mean(run.cpu_seconds for run in runs):.0f}",
+        f"{mean(spent):.0f}" if spent else "–",
         f"{100 * mean(run.trained_share for run in runs):.2f} %",
         f"{mean(gates):.2f}" if gates else "–",
     )  # fmt: skip
@@ -241,7 +242,7 @@ def progress(study: Study) -> str:
     rows, runs = [], study.lines.runs()
     for place in study.places.values():
         there = [(cell, line) for cell, line in runs.items() if (cell.task, cell.alpha) == place]
-        minutes = sum(line["cpu_seconds"] for _, line in there) / 60
+        minutes = sum(processor(line) for _, line in there) / 60
         rows.append([
             *place, str(len({cell.method for cell, _ in there})),
             str(len({cell.seed for cell, _ in there})), str(len(there)), f"{minutes:.0f}",

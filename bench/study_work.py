@@ -7,6 +7,7 @@ import re
 import shutil
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,35 +18,53 @@ from fedms.fl.engines.world import World
 from fedms.fl.evaluate import spread
 from fedms.fl.journal.progress import Progress
 from fedms.fl.journal.records import ClientRecord, RoundRecord
+from fedms.fl.model.backbone import Backbone
 from fedms.fl.runs.method import run_method
 from fedms.fl.runs.report import read_clients, read_rounds
-from fedms.fl.tasks.task import Metric
+from fedms.fl.tasks.task import Batch, Metric
 
 
 class Meter(Progress):
     """Processor seconds of the clients' training in each round, by the round's wall seconds.
 
     Those are no two rounds' alike, and a method that begins where another ended its first stage
-    has that one's lines, so it is charged for them.
+    has that one's lines, so it is charged for them. The frozen states that a batch starts from are
+    left out: they are computed once, by whichever run of a process comes first.
     """
 
     def __init__(self) -> None:
         super().__init__(quiet=True)
         self.spent: dict[float, float] = {}
+        self._frozen = 0.0
         self._marks = [0.0]
+
+    def leave_out(self, backbone: Backbone) -> None:
+        """Do not count what this backbone spends on frozen states."""
+        compute = backbone.entering
+
+        def entering(batch: Batch, depths: Sequence[int]) -> dict[int, torch.Tensor]:
+            began = time.process_time()
+            states = compute(batch, depths)
+            self._frozen += time.process_time() - began
+            return states
+
+        backbone.entering = entering
 
     def round(self, method: str, stage: str, round: int, rounds: int, steps: int) -> None:
         super().round(method, stage, round, rounds, steps)
-        self._marks = [time.process_time()]
+        self._marks = [self._now()]
 
     def advance(self, count: int) -> None:
         super().advance(count)
-        self._marks += [time.process_time()] * count
+        self._marks += [self._now()] * count
 
     def scored(self, method: str, record: RoundRecord, metric: Metric) -> None:
         super().scored(method, record, metric)
         visits = len(record.participants) + len(record.failed)
         self.spent[record.seconds] = self._marks[visits] - self._marks[0]
+
+    def _now(self) -> float:
+        return time.process_time() - self._frozen
 
 
 def work(
@@ -65,7 +84,9 @@ def work(
         started = time.perf_counter()
         try:
             config = config_of(cell, scale, group.kind)
-            world = world or World(config, meter)
+            if world is None:
+                world = World(config, meter)
+                meter.leave_out(world.model.backbone)
             folder = runs / _name(cell, scale, group.kind)
             shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
             folder.mkdir(parents=True)
@@ -109,7 +130,7 @@ def _line(
         "bytes_up": sum(r.bytes_up for r in rounds),
         "bytes_down": sum(r.bytes_down for r in rounds),
         "seconds": round(sum(r.seconds for r in rounds), 1),
-        "cpu_seconds": round(sum(spent[r.seconds] for r in rounds), 1),
+        "step_seconds": round(sum(spent[r.seconds] for r in rounds), 1),
         "trained_share": max(r.trainable_share for r in rounds),
         "failed": sum(len(r.failed) for r in rounds),
         "settings": overrides(cell, scale, kind),

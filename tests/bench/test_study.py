@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 sys.path.append(str(Path(__file__).parents[2] / "bench"))
 
 import study
+import study_work
 from study_cells import TASKS, Cell, Group, Task, overrides
 from study_lines import Lines, append
 from study_report import TABLES, Study, write_report
 from study_work import work
 
 from fedms.fl.compare.result import Point
+from fedms.fl.journal.progress import Progress
+from fedms.fl.tasks.classify import ACCURACY
 
 TINY = (
     "data.max_per_category=1", "data.num_clients=2", "data.unseen_clients=1",
@@ -29,7 +33,7 @@ TINY = (
 def scored(own: float, everyone: float, **more: object) -> dict:
     return {
         "own": own, "everyone": everyone, "worst10": own, "unseen": None, "global": None,
-        "gate": None, "frontier": {}, "bytes_up": 10**6, "bytes_down": 10**6, "cpu_seconds": 2.0,
+        "gate": None, "frontier": {}, "bytes_up": 10**6, "bytes_down": 10**6, "step_seconds": 2.0,
         "seconds": 9.0, "trained_share": 0.01, "scale": 1.0, "commit": "abc", **more,
     }  # fmt: skip
 
@@ -141,6 +145,21 @@ def test_the_page_keeps_its_words_and_gets_its_tables(lines, tmp_path):
         write_report(lines, page)
 
 
+def test_what_a_step_costs_is_counted_without_frozen_states(monkeypatch):
+    clock = iter([0.0, 2.0, 7.0, 8.0])  # the round begins, states from 2 to 7, the visit ends
+    monkeypatch.setattr(study_work.time, "process_time", lambda: next(clock))
+    backbone = SimpleNamespace(entering=lambda batch, depths: {})
+    meter = study_work.Meter()
+    meter.leave_out(backbone)
+    meter.round("fedavg", "stage1", 1, 1, 1)
+    assert backbone.entering(None, [3]) == {}
+    meter.advance(1)
+    record = SimpleNamespace(participants=("a",), failed=(), seconds=9.5)
+    monkeypatch.setattr(Progress, "scored", lambda *_: None)  # says what the record holds
+    meter.scored("fedavg", record, ACCURACY)
+    assert meter.spent == {9.5: 3.0}
+
+
 def test_cells_of_one_world_end_as_lines_that_their_folders_bear_out(lines, tmp_path, monkeypatch):
     monkeypatch.setitem(TASKS, "tiny", Task(TINY))
     cells = [Cell("tiny", "natural", 0, method) for method in ("fedavg", "no such", "fedavg_ft")]
@@ -164,8 +183,8 @@ def test_cells_of_one_world_end_as_lines_that_their_folders_bear_out(lines, tmp_
     assert rounds[0] == json.loads(
         (folder.parent / "fedavg-x1" / "metrics.jsonl").read_text().splitlines()[0]
     )
-    assert 0 < first["cpu_seconds"] < 60
-    assert tuned["cpu_seconds"] > 0
+    assert 0 < first["step_seconds"] < 60
+    assert tuned["step_seconds"] > 0
     study_ = Study.of(lines)
     for table in TABLES.values():
         assert table(study_).startswith("| ")
