@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia import __file__ as nvidia
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
 
 from fedms.kernels import Segments, tiles, tune
@@ -180,11 +180,10 @@ def _row(target: str, name: str, launch: str, kernel: Any) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(kernel.asm["ptx"], "utf-8")
-        assembler = "ptxas-blackwell" if target == "sm_100" else "ptxas"
+        assembler = get_ptxas(TARGETS[target][0].arch).path  # the one that Triton itself takes
         arch = re.search(r"^\.target (\w+)", kernel.asm["ptx"], re.MULTILINE)[1]  # type: ignore[index]
         said = subprocess.run(
-            [Path(nvidia).parent / "bin" / assembler, "-v", f"-arch={arch}", source,
-             "-o", Path(folder) / "kernel.cubin"],
+            [assembler, "-v", f"-arch={arch}", source, "-o", Path(folder) / "kernel.cubin"],
             capture_output=True, text=True, check=True,
         ).stderr  # fmt: skip
     registers = int(re.search(r"Used (\d+) registers", said)[1])  # type: ignore[index]
