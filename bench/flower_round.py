@@ -1,6 +1,6 @@
 """A FedAvg-LoRA round as people run it today, Flower on Ray with stock peft, beside fedms.
 
-    pip install ".[demo,peft]" "flwr[simulation]>=1.41,<1.42" && python bench/flower_round.py
+    pip install ".[demo,peft]" "flwr[simulation]>=1.41,<1.43" && python bench/flower_round.py
 
 20 clients, 5 steps of 32 texts, LoRA on the linears of three blocks of MiniLM; all rows take the
 same batches. fedms runs in fp32 and in the dtype that it chooses by itself. A Ray worker keeps its
