@@ -395,6 +395,6 @@ def test_interrupt(settings, tmp_path):
     while process.poll() is None and not (tmp_path / "r" / "metrics.jsonl").exists():
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=900)
     assert process.returncode == 130, said
     assert "`fedms resume DIR` goes on" in said

@@ -80,7 +80,7 @@ class Loopback:
         else:
             options += ["--insecure"]
         process = self._start("superlink", ["flower-superlink", *options])
-        wait_for(lambda: _listens(self._port), 60, "the SuperLink listens")
+        wait_for(lambda: _listens(self._port), 300, "the SuperLink listens")
         return process
 
     def supernode(
@@ -101,7 +101,7 @@ class Loopback:
             options += ["--insecure"]
         return self._start(name, ["flower-supernode", *options])
 
-    def flwr(self, *command: str, seconds: float = 120) -> str:
+    def flwr(self, *command: str, seconds: float = 900) -> str:
         """Run ``flwr`` to its end and return what it said."""
         done = subprocess.run(
             [SCRIPTS / "flwr", *command], env=self._env, cwd=self.folder, timeout=seconds,

@@ -79,7 +79,7 @@ def drive(whole: Path, stopped: Path, settings: list[str], moments: list) -> lis
     arguments = [str(whole), str(stopped), json.dumps(settings), json.dumps(moments)]
     command = [sys.executable, "-c", DRIVER, *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
