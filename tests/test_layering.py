@@ -21,8 +21,8 @@ KERNELS = {
     "kernels": {"kernels.functional", "kernels.reference", "kernels.segments"},
     "kernels.functional": {
         "kernels.dropout", "kernels.experts", "kernels.higher_order", "kernels.native",
-        "kernels.plan", "kernels.reference", "kernels.segments", "kernels.stacked",
-        "kernels.triton", "kernels.validate",
+        "kernels.packing", "kernels.plan", "kernels.reference", "kernels.segments",
+        "kernels.stacked", "kernels.triton", "kernels.validate",
     },
     "kernels.plan": {"kernels.cuda", "kernels.native", "kernels.tiles", "kernels.triton"},
     "kernels.tune": {
@@ -35,7 +35,9 @@ KERNELS = {
         "kernels.dropout", "kernels.experts", "kernels.ops", "kernels.packing", "kernels.segments",
         "kernels.tables",
     },
-    "kernels.native": {"kernels.experts", "kernels.ops", "kernels.segments"},
+    "kernels.native": {
+        "kernels.experts", "kernels.ops", "kernels.packing", "kernels.segments",
+    },
     "kernels.ops": set(),
     "kernels.cuda": {
         "kernels.cuda_tables", "kernels.experts", "kernels.ops", "kernels.segments",

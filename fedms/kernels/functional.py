@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from fedms.kernels import higher_order, native, plan, stacked, triton, validate
 from fedms.kernels.dropout import as_seed
 from fedms.kernels.experts import counts
+from fedms.kernels.packing import rows_are_matrix
 from fedms.kernels.reference import gated_lora_linear_reference
 from fedms.kernels.segments import Segments
 
@@ -176,6 +177,8 @@ def gated_lora_linear(
 
     m, out_dtype = x.numel() // k, x.dtype if base is None else base.dtype
     chosen = plan.choose(x.device, x.dtype, lora_A[0].dtype, out_dtype, backend, m, k, n, r)
+    if base is None and chosen != "native" and not rows_are_matrix(x):  # which looks itself
+        base = F.linear(x, cast(Tensor, weight), bias)
     offsets = experts = seeds = None
     if segments is not None:
         offsets, experts = segments.tensors

@@ -31,6 +31,7 @@ from torch.nn import functional as F
 
 from fedms.kernels.experts import counts, expert_ranks
 from fedms.kernels.ops import define_backend
+from fedms.kernels.packing import rows_are_matrix
 from fedms.kernels.segments import row_width
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -204,6 +205,8 @@ def forward(
                 gates, expert_idxs, offsets, experts, scale, dropout_p, seed, save_h,
             )  # fmt: skip
             return y.to(x.dtype), h
+        if not rows_are_matrix(x):
+            base = F.linear(x, weight, bias)
     base_last = dense and base is None and _base_last(x, weight)
     if base_last:
         y_from, y = bias, x.new_empty((*x.shape[:-1], weight.shape[0]))  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""Per-expert parameters as one matrix, without a copy where their storage is already adjacent.
+"""What lies in memory as one matrix: per-expert parameters, without a copy then, and rows of x.
 
 Adjacency is read from data_ptr on every call. Nothing is cached: merging, hot-swapping and loading
 write through `.data`, which leaves `_version` as it was.
@@ -63,3 +63,19 @@ def columns_view(parts: Sequence[Tensor]) -> Tensor | None:
     if first.data_ptr() + first.shape[0] * total * itemsize > end:
         return None
     return first.as_strided((first.shape[0], total), (total, 1))
+
+
+def rows_are_matrix(x: Tensor) -> bool:
+    """Whether torch's own linear takes the rows of x as one matrix; else its last bits are others.
+
+    It looks at the strides of dims of size 1 too, although they mean nothing.
+    """
+    if x.dim() < 3:
+        return True
+    shape, strides = x.shape, x.stride()
+    step = shape[-1]
+    for size, stride in zip(shape[-2:0:-1], strides[-2:0:-1], strict=True):
+        if stride != step:
+            return False
+        step *= size
+    return strides[-1] == 1 and strides[0] == step

@@ -22,10 +22,11 @@ from __future__ import annotations
 import sys
 from inspect import getgeneratorlocals
 from types import FrameType, FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 from torch.utils import checkpoint as _torch
 
 from fedms.peft.routing import AdapterRouting
@@ -38,8 +39,35 @@ class _Graph:
 GRAPH = _Graph()
 _OWN = ("torch._functorch.", "torch._library.")  # of compiled graphs and of ops
 _NAMES = frozenset(("checkpoint", "unpack_hook", "forward", "backward"))
-# checkpoint -> id of a layer -> the routing that its calls in the forward had
-_NOTES: WeakKeyDictionary[Any, dict[int, AdapterRouting]] = WeakKeyDictionary()
+
+
+class Note(NamedTuple):
+    """The routing of a call in a forward, and how often its tensors had been changed in place."""
+
+    routing: AdapterRouting
+    versions: tuple[int, ...]
+
+    @classmethod
+    def of(cls, routing: AdapterRouting) -> Note:
+        return cls(routing, _versions(routing))
+
+    def unchanged(self) -> AdapterRouting:
+        """The routing. Raises RuntimeError where it is not what it was: nobody kept a copy."""
+        if _versions(self.routing) != self.versions:
+            raise RuntimeError(
+                "gates were changed in place between a forward and its recomputation by activation "
+                "checkpointing, which needs them as they were: give set_gates a new tensor"
+            )
+        return self.routing
+
+
+def _versions(routing: AdapterRouting) -> tuple[int, ...]:
+    tensors = [t for t in (routing.gates, routing.expert_idxs) if isinstance(t, Tensor)]
+    return tuple(t._version for t in tensors if not t.is_inference())
+
+
+# checkpoint -> id of a layer -> what its calls in the forward had
+_NOTES: WeakKeyDictionary[Any, dict[int, Note]] = WeakKeyDictionary()
 
 
 def depth() -> int:
@@ -51,19 +79,23 @@ def note(layer: object, routing: AdapterRouting, outer: int) -> None:
     """Note a call's routing with the running checkpoints, apart from the `outer` outermost ones."""
     forwards, _ = enclosing()
     for checkpoint in forwards[outer:]:
-        _NOTES.setdefault(checkpoint, {})[id(layer)] = routing
+        _NOTES.setdefault(checkpoint, {})[id(layer)] = Note.of(routing)
 
 
 def noted(layer: object) -> tuple[AdapterRouting | None, bool]:
-    """What the forward had (None: no gates), and whether a recomputation runs the caller at all."""
+    """What the forward had (None: no gates), and whether a recomputation runs the caller at all.
+
+    Raises RuntimeError where its gates were changed in place since.
+    """
     forwards, recomputed = enclosing()
     if recomputed is None:
         return None, False
-    routing = _NOTES.get(recomputed, {}).get(id(layer))
-    if routing is not None:
-        for checkpoint in forwards:
-            _NOTES.setdefault(checkpoint, {})[id(layer)] = routing
-    return routing, True
+    note = _NOTES.get(recomputed, {}).get(id(layer))
+    if note is None:
+        return None, True
+    for checkpoint in forwards:
+        _NOTES.setdefault(checkpoint, {})[id(layer)] = note
+    return note.unchanged(), True
 
 
 def enclosing() -> tuple[list[Any], Any]:

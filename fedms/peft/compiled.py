@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fedms.peft.binding import Binding, Gateable, bound, in_force
-from fedms.peft.checkpointing import GRAPH, enclosing
+from fedms.peft.checkpointing import GRAPH, Note, enclosing
 from fedms.peft.routing import AdapterRouting, Gates
 
 
@@ -82,7 +82,9 @@ def _tell(checkpoint: Any, bindings: Mapping[Gateable, Binding]) -> None:
     if not isinstance(function, _Recomputation):
         function = _Recomputation(function)
         setattr(checkpoint, name, function)
-    function.routings |= {layer: binding.routing for layer, binding in bindings.items()}
+    for layer, binding in bindings.items():
+        if binding.routing is not None:
+            function.notes[layer] = Note.of(binding.routing)
 
 
 class _Recomputation:
@@ -90,9 +92,10 @@ class _Recomputation:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
-        self.routings: dict[Gateable, AdapterRouting | None] = {}
+        self.notes: dict[Gateable, Note] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        routings = dict.fromkeys(in_force()) | self.routings
+        had = {layer: note.unchanged() for layer, note in self.notes.items()}
+        routings = dict.fromkeys(in_force()) | had
         with bound({layer: Binding(r, restored=True) for layer, r in routings.items()}):
             return self.function(*args, **kwargs)

@@ -114,6 +114,30 @@ def test_a_zero_mixture_leaves_the_bits_of_the_base(
                 assert torch.equal(y, F.linear(x, weight, b)), (m, k, n)
 
 
+STRIDED = {
+    "transposed": lambda *shape: torch.randn(*reversed(shape)).permute(2, 1, 0),
+    "another order of rows": lambda b, t, k: torch.randn(t, b, k).transpose(0, 1),
+    "expanded": lambda b, t, k: torch.randn(1, t, k).expand(b, t, k),
+    "half of each row": lambda b, t, k: torch.randn(b, t, 2 * k)[..., :k],
+    "every other row": lambda b, t, k: torch.randn(b, 2 * t, k)[:, ::2],
+    "a matrix": lambda b, t, k: torch.randn(k, t).t(),
+    "a vector": lambda b, t, k: torch.randn(2 * k)[::2],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("strides", STRIDED)
+def test_the_bits_of_the_base_whatever_the_strides_of_x(strides, grad, dtype):
+    """torch's product of strided rows has a bias added after it, and sums in another order."""
+    weight, bias = torch.randn(260, 300, dtype=dtype), torch.randn(260, dtype=dtype)
+    A, B = [torch.randn(4, 300, dtype=dtype, requires_grad=grad)], [weight.new_zeros(260, 4)]
+    for b in (bias, None):
+        for rows in (1, 2, 7, 40):
+            x = STRIDED[strides](2, rows, 300).to(dtype)
+            assert torch.equal(gated_lora_linear(x, weight, A, B, bias=b), F.linear(x, weight, b))
+
+
 @pytest.mark.parametrize("fast_bf16", [True, False])
 @pytest.mark.parametrize("grad", [True, False])
 def test_nan_is_not_taken_for_zero(fast_bf16, grad, monkeypatch):

@@ -179,6 +179,18 @@ def _trained(model):
     return [p for p in model.parameters() if p.requires_grad]
 
 
+@pytest.mark.parametrize("part", ["gates", "expert_idxs"])
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_gates_changed_in_place_are_noticed(model, kind, part):
+    """One tensor for all batches: autograd refuses that without checkpoints, too."""
+    gates, idxs = torch.rand(3, 4, 1, dtype=DOUBLE), torch.zeros(3, 4, 1, dtype=torch.int64)
+    fedms.set_gates(model, (gates, idxs))
+    loss = CHECKPOINTS[kind](model, torch.randn(3, 4, IN, dtype=DOUBLE).requires_grad_()).sum()
+    (gates if part == "gates" else idxs).add_(1)
+    with pytest.raises(RuntimeError, match="changed in place between a forward and its recomp"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("kind", CHECKPOINTS)
 def test_gates_that_a_checkpoint_computes_itself(model, kind):
     """A router within the checkpoint: the recomputation's own gates are the ones to use."""
