@@ -54,6 +54,19 @@ They are kept, converted, in the user's cache.
   fedms fetch dinov2-small emoji   two of them
 """
 
+REPORT_HELP = """\
+Print tables, draw pictures and write a page.
+
+  fedms report runs/first            one run and its rivals: report.html in its folder
+  fedms report runs/sweep            every finished run in a folder, at any depth: comparison.html
+  fedms report runs/a runs/b         several runs: methods, seeds, alphas, tasks, with their rivals
+
+Methods are compared within blocks: runs of one seed on the same data, clients and model, scored
+alike, with as many rounds and local steps in all. Of several blocks the page has mean ranks and
+differences with intervals; of runs with eval.priors=[-0.5,0.5] the frontier of own against
+everyone's data. Unfinished runs are named and left out.
+"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status (2 for a mistake that the user can mend)."""
@@ -154,8 +167,14 @@ def _parser() -> argparse.ArgumentParser:
     resume = add("resume", _resume, "go on with a run that was stopped")
     resume.add_argument("folder", type=Path, metavar="DIR")
     resume.add_argument("--quiet", action="store_true", help="no progress, only the table")
-    report = add("report", _report, "print a run's table and draw its pictures and report.html")
-    report.add_argument("folder", type=Path, metavar="DIR")
+    report = add("report", _report, "tables and pictures of a run, or of many runs", REPORT_HELP)
+    report.add_argument("folders", type=Path, nargs="+", metavar="DIR")
+    report.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder for the page of many runs (default: the innermost that holds all of them)",
+    )
     predict = add("predict", _predict, "ask one client's model about texts or images")
     predict.add_argument("folder", type=Path, metavar="DIR")
     predict.add_argument("--client", required=True, metavar="ID", help="e.g. client-03")
@@ -268,10 +287,33 @@ def _flower_new(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
+    from fedms.fl.compare.folders import holds_one_run
     from fedms.fl.runs.report import write_report
 
-    written = write_report(args.folder)
-    _print_table(args.folder)
+    first, *more = args.folders
+    if more or (first.is_dir() and not holds_one_run(first)):
+        _report_many(args.folders, args.out)
+        return
+    if args.out is not None:
+        raise FedMSError(f"--out is for many runs; the page of {first} is written into it")
+    written = write_report(first)
+    _print_table(first)
+    for path in written:
+        print(path)
+
+
+def _report_many(folders: list[Path], out: Path | None) -> None:
+    from fedms.fl.compare.folders import read_runs
+    from fedms.fl.compare.page import common_folder, left_out, summary, write_comparison
+
+    found = read_runs(folders)
+    written = write_comparison(found, out or common_folder(folders))
+    console = _console()
+    for table in summary(found):
+        console.print(table)
+        console.print()
+    for line in left_out(found):
+        print(f"left out: {line}")
     for path in written:
         print(path)
 
@@ -339,7 +381,9 @@ def _tune(args: argparse.Namespace) -> None:
 def _print_table(folder: Path) -> None:
     from fedms.fl.runs.report import comparison_table
 
-    Console(width=None if sys.stdout.isatty() else 140).print(
-        comparison_table(folder, title="the last round of each method")
-    )
+    _console().print(comparison_table(folder, title="the last round of each method"))
     print(folder)
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 140)

@@ -26,7 +26,7 @@ from fedms.fl.journal.states import ClientStates
 ARGUMENTS = {
     "run": ["CONFIG.toml", "key=value", "--out DIR", "--quiet", "--settings", "fedms resume DIR"],
     "resume": ["DIR", "--quiet"],
-    "report": ["DIR"],
+    "report": ["DIR", "--out DIR", "comparison.html"],
     "predict": ["DIR", "--client ID", "TEXT"],
     "export": ["DIR", "ID", "--all"],
     "fetch": ["NAME", "fedms fetch dinov2-small emoji"],
@@ -258,6 +258,18 @@ def test_report(finished, capsys):
     assert str(finished / "report.html") in out
 
 
+def test_report_of_the_folder_that_runs_lie_in(finished, tmp_path, capsys):
+    assert main(["report", str(finished.parent), "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "left out" not in out
+    page = (tmp_path / "comparison.html").read_text(encoding="utf-8")
+    assert "2 runs, 2 methods, 1 setting, 1 block<" in page
+    assert str(finished / "rivals" / "fedavg_ft") in page
+    scored = (finished / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
+    own = 100 * json.loads(scored)["personalized_accuracy"]["mean"]
+    assert re.search(rf"<td>FedMS</td><td>1</td><td>(<b>)?{own:.1f}<", page)
+
+
 @pytest.mark.parametrize(
     ("encoding", "errors"),
     [("cp1252", "strict"), ("ascii", "strict"), ("ascii", "surrogateescape"), ("cp437", "strict")],
@@ -354,7 +366,8 @@ def test_settings_stand_before_and_after_options(tmp_path, monkeypatch, capsys, 
 
 
 @pytest.mark.parametrize(
-    "arguments", [["run", "seed=1", "--quite"], ["resume", "a", "b"], ["report", "a", "--out", "b"]]
+    "arguments",
+    [["run", "seed=1", "--quite"], ["resume", "a", "b"], ["report", "a", "--quiet", "b"]],
 )
 def test_what_no_command_knows(capsys, arguments):
     with pytest.raises(SystemExit) as stopped:

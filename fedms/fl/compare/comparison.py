@@ -59,13 +59,15 @@ class Comparison:
         metrics = dict.fromkeys(run.metric for run in runs)
         return {each: Comparison(run for run in runs if run.metric == each) for each in metrics}
 
-    def of(self, setting: str, method: str) -> list[Result]:
-        """A method's runs in a setting, one a seed: the same seeds for all methods, and none for a
-        method that lacks one of them.
-        """
+    def common(self, setting: str) -> FullTable:
+        """The largest full table of a setting: its methods over the same seeds."""
         chain = self._chain([block for block in self.blocks if block.setting == setting])
-        methods, blocks = max(chain, key=lambda table: len(table.methods) * len(table.blocks))
-        return self.runs(FullTable(methods, blocks), method) if method in methods else []
+        return max(chain, key=lambda table: len(table.methods) * len(table.blocks))
+
+    def of(self, setting: str, method: str) -> list[Result]:
+        """A method's runs in :meth:`common`, one a seed; none if it lacks one of them."""
+        table = self.common(setting)
+        return self.runs(table, method) if method in table.methods else []
 
     def runs(self, table: FullTable, method: str) -> list[Result]:
         """A method's runs in a table's blocks."""
@@ -88,6 +90,11 @@ class Comparison:
         most = len(wide[0].methods) if wide else 0
         same = [table for table in wide if len(table.methods) == most]
         return same[-1] if same else FullTable([], [])
+
+    def tables(self) -> list[FullTable]:
+        """The one with most blocks, and the one with most methods if that is another."""
+        long, wide = self.most_blocks(), self.most_methods()
+        return [long] if long == wide else [long, wide]
 
     def _chain(self, blocks: Iterable[Block]) -> list[FullTable]:
         """Full tables of one block, two, three ...: each with the block more that leaves the most

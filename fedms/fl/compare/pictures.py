@@ -79,7 +79,9 @@ def frontiers(comparison: Comparison, looks: Looks) -> Figure | None:
             line = {p.knob: (metric.factor * p.everyone, metric.factor * p.own) for p in curve}
             style: dict[str, Any] = {"linewidth": 1.4 if look.stands_out else 0.6}
             axes.plot(*zip(*line.values(), strict=True), color=look.color, zorder=1, **style)
-            marks.append(_mark(axes, line[0.0], look, 4 + 9 * math.sqrt(_sent(runs) / most)))
+            marks.append(
+                _mark(axes, line[runs[0].knob], look, 5 + 8 * math.sqrt(_sent(runs) / most))
+            )
             curves.append(list(line.values()))
         decorate(axes, setting, f"everyone's data [{metric.unit}]")
         axes.set_ylabel(f"own data [{metric.unit}]")
@@ -93,7 +95,7 @@ def costs(comparison: Comparison, looks: Looks) -> Figure | None:
     against seconds: for each metric a row of the methods that have most blocks in common, and one
     of the most methods that have some.
     """
-    rows = [(part, table) for part in comparison.by_metric().values() for table in _tables(part)]
+    rows = [(part, table) for part in comparison.by_metric().values() for table in part.tables()]
     figure, grid = _grid(2 * len(rows), 7.2, 5.2)
     panels, shown = [], set()
     for row, (part, table) in enumerate(rows):
@@ -126,7 +128,7 @@ def costs(comparison: Comparison, looks: Looks) -> Figure | None:
 
 def ranks(comparison: Comparison, looks: Looks) -> Figure | None:
     """Mean ranks by own + everyone's (own alone where there are no others), with intervals."""
-    tables = _tables(comparison)
+    tables = comparison.tables()
     heights = [0.9 + 0.21 * max(3, len(table.methods)) for table in tables]
     figure = new_figure(8.0, sum(heights))
     panels = figure.subplots(len(tables), 1, squeeze=False, height_ratios=heights)[:, 0]
@@ -149,12 +151,6 @@ def ranks(comparison: Comparison, looks: Looks) -> Figure | None:
 
 
 # What the pictures share ------------------------------------------------------------------------
-
-
-def _tables(comparison: Comparison) -> list[FullTable]:
-    """The one with most blocks, and the one with most methods if that is another."""
-    long, wide = comparison.most_blocks(), comparison.most_methods()
-    return [long] if long == wide else [long, wide]
 
 
 def _counted(table: FullTable) -> str:
@@ -198,7 +194,7 @@ def _limited(
     for curve in curves:
         within = turn * np.array(curve)
         high = np.maximum(high, within[within[:, 0] >= low[0]].max(0, initial=-np.inf))
-    margin = np.maximum(0.06 * (high - low), 1e-3)
+    margin = np.maximum(0.06 * (high - low), 0.01 * np.abs(high) + 1e-3)
     (x0, y0), (x1, y1) = turn * (low - margin), turn * (high + margin)
     axes.set_xlim(x0, x1)
     axes.set_ylim(y0, y1)

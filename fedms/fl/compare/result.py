@@ -48,12 +48,13 @@ class Result:
         label: the same for people.
         algorithm: what the row is a variant of.
         scores: as the method answers.
-        by_knob: at other values of ``prior``.
+        by_knob: the same at other values of ``prior``.
         bytes_up, bytes_down: of all clients in all rounds.
         seconds: of the rounds.
         cpu_seconds: processor time of the clients' training alone; None: not measured.
         trained_share: of the model's parameters, the most in any round.
         gate: mean weight of the local expert; None where there is no gate.
+        knob: the value of ``prior`` that it answers at.
     """
 
     block: Block
@@ -69,10 +70,11 @@ class Result:
     cpu_seconds: float | None
     trained_share: float
     gate: float | None
+    knob: float = 0.0
 
     def at(self, knob: float) -> Point:
-        """The scores at a value of the knob, 0 for as the method answers."""
-        return self.scores if knob == 0 else self.by_knob[knob]
+        """The scores at a value of the knob."""
+        return self.scores if knob == self.knob else self.by_knob[knob]
 
     @property
     def sent(self) -> int:
@@ -99,7 +101,7 @@ def frontier(results: Iterable[Result]) -> list[Place]:
     Empty where one of them has no score on everyone's data.
     """
     results = list(results)
-    knobs = set[float].intersection(*({0.0, *result.by_knob} for result in results))
+    knobs = set[float].intersection(*({result.knob, *result.by_knob} for result in results))
     places = []
     for knob in sorted(knobs):
         points = [result.at(knob) for result in results]

@@ -85,7 +85,7 @@ class Origin:
         Raises:
             FedMSError: data, model or settings are others; a line for all that differs.
         """
-        path, settings = folder / FILE, dict(_flat(config))
+        path, settings = folder / FILE, dict(flat_settings(config))
         if not path.exists():
             if (folder / "metrics.jsonl").exists():
                 raise FedMSError(
@@ -147,7 +147,7 @@ def check_model(folder: Path, weights: Mapping[str, Tensor], path: str) -> None:
 
 def changed_settings(then: Config, now: Config) -> list[str]:
     """A line for each setting that a run may not change on its way."""
-    return _changes(dict(_flat(then)), dict(_flat(now)))
+    return _changes(dict(flat_settings(then)), dict(flat_settings(now)))
 
 
 def _changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -158,10 +158,11 @@ def _changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _flat(section: Section, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat_settings(section: Section, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting by its dotted name; lists for tuples, as in TOML."""
     for name, value in section:
         if isinstance(value, Section):
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from flat_settings(value, f"{prefix}{name}.")
         else:
             yield prefix + name, list(value) if isinstance(value, tuple) else value
 

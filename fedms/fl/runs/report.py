@@ -5,7 +5,6 @@ Everything is read from the folder alone, so a run can be looked at while it run
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
@@ -20,6 +19,7 @@ from fedms.fl.algorithms import ALGORITHMS, stages_of, title
 from fedms.fl.config import Config
 from fedms.fl.journal.files import read_record
 from fedms.fl.journal.records import ClientRecord, RoundRecord, Spread
+from fedms.fl.runs.html import Cell, details, document, figures, html_table
 from fedms.fl.runs.origin import config_of
 from fedms.fl.runs.plots import LabelCounts, MethodRun, draw
 from fedms.fl.tasks import METRICS
@@ -27,8 +27,6 @@ from fedms.fl.tasks.task import Metric
 from fedms.fl.types import Failure, FedMSError
 
 T = TypeVar("T")
-Cell = tuple[str, bool]
-"""What a table cell says, and whether it is bold."""
 
 CAPTIONS = {
     "accuracy.png": "Scores of the clients' models, on their own and on everyone's test data.",
@@ -57,20 +55,6 @@ CLIENT_COLUMNS = (
     "client", "test examples", "own, {unit}", "everyone's, {unit}", "gate on local, %",
     "largest class",
 )  # fmt: skip
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff; max-width: 68rem;
-  margin: 2.5rem auto; padding: 0 1.5rem; }
-h1 { font-size: 1.7rem; margin-bottom: .2rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
-p, figcaption, summary { max-width: 46rem; } .note, figcaption { color: #555; font-size: .9rem; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .88rem; }
-th, td { padding: .3rem .7rem; text-align: right; white-space: nowrap; }
-td { font-variant-numeric: tabular-nums; border-top: 1px solid #e4e4e4; }
-th { font-weight: 600; color: #555; vertical-align: bottom; white-space: normal; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
-figure { margin: 1.5rem 0 2.5rem; } img { max-width: 100%; height: auto; }
-summary { cursor: pointer; margin: .8rem 0; }
-pre { background: #f6f6f6; padding: 1rem; overflow-x: auto; font-size: .85rem; line-height: 1.4; }
-"""
 
 
 def read_rounds(folder: Path) -> list[RoundRecord]:
@@ -169,14 +153,16 @@ def _methods(folder: Path) -> list[MethodRun]:
     """The run's method and the rivals that have a round, in the table's order."""
     rounds = read_rounds(folder)
     config = config_of(folder)
-    runs = [_method(folder, config.method, config, rounds)]
+    runs = [method_run(folder, config.method, config, rounds)]
     for path in sorted(folder.glob("rivals/*/metrics.jsonl")):
         if _has_lines(path):
-            runs.append(_method(path.parent, path.parent.name, config, read_rounds(path.parent)))
+            rounds = read_rounds(path.parent)
+            runs.append(method_run(path.parent, path.parent.name, config, rounds))
     return sorted(runs, key=lambda run: (run.method != "fedms", -(_own_mean(run) or 0.0)))
 
 
-def _method(folder: Path, method: str, config: Config, rounds: list[RoundRecord]) -> MethodRun:
+def method_run(folder: Path, method: str, config: Config, rounds: list[RoundRecord]) -> MethodRun:
+    """What a method wrote into its folder, with its clients' scores if there are any yet."""
     clients = read_clients(folder) if _has_lines(folder / "clients.jsonl") else []
     planned = len(rounds)
     known = method in ALGORITHMS
@@ -267,15 +253,8 @@ def _page(
 ) -> str:
     first = runs[0]
     state = f"{first.rounds[-1].round} of {first.planned} rounds"
-    title = escape(f"{first.name}: {name}")
-    figures = "".join(
-        f'<figure><img alt="{CAPTIONS[path.name]}" src="data:image/png;base64,'
-        f'{base64.b64encode(path.read_bytes()).decode()}">'
-        f"<figcaption>{CAPTIONS[path.name]}</figcaption></figure>\n"
-        for path in pictures
-    )
     rounds = "".join(
-        _details(run.label, _html_table(_named(ROUND_COLUMNS, run), _round_rows(run)), run is first)
+        details(run.label, html_table(_named(ROUND_COLUMNS, run), _round_rows(run)), run is first)
         for run in runs
     )
     shown = first.final_clients
@@ -283,7 +262,7 @@ def _page(
     if len(shown) > MOST_ROWS:
         shown = sorted(shown, key=lambda client: client.accuracy)[:MOST_ROWS]
         some = f": the lowest {MOST_ROWS} of {len(first.final_clients)} clients"
-    clients = _html_table(_named(CLIENT_COLUMNS, first), _client_rows(first, shown, labels))
+    clients = html_table(_named(CLIENT_COLUMNS, first), _client_rows(first, shown, labels))
     failed = [
         f"{run.name}, round {r.round}: {f.client_id}: {f.reason}"
         for run in runs for r in run.rounds for f in r.failed
@@ -291,18 +270,14 @@ def _page(
     failures = "".join(f"<li>{escape(text)}</li>" for text in failed[:MOST_ROWS])
     if len(failed) > MOST_ROWS:
         failures += f"<li>and {len(failed) - MOST_ROWS} more, in metrics.jsonl</li>"
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>
-<h1>{title}</h1><p class="note">{state}</p>
-<h2>Methods</h2>{_html_table(COLUMNS, _rows(runs))}<p class="note">{_legend(runs)}</p>
-<h2>Pictures</h2>{figures}
+    body = f"""<h2>Methods</h2>{html_table(COLUMNS, _rows(runs))}<p class="note">{_legend(runs)}</p>
+<h2>Pictures</h2>{figures(pictures, CAPTIONS)}
 <h2>Round by round</h2>{rounds}
 {f"<h2>Clients that were dropped</h2><ul>{failures}</ul>" if failures else ""}
-<h2>Clients</h2>{_details(f"{first.label}, after the last scored round{some}", clients)}
-<h2>Settings</h2>{_details("config.toml", f"<pre>{escape(config)}</pre>")}
-</body></html>
+<h2>Clients</h2>{details(f"{first.label}, after the last scored round{some}", clients)}
+<h2>Settings</h2>{details("config.toml", f"<pre>{escape(config)}</pre>")}
 """
+    return document(f"{first.name}: {name}", state, body)
 
 
 def _named(columns: Iterable[str], run: MethodRun) -> list[str]:
@@ -355,19 +330,3 @@ def _client_rows(
         ]
         for client in clients
     ]
-
-
-def _details(summary: str, inner: str, is_open: bool = False) -> str:
-    opened = " open" if is_open else ""
-    return f"<details{opened}><summary>{escape(summary)}</summary>{inner}</details>\n"
-
-
-def _html_table(columns: Iterable[str], rows: Iterable[Sequence[Cell]]) -> str:
-    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
-    body = "".join(
-        "<tr>"
-        + "".join(f"<td>{f'<b>{escape(t)}</b>' if bold else escape(t)}</td>" for t, bold in row)
-        + "</tr>\n"
-        for row in rows
-    )
-    return f'<div class="wide"><table><tr>{head}</tr>\n{body}</table></div>'
