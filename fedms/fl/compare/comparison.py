@@ -17,7 +17,7 @@ from fedms.fl.tasks.task import Metric
 Score = Callable[[Result], float | None]
 """What methods are compared by, more is better; None: a run has no such score."""
 DRAWS = 4000
-LEAST_METHODS, LEAST_BLOCKS = 5, 3
+LEAST_METHODS, LEAST_BLOCKS = 5, 2
 
 
 class Interval(NamedTuple):

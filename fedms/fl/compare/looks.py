@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, zip_longest
+from statistics import mean
+
+import numpy as np
 
 from fedms.fl.compare.comparison import Comparison
 from fedms.fl.compare.result import balance
@@ -41,8 +44,8 @@ def looks_of(comparison: Comparison, first: Sequence[str] = ()) -> dict[str, Loo
     """A look for every method, by number.
 
     Args:
-        first: methods that stand out in any case. The places left go to the best by mean rank on
-            own and everyone's data, to FedMS's variants and to the others in turn.
+        first: methods that stand out in any case. The places left go to those that are beaten
+            least, to FedMS's variants and to the others in turn.
     """
     families = families_of(comparison, first)
     named = [method for method in first if method in comparison.labels]
@@ -65,18 +68,29 @@ def looks_of(comparison: Comparison, first: Sequence[str] = ()) -> dict[str, Loo
 
 
 def families_of(comparison: Comparison, first: Sequence[str] = ()) -> tuple[list[str], list[str]]:
-    """FedMS's variants and the others: those of ``first``, then by mean rank, then the rest."""
-    table = comparison.most_methods()
-    ranks = comparison.ranks(table, lambda run: balance(run.scores))
+    """FedMS's variants and the others: those of ``first``, then as :func:`beaten` says."""
+    share = beaten(comparison)
     places = {method: place for place, method in enumerate(first)}
     algorithms = {
         m: run.algorithm for runs in comparison.blocks.values() for m, run in runs.items()
     }
-
-    def order(method: str) -> tuple[float, float]:
-        rank = ranks[method].mean if method in ranks else float("inf")
-        return places.get(method, len(places)), rank
-
-    ordered = sorted(comparison.labels, key=order)
+    ordered = sorted(comparison.labels, key=lambda m: (places.get(m, len(places)), share[m]))
     ours = [method for method in ordered if algorithms[method] == "fedms"]
     return ours, [method for method in ordered if method not in ours]
+
+
+def beaten(comparison: Comparison) -> dict[str, float]:
+    """By how many of the others in its blocks a method is beaten: a share, mean over blocks.
+
+    By own + everyone's, by own where a block has no others. Unlike a rank it needs no full table.
+    """
+    shares: dict[str, list[float]] = {method: [] for method in comparison.labels}
+    for runs in comparison.blocks.values():
+        scores = {method: balance(run.scores) for method, run in runs.items()}
+        if None in scores.values():
+            scores = {method: run.scores.own for method, run in runs.items()}
+        ranked = np.array(list(scores.values()), dtype=np.float64)
+        above = (ranked[None] > ranked[:, None]).sum(1) / max(1, len(ranked) - 1)
+        for method, share in zip(runs, above.tolist(), strict=True):
+            shares[method].append(share)
+    return {method: mean(found) for method, found in shares.items()}

@@ -20,8 +20,7 @@ from fedms.fl.runs.html import details, document, figures, html_table
 CAPTIONS = {
     "frontier.png": "Own data against everyone's, up and right is better. A mark is a method's own "
     "answer, the larger the more it sends and receives; its line is what eval.priors scored as the "
-    "knob prior turns. Numbers are those of the key; methods far below the others are named in a "
-    "corner.",
+    "knob prior turns. Numbers are those of the key; methods far off are named above a panel.",
     "cost.png": "Scores against bytes and against seconds, means over blocks.",
     "ranks.png": "Mean ranks within blocks; bars are 95 % of a bootstrap over blocks.",
 }

@@ -29,7 +29,7 @@ DPI = 100
 A_ROW = 2
 """Panels."""
 FAR = 3.0
-"""Interquartile ranges below the lower quartile."""
+"""Interquartile ranges beyond the worse quartile."""
 Looks = dict[str, Look]
 Panel = tuple["Axes", list[Mark]]
 
@@ -90,40 +90,48 @@ def frontiers(comparison: Comparison, looks: Looks) -> Figure | None:
     return figure
 
 
-def costs(comparison: Comparison, looks: Looks) -> Figure | None:
+def costs(comparison: Comparison, looks: Looks) -> Figure:
     """The mean of own and everyone's scores (own alone where there are no others) against bytes and
-    against seconds: for each metric a row of the methods that have most blocks in common, and one
-    of the most methods that have some.
+    against seconds, each for the methods that have most blocks in common and for most methods.
     """
-    rows = [(part, table) for part in comparison.by_metric().values() for table in part.tables()]
-    figure, grid = _grid(2 * len(rows), 7.2, 5.2)
+    wanted = [
+        (part, table, name, cost)
+        for part in comparison.by_metric().values()
+        for table in part.tables()
+        for name, cost in _measured(part)
+    ]
+    figure, grid = _grid(len(wanted), 7.2, 5.2)
     panels, shown = [], set()
-    for row, (part, table) in enumerate(rows):
+    for axes, (part, table, name, cost) in zip(grid, wanted, strict=True):
+        metric = part.runs(table, table.methods[0])[0].metric
         runs = {method: part.runs(table, method) for method in looks if method in table.methods}
-        shown.update(runs)
-        everything = [run for found in runs.values() for run in found]
-        by_processor = all(run.cpu_seconds is not None for run in everything)
-        both = all(run.scores.everyone is not None for run in everything)
-        metric = everything[0].metric
-        named: list[tuple[str, Callable[[Result], float]]] = [
-            ("sent and received [MB]", lambda run: run.sent / 1e6),
-            ("clients' training [processor seconds]", lambda run: run.cpu_seconds or 0.0)
-            if by_processor else ("rounds [seconds]", lambda run: run.seconds),
-        ]  # fmt: skip
-        for axes, (name, cost) in zip(grid[2 * row :], named, strict=False):
-            marks = []
-            for method, found in runs.items():
-                scores = [balance(run.scores) if both else run.scores.own for run in found]
-                place = (
-                    mean(map(cost, found)),
-                    metric.factor * mean(s for s in scores if s is not None),
-                )
-                marks.append(_mark(axes, place, looks[method], 9))
-            decorate(axes, f"{len(runs)} methods, {_counted(table)}", name)
-            axes.set_ylabel(f"{'own + everyone, mean' if both else 'own data'} [{metric.unit}]")
-            panels.append((axes, _limited(axes, marks, metric, costs=True)))
+        both = all(run.scores.everyone is not None for found in runs.values() for run in found)
+        marks = []
+        for method, found in runs.items():
+            spent = [seconds for run in found if (seconds := cost(run)) is not None]
+            scores = [balance(run.scores) if both else run.scores.own for run in found]
+            if len(spent) == len(found):
+                y = metric.factor * mean(score for score in scores if score is not None)
+                marks.append(_mark(axes, (mean(spent), y), looks[method], 9))
+                shown.add(method)
+        decorate(axes, f"{len(marks)} methods, {_counted(table)}", name)
+        axes.set_ylabel(f"{'own + everyone, mean' if both else 'own data'} [{metric.unit}]")
+        panels.append((axes, _limited(axes, marks, metric, costs=True) if marks else []))
     _key(figure, looks, shown, panels)
     return figure
+
+
+def _measured(comparison: Comparison) -> list[tuple[str, Callable[[Result], float | None]]]:
+    """Bytes, and seconds of the processor where some run has them, else of the rounds."""
+    runs = [run for runs in comparison.blocks.values() for run in runs.values()]
+    found: list[tuple[str, Callable[[Result], float | None]]] = [
+        ("sent and received [MB]", lambda run: run.sent / 1e6)
+    ]
+    if any(run.cpu_seconds is not None for run in runs):
+        found.append(("clients' training [processor seconds]", lambda run: run.cpu_seconds))
+    elif any(run.seconds is not None for run in runs):
+        found.append(("rounds [seconds]", lambda run: run.seconds))
+    return found
 
 
 def ranks(comparison: Comparison, looks: Looks) -> Figure | None:
@@ -177,38 +185,34 @@ def _limited(
     axes: Axes, marks: Sequence[Mark], metric: Metric, curves: Sequence[Any] = (), *, costs: bool
 ) -> list[Mark]:
     """Show the marks, and of curves what is beyond the best of them; up is better, and so is right
-    unless x is a cost. Marks that another excels and that lie far below are named in a corner.
+    unless x is a cost. Marks far off that another excels are named above.
 
     Returns:
         the marks that are shown.
     """
     better = math.copysign(1.0, metric.factor)
-    turn = np.array([1.0 if costs else better, better])
-    at = turn * np.array([(mark.x, mark.y) for mark in marks])
-    scores = at[:, 1:] if costs else at
+    right = np.array([1.0 if costs else better, better])  # what right and up mean
+    good = np.array([-1.0 if costs else better, better])
+    places = np.array([(mark.x, mark.y) for mark in marks])
+    scores = good * places
     quarter, three = np.percentile(scores, (25, 75), axis=0)
-    is_far = np.any(scores < quarter - FAR * (three - quarter), axis=1)
-    excelled = np.any(np.all(scores[None] > scores[:, None], axis=2), axis=1)
-    is_near = ~(is_far & excelled)
-    low, high = at[is_near].min(0), at[is_near].max(0)
+    far = scores < quarter - FAR * (three - quarter)
+    excelled = np.any(np.all(scores[None] >= scores[:, None], axis=2)
+                      & np.any(scores[None] > scores[:, None], axis=2), axis=1)  # fmt: skip
+    near = ~(np.any(far, axis=1) & excelled)
+    at = right * places
+    low, high = at[near].min(0), at[near].max(0)
     for curve in curves:
-        within = turn * np.array(curve)
+        within = right * np.array(curve)
         high = np.maximum(high, within[within[:, 0] >= low[0]].max(0, initial=-np.inf))
     margin = np.maximum(0.06 * (high - low), 0.01 * np.abs(high) + 1e-3)
-    (x0, y0), (x1, y1) = turn * (low - margin), turn * (high + margin)
+    (x0, y0), (x1, y1) = right * (low - margin), right * (high + margin)
     axes.set_xlim(x0, x1)
     axes.set_ylim(y0, y1)
-    beyond = [mark.text for mark, near in zip(marks, is_near, strict=True) if not near]
+    beyond = [mark.text for mark, is_near in zip(marks, near, strict=True) if not is_near]
     if beyond:
-        where: dict[str, Any] = {
-            "transform": axes.transAxes,
-            "fontsize": 8,
-            "color": "#777777",
-            "zorder": 5,
-        }
-        where["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-        axes.text(0.01, 0.01, f"far below: {', '.join(beyond)}", **where)
-    return [mark for mark, near in zip(marks, is_near, strict=True) if near]
+        axes.set_title(f"far off: {', '.join(beyond)}", loc="right", fontsize=8, color="#777777")
+    return [mark for mark, is_near in zip(marks, near, strict=True) if is_near]
 
 
 def _grid(panels: int, width: float, height: float) -> tuple[Figure, list[Axes]]:

@@ -50,7 +50,7 @@ class Result:
         scores: as the method answers.
         by_knob: the same at other values of ``prior``.
         bytes_up, bytes_down: of all clients in all rounds.
-        seconds: of the rounds.
+        seconds: of the rounds; None: they say nothing, as other work ran beside them.
         cpu_seconds: processor time of the clients' training alone; None: not measured.
         trained_share: of the model's parameters, the most in any round.
         gate: mean weight of the local expert; None where there is no gate.
@@ -66,7 +66,7 @@ class Result:
     by_knob: Mapping[float, Point]
     bytes_up: int
     bytes_down: int
-    seconds: float
+    seconds: float | None
     cpu_seconds: float | None
     trained_share: float
     gate: float | None

@@ -80,10 +80,11 @@ def _row(
         values = [getattr(run.scores, part) for run in runs]
         text = ranged(metric, values) if ranges else metric.shown(middle)
         scores.append((text, middle is not None and middle == highest))
+    seconds = _known(run.seconds for run in runs)
     texts = (
         f"{mean(run.bytes_up for run in runs) / 1e6:,.1f}",
         f"{mean(run.bytes_down for run in runs) / 1e6:,.1f}",
-        f"{mean(run.seconds for run in runs):,.0f}",
+        f"{mean(seconds):,.0f}" if seconds else "–",
     )
     return [(name, False), (str(len(runs)), False), *scores, *((text, False) for text in texts)]
 
@@ -117,7 +118,7 @@ def _rank_table(comparison: Comparison, table: FullTable) -> Table:
 def difference_tables(comparison: Comparison) -> list[Table]:
     """For each metric, one method less each other over the blocks that both have, at least two.
 
-    That is the first of FedMS's, or of all where there is none, by mean rank.
+    That is the one that is beaten least: of FedMS's, or of all where there is none.
     """
     tables = []
     for metric, part in comparison.by_metric().items():

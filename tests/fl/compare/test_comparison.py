@@ -70,8 +70,8 @@ def test_two_full_tables_of_rows_of_uneven_length():
     long, wide = found.most_blocks(), found.most_methods()
     assert "".join(long.methods) == "abcde"
     assert {block.setting for block in long.blocks} == {"one", "two", "three", "four", "five"}
-    assert "".join(wide.methods) == "abcdefg"
-    assert {block.setting for block in wide.blocks} == {"one", "two", "three"}
+    assert "".join(wide.methods) == "abcdefgh"
+    assert {block.setting for block in wide.blocks} == {"one", "two"}
 
 
 def test_most_methods_takes_every_block_that_has_them_all():

@@ -13,7 +13,7 @@ from results import result
 
 from fedms.fl.cli import main
 from fedms.fl.compare.comparison import Comparison
-from fedms.fl.compare.looks import STAND_OUT, looks_of
+from fedms.fl.compare.looks import STAND_OUT, beaten, looks_of
 from fedms.fl.compare.marks import Mark, number
 from fedms.fl.compare.pictures import draw
 from fedms.fl.compare.result import Point
@@ -96,13 +96,22 @@ def test_of_thirty_methods_a_dozen_stand_out_and_all_are_numbered():
             for i, name in enumerate(names)]  # fmt: skip
     looks = looks_of(Comparison(runs), first=("fedms, 3", "nobody", "rival 0"))
     assert [look.number for look in looks.values()] == list(range(1, 31))
-    assert list(looks)[:2] == ["fedms, 3", "fedms, 17"]  # then by rank
+    assert list(looks)[:2] == ["fedms, 3", "fedms, 17"]  # then the best
     assert list(looks)[18:20] == ["rival 0", "rival 11"]
     shown = {name: look for name, look in looks.items() if look.stands_out}
     assert len(shown) == STAND_OUT
     assert {"fedms, 3", "rival 0"} < set(shown)
     assert sum(name.startswith("rival") for name in shown) == 6
     assert len({(look.color, look.marker) for look in shown.values()}) == STAND_OUT
+
+
+def test_who_is_beaten_least_needs_no_full_table():
+    found = Comparison([
+        result("a", 0.9, 0.1), result("b", 0.4, 0.4), result("c", 0.6, 0.6),
+        result("a", 0.9, 0.1, 1), result("c", 0.2, 0.2, 1),
+        result("b", 0.4, None, 2), result("c", 0.3, 0.9, 2),
+    ])  # fmt: skip
+    assert beaten(found) == pytest.approx({"a": 0.25, "b": 0.5, "c": 2 / 3})
 
 
 def test_numbers_hide_neither_one_another_nor_marks():
