@@ -20,6 +20,7 @@ from fedms.fl.compare.cells import bracketed, ranged
 from fedms.fl.compare.comparison import Comparison, FullTable, Score
 from fedms.fl.compare.pictures import draw
 from fedms.fl.compare.result import Block, Point, Result, balance, frontier, own_at
+from fedms.fl.compare.tables import SCORES
 from fedms.fl.tasks.causal_lm import BITS
 from fedms.fl.tasks.classify import ACCURACY
 
@@ -179,12 +180,8 @@ def knobs(study: Study) -> str:
 
 def _scores(study: Study) -> dict[str, Score]:
     """What methods are compared by."""
-    return {
-        "own": lambda run: run.scores.own,
-        "worst tenth": lambda run: run.scores.worst10,
-        "everyone's": lambda run: run.scores.everyone,
-        "own + everyone's": lambda run: balance(run.scores),
-        "own + everyone's, each with its knob": lambda run: balance(study.with_knob(run)),
+    return SCORES | {
+        "own + everyone's, each with its knob": lambda run: balance(study.with_knob(run))
     }
 
 
