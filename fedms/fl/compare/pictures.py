@@ -18,7 +18,7 @@ from fedms.fl.compare.comparison import Comparison, FullTable
 from fedms.fl.compare.looks import Look, looks_of
 from fedms.fl.compare.marks import Mark, number
 from fedms.fl.compare.result import Result, balance, frontier
-from fedms.fl.runs.plots import decorate, new_figure, plain
+from fedms.fl.runs.plots import any_script, decorate, new_figure, plain
 from fedms.fl.tasks.task import Metric
 
 if TYPE_CHECKING:
@@ -44,16 +44,19 @@ def draw(comparison: Comparison, folder: Path, first: Sequence[str] = ()) -> lis
         FedMSError: matplotlib is not installed.
     """
     looks = looks_of(comparison, first)
-    figures = {
-        "frontier.png": frontiers(comparison, looks),
-        "cost.png": costs(comparison, looks),
-        "ranks.png": ranks(comparison, looks),
-    }
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = {name: figure for name, figure in figures.items() if figure is not None}
-    for name, figure in drawn.items():
-        figure.savefig(folder / name, dpi=DPI)
-    return [folder / name for name in drawn]
+    written = []
+    with any_script():
+        figures = {
+            "frontier.png": frontiers(comparison, looks),
+            "cost.png": costs(comparison, looks),
+            "ranks.png": ranks(comparison, looks),
+        }
+        for name, figure in figures.items():
+            if figure is not None:
+                figure.savefig(folder / name, dpi=DPI)
+                written.append(folder / name)
+    return written
 
 
 def frontiers(comparison: Comparison, looks: Looks) -> Figure | None:
@@ -134,7 +137,7 @@ def _measured(comparison: Comparison) -> list[tuple[str, Callable[[Result], floa
     return found
 
 
-def ranks(comparison: Comparison, looks: Looks) -> Figure | None:
+def ranks(comparison: Comparison, looks: Looks) -> Figure:
     """Mean ranks by own + everyone's (own alone where there are no others), with intervals."""
     tables = comparison.tables()
     heights = [0.9 + 0.21 * max(3, len(table.methods)) for table in tables]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -91,8 +92,7 @@ def draw(runs: Sequence[MethodRun], labels: LabelCounts | None, folder: Path) ->
         "blocks_and_gate.png": blocks_and_gate(runs[0]),
     }
     written = []
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")  # a script without a font
+    with any_script():
         for name, figure in figures.items():
             if figure is not None:
                 figure.savefig(folder / name, dpi=DPI)
@@ -257,6 +257,14 @@ def _draw_gate(axes: Axes, gates: dict[int, list[float]], color: str) -> None:
 
 
 # What the pictures share ------------------------------------------------------------------------
+
+
+@contextmanager
+def any_script() -> Iterator[None]:
+    """Names in a script that no font has are drawn as boxes, without a warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        yield
 
 
 def new_figure(width: float, height: float) -> Figure:

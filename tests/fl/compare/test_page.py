@@ -145,6 +145,11 @@ def test_pictures_of_all_there_can_be(tmp_path):
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
 
 
+def test_one_run_of_a_name_that_no_font_has(tmp_path):
+    run = result("$x_$ 疾病", 0.5, setting="疾病 $y_$.csv", bytes_up=0, bytes_down=0)
+    assert len(draw(Comparison([run]), tmp_path)) == 3
+
+
 def test_where_nobody_has_everyones_data_there_is_no_frontier(tmp_path):
     runs = [result("a", 0.5, None), result("b", 0.5, None, bytes_up=0, bytes_down=0)]
     assert [path.name for path in draw(Comparison(runs), tmp_path)] == ["cost.png", "ranks.png"]
