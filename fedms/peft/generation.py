@@ -46,12 +46,14 @@ class Call:
     """One call of a model by `generate`.
 
     Attributes:
+        config: of the `generate`.
         rows, columns: its tokens.
         first: the column of the sequence that its first token is.
         repeats: rows that `generate` makes of one sample.
         not_by_token: None, or why gates by token have no meaning in it.
     """
 
+    config: Any
     rows: int
     columns: int
     first: int
@@ -62,9 +64,12 @@ class Call:
     def fit(self, routing: AdapterRouting) -> AdapterRouting:
         """The routing with one entry for each row, and token, of the call.
 
+        As it is, where the `generate` has failed and left this note to another model's calls.
         Raises ValueError when it has neither an entry a row nor one a sample.
         """
         if routing not in self._fitted:
+            if not any(config is self.config for config in _generation_configs(None)):
+                return routing
             self._fitted[routing] = self._fit(routing)
         return self._fitted[routing]
 
@@ -148,7 +153,7 @@ def _leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
 
 
 def _call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-    config = _generation_config(module)
+    config = next(_generation_configs(module), None)
     if config is None:
         return None
     names = ("decoder_input_ids", "decoder_inputs_embeds", "inputs_embeds", "input_ids")
@@ -163,6 +168,7 @@ def _call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> C
     elif config.guidance_scale not in (None, 1):
         reason = "guidance_scale runs a second, unconditional sequence, which has other tokens"
     return Call(
+        config=config,
         rows=rows,
         columns=columns,
         first=0 if cache is None else int(cache.get_seq_length()),
@@ -171,11 +177,12 @@ def _call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> C
     )
 
 
-def _generation_config(module: nn.Module) -> Any:
-    """The configuration of the `generate` that calls this module, None where none does."""
-    frame: FrameType | None = sys._getframe(2)
+def _generation_configs(module: nn.Module | None) -> Iterator[Any]:
+    """The configurations of the `generate`s that run the caller, of this module or of any."""
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_name == "generate" and frame.f_locals.get("self") is module:
-            return frame.f_locals.get("generation_config")
+        if frame.f_code.co_name == "generate" and (
+            module is None or frame.f_locals.get("self") is module
+        ):
+            yield frame.f_locals.get("generation_config")
         frame = frame.f_back
-    return None

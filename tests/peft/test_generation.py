@@ -262,3 +262,29 @@ def test_blocks_of_row_wise_gates_share_a_compiled_graph(model, recorder):
         with torch.no_grad(), fedms.gated(model, torch.randn(1, 4, 2)):
             torch.testing.assert_close(compiled(input_ids=ids).logits, model(input_ids=ids).logits)
     assert len(recorder.graphs) == 1
+
+
+def test_a_generate_that_failed_says_nothing_about_another_model(model):
+    """An interrupted one, an out-of-memory error: gates that stay set, then an encoder's."""
+    encoder = with_adapters(nn.Sequential(nn.Linear(8, 8)), *NAMES, target_modules=["0"])
+    encoder.base_model.set_adapter(NAMES)
+    fedms.accelerate(encoder)
+    x, gates, calls = torch.randn(3, 6, 8), torch.rand(3, 6, 2), []
+    with fedms.gated(encoder, gates):
+        want = encoder(x)
+
+    def interrupt(*_):
+        calls.append(None)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    hook = model.base_model.model.model.norm.register_forward_hook(interrupt)
+    fedms.set_gates(model, torch.rand(len(PROMPTS), 2))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            _generate(model, PROMPTS)
+        with fedms.gated(encoder, gates):
+            assert torch.equal(encoder(x), want)
+    finally:
+        hook.remove()
+        fedms.set_gates(model, None)
