@@ -98,6 +98,17 @@ def test_recomputation_has_the_gates_of_its_forward(models, way):
     assert right[0].abs().max() > 0
 
 
+def test_gates_changed_in_place_are_noticed(models):
+    _, model = models
+    x, gates = torch.randn(3, IN, dtype=DOUBLE, requires_grad=True), torch.rand(2, dtype=DOUBLE)
+    fedms.set_gates(model, gates)
+    for kind in KINDS:
+        loss = CHECKPOINTS[kind](model.base_model.model.a, x).sum()
+        gates.add_(1)
+        with pytest.raises(RuntimeError, match="changed in place between a forward and its recomp"):
+            loss.backward()
+
+
 def test_where_gates_cannot_follow_is_an_error(models):
     """In a checkpoint of a library's own, and where the forward was not gated."""
     _, model = models
