@@ -155,9 +155,14 @@ def why_not_input(x: Any) -> str | None:
         return f"the input is a {type(x).__name__} {getattr(x, 'dtype', '')}".rstrip()
     if x.layout is not torch.strided or x.is_nested:
         return f"the input is {'nested' if x.is_nested else x.layout}"
-    if torch.compiler.is_compiling() and torch.compiler.is_exporting():
+    if torch.compiler.is_compiling() and _exporting():
         return "torch.export, whose programs should hold no op that only fedms knows"
     return None
+
+
+@torch.compiler.assume_constant_result  # asked, not traced: torch 2.11 folds it to True in compile
+def _exporting() -> bool:
+    return torch.compiler.is_exporting()
 
 
 def held(linear: nn.Module, name: str) -> Any:
