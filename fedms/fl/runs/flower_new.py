@@ -44,7 +44,7 @@ Everywhere: `pip install 'fedms[flower,demo]'`.
 2. On each site:
 
        flower-supernode --insecure --superlink SERVER:8000 \\
-         --node-config 'client-id="north" data="/data/north.csv" folder="/var/lib/fedms"'
+         --node-config 'client-id="north" data="{example}" folder="/var/lib/fedms"'
 
 3. From anywhere, with `[superlink.NAME]`, `address = "SERVER:8000"` and `insecure = true` in
    `~/.flwr/config.toml`:
@@ -58,7 +58,7 @@ Everywhere: `pip install 'fedms[flower,demo]'`.
 | in a site's `--node-config` | |
 | --- | --- |
 | `client-id` | its name, one of its own |
-| `data` | its table ({columns}) or folder; it stays there |
+| `data` | its {data}; they stay there |
 | `folder` | where its own expert and gate are kept and exported to; made if it is not there |
 | `model` | its copy of the model, where that is not found as `{model}` |
 | `unseen` | `true`: it is scored and takes part in no round |
@@ -110,7 +110,8 @@ def write_app(config: Config, folder: Path) -> None:
         clients=f"{seen} sites" + (f" and {unseen} that take part in no round" if unseen else ""),
         version=__version__,
         package=package,
-        columns=f"columns {config.data.text_column}, {config.data.label_column}",
+        data=_data_of_a_site(config),
+        example="/data/north" if config.task.kind == "images" else "/data/north.csv",
         model=config.model.path,
     )
     files = {
@@ -128,6 +129,19 @@ def write_app(config: Config, folder: Path) -> None:
     (folder / package).mkdir(parents=True)
     for path, content in files.items():
         replace_file(folder / path, content.encode())
+
+
+def _data_of_a_site(config: Config) -> str:
+    """What lies at a site, in words."""
+    data, table = config.data, ".csv, .jsonl or .parquet file"
+    if config.task.kind == "images":
+        return (
+            f"images: a folder of a folder for each class, or a {table} with the columns "
+            f"{data.image_column} (file names beside it) and {data.label_column}"
+        )
+    if config.task.kind == "causal_lm":
+        return f"texts: a {table} with the column {data.text_column}"
+    return f"texts: a {table} with the columns {data.text_column} and {data.label_column}"
 
 
 def _for_sites(config: Config) -> Config:

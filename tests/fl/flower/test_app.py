@@ -33,6 +33,24 @@ def test_an_app_holds_the_settings_and_the_classes(settings, tmp_path, capsys):
     assert "{" not in readme.replace("`--node-config`", "")
 
 
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("text", "texts: a .csv, .jsonl or .parquet file with the columns text and label"),
+        ("images", "images: a folder of a folder for each class, or a .csv, .jsonl or .parquet"),
+        ("causal_lm", "texts: a .csv, .jsonl or .parquet file with the column text;"),
+    ],
+)
+def test_an_app_says_what_a_sites_data_are(settings, tmp_path, kind, says):
+    classes = 'data.class_names={red="red", blue="blue"}'
+    assert (
+        main(["flower", "new", str(tmp_path / "app"), *settings, f"task.kind={kind}", classes]) == 0
+    )
+    readme = (tmp_path / "app" / "README.md").read_text(encoding="utf-8")
+    assert f"| `data` | its {says}" in readme
+    assert ('data="/data/north"' in readme) == (kind == "images")
+
+
 def test_an_app_overwrites_nothing(settings, tmp_path, capsys):
     (tmp_path / "thesis.tex").write_text("three years")
     assert main(["flower", "new", str(tmp_path), *settings]) == 2
