@@ -101,18 +101,29 @@ def test_nothing_private_leaves_a_client(tapped, overrides):
         assert all(matches(name, stage.shares) for name in names)
         assert bool(names) == bool(stage.shares)
         assert not any(name.startswith(("local.", "gate.linear")) for name in names)
+        # fields: each holds what it is called, so nothing else has a place in it
+        client = world.federation.client(client_id)
+        assert header["num_examples"] in (None, len(client.train), len(client.own))
+        assert (header["round"], header["client_id"]) == (round, client_id)
+        assert header["codec"] == run.config.channel.codec
+        assert isinstance(header["kept"], bool)
+        coded = {} if header["codec"] == "none" else {n: run.server.state[n].shape for n in names}
+        assert header["shapes"] == {name: list(shape) for name, shape in coded.items()}
         # data: no text, no class, no count of labels
-        client, dataset = world.federation.client(client_id), world.federation.dataset
+        dataset = world.federation.dataset
         for said in (*(dataset.inputs[i] for i in client.own), *dataset.class_names):
             assert said.encode() not in content
         counts = np.bincount(dataset.labels[client.own], minlength=len(dataset.class_names))
         for kind in (np.int64, np.int32, np.float32, np.float64):
             assert counts.astype(kind).tobytes() not in content
+        shares = counts / counts.sum()
         for kind in (np.float32, np.float64):
-            assert (counts / counts.sum()).astype(kind).tobytes() not in content
+            assert shares.astype(kind).tobytes() not in content
+        assert header["train_loss"] not in (*counts.tolist(), *shares.tolist())
         # what it keeps: no value of it, whatever it were called
         kept, late = split_late(run.journal.states.read(client_id, round) or {})
         for name, tensor in {**kept, **late}.items():
+            assert header["train_loss"] not in tensor.flatten().tolist()
             if tensor.numel() >= 4 and tensor.abs().max() > 0:
                 assert not any(written in content for written in as_written(tensor)), name
 
