@@ -64,6 +64,7 @@ def copy_table(table: Path, to: Path, change) -> Path:
         ("data.train=0.9", ["fractions", "sum to 1"]),
         ("seed=-1", ["seed", "-1"]),
         ('lora.targets=["nothing"]', ["lora.targets", "'nothing'", "query"]),
+        ("lora.r=999999", ["lora.r must be at most 32", "got 999999"]),
         ("model.path=/nowhere/at/all", ["model.path", "/nowhere/at/all"]),
         ("model.max_tokens=1000", ["model.max_tokens", "32"]),
         ("rounds", ["key=value", "'rounds'"]),

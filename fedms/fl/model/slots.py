@@ -209,7 +209,8 @@ class Slots:
         count: S.
 
     Raises:
-        ConfigError: a target that names no linear; the message lists the linears that there are.
+        ConfigError: a target that names no linear, the message lists the linears that there are; a
+            rank that no linear has.
     """
 
     def __init__(
@@ -227,6 +228,13 @@ class Slots:
         self._shared = _Shared()
         self._list = backbone.blocks.name + "."
         self.layers = self._put_on(targets)
+        linears = [layer.base_layer for layer in self.layers.values()]
+        widest = max(min(linear.in_features, linear.out_features) for linear in linears)
+        if r > widest:
+            raise ConfigError(
+                f"lora.r must be at most {widest}, more than which no update of the model's "
+                f"linears can have, got {r}"
+            )
         self._fresh = self._draw()
         if head is not None:
             self._fresh["head.weight"] = head.to(backbone.device, backbone.master)

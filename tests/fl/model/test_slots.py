@@ -179,17 +179,17 @@ def test_a_correction_of_the_base_is_added_to_it(two):
 
 def test_a_new_expert_starts_as_in_peft_and_alike_everywhere(two):
     torch.manual_seed(1)
-    one = two(r=50).fresh("a")
+    one = two(r=6).fresh("a")
     state = torch.get_rng_state()
-    other = two(r=50)
-    assert other.alpha / other.r == 3 / 50
+    other = two(r=6)
+    assert other.alpha / other.r == 3 / 6
     for name, tensor in one.items():
         assert torch.equal(tensor, other.fresh("a")[name])
         assert (tensor == 0).all() == name.endswith("B")
     A = one["a.layer.0.0.lora_A"]
     bound = 1 / math.sqrt(6)  # Kaiming-uniform with a = sqrt(5)
     assert A.abs().max() <= bound
-    assert A.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
+    assert A.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.2)
     assert state.shape == torch.get_rng_state().shape
 
 
