@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Literal
 
 import numpy as np
@@ -22,7 +22,7 @@ from fedms.fl.journal.records import ClientScore, Spread
 from fedms.fl.model.model import Model
 from fedms.fl.model.view import MOST_LOGITS, View
 from fedms.fl.settings import Count, Finite, Natural, Section
-from fedms.fl.types import Advance, State
+from fedms.fl.types import Advance, Failure, State
 
 
 class EvalConfig(Section):
@@ -65,17 +65,27 @@ class Scores:
     Attributes:
         common: the common model on the tests of those who take part; empty where there is none.
         clients: each client's own model.
+        failed: who could not be scored, and why.
     """
 
     common: Tally
     clients: tuple[ClientScore, ...]
+    failed: tuple[Failure, ...] = ()
 
     @staticmethod
     def merged(parts: Sequence[Scores], clients: Iterable[str]) -> Scores:
-        """Those of some clients each as one, in the order of ``clients``."""
+        """Those of some clients each as one, in the order of ``clients``.
+
+        A client stands once among those who failed, with its first reason.
+        """
         found = {score.client_id: score for part in parts for score in part.clients}
+        failed = {each.client_id: each for part in reversed(parts) for each in part.failed}
         common = sum((part.common for part in parts), Tally())
-        return Scores(common, tuple(found[client] for client in clients if client in found))
+        return Scores(
+            common,
+            tuple(found[client] for client in clients if client in found),
+            tuple(failed[client] for client in sorted(failed)),
+        )
 
     def to_bytes(self) -> bytes:
         """As JSON."""
@@ -87,7 +97,8 @@ class Scores:
         try:
             record = json.loads(content)
             clients = tuple(ClientScore(**client) for client in record["clients"])
-            return Scores(Tally(**record["common"]), clients)
+            failed = tuple(Failure(**each) for each in record["failed"])
+            return Scores(Tally(**record["common"]), clients, failed)
         except (LookupError, TypeError) as error:
             raise ValueError(f"no scores: {error}") from error
 
@@ -198,6 +209,41 @@ def evaluate(
             )
         advance(len(side_by_side))
     return Scores(_tally(common, tests), tuple(scores))
+
+
+def leaving_out(
+    score: Callable[[Sequence[ClientData], np.ndarray], Scores],
+    clients: Sequence[ClientData],
+    examples: np.ndarray,
+    everyone: Iterable[ClientData],
+    part: Callable[[ClientData], np.ndarray],
+) -> Scores:
+    """``score(clients, examples)`` without those by whom it fails, and without their examples.
+
+    Args:
+        score: of some clients, and of examples that stand for everyone's.
+        everyone: whose examples these are.
+        part: which ones a client may have among them: its test, or its val.
+
+    Raises:
+        Exception: of ``score``, where nobody alone is its cause, or all of several clients are.
+    """
+    try:
+        return score(clients, examples)
+    except Exception:
+        owners = {each.client_id: each for each in everyone if np.isin(part(each), examples).any()}
+        failed: dict[str, Failure] = {}
+        for name, client in ({each.client_id: each for each in clients} | owners).items():
+            try:
+                score([client], np.intersect1d(examples, part(client)))
+            except Exception as error:
+                failed[name] = Failure(name, f"{type(error).__name__}: {error}")
+        able = [client for client in clients if client.client_id not in failed]
+        if not failed or (len(clients) > 1 and not able):
+            raise
+    lost = [part(owner) for name, owner in owners.items() if name in failed]
+    left = np.setdiff1d(examples, np.concatenate(lost)) if lost else examples
+    return replace(score(able, left), failed=tuple(failed.values()))
 
 
 @torch.no_grad()

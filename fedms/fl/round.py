@@ -20,13 +20,14 @@ from fedms.fl.channel.channel import Channel
 from fedms.fl.config import Config
 from fedms.fl.data.federation import EVERYONE
 from fedms.fl.engines.engine import Engine, Order, Reply
-from fedms.fl.evaluate import Scores, Tally, scored_sample, spread
+from fedms.fl.evaluate import Scores, scored_sample, spread
 from fedms.fl.journal.checkpoint import Checkpoint
 from fedms.fl.journal.journal import Journal
 from fedms.fl.journal.progress import Progress
 from fedms.fl.journal.records import RoundRecord, peak_memory_mb
 from fedms.fl.sal import PROBE_CLIENTS, Activation, SalConfig, wake_order
 from fedms.fl.server import Server, require_quorum
+from fedms.fl.types import Failure
 
 
 class Run:
@@ -110,15 +111,17 @@ class Run:
         self.server.state = reply.totals.finish(self.server.state)
         self._visited.update(cohort)
 
+        watched = Scores.merged([], [])
         if stage.wakes:  # 4
             orders = self._orders(number, round, self.clients)
-            score = sum((self.engine.validate(order) for order in orders), Tally())
-            self._activation.observe(score.mean)
+            watched = Scores.merged([self.engine.validate(order) for order in orders], [])
+            self._activation.observe(watched.common.mean)
 
         orders = self._orders(number, round, scored) if scored else []  # 5
         scores = Scores.merged([self.engine.evaluate(order) for order in orders], scored)
+        unscored = Scores.merged([watched, scores], []).failed
 
-        record = self._record(stage, awake, reply, scores, round, started)  # 6
+        record = self._record(stage, awake, reply, scores, unscored, round, started)  # 6
         written = tuple(each.client_id for each in reply.visited if each.kept)
         checkpoint = Checkpoint(round, self.server.state, written, self._activation.state())
         self.journal.commit(record, scores.clients, checkpoint)
@@ -164,6 +167,7 @@ class Run:
         awake: Sequence[int],
         reply: Reply,
         scores: Scores,
+        unscored: Sequence[Failure],
         round: int,
         started: float,
     ) -> RoundRecord:
@@ -191,6 +195,7 @@ class Run:
             gate_local_mean=sum(gates) / len(gates) if gates else None,
             peak_memory_mb=peak_memory_mb(),
             epsilon=self._channel.epsilon(round),
+            unscored=list(unscored),
         )
 
 

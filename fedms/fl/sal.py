@@ -20,6 +20,7 @@ from fedms.fl.data.sampling import generator
 from fedms.fl.model.model import Model
 from fedms.fl.model.view import View
 from fedms.fl.settings import Count, Finite, Section
+from fedms.fl.types import FedMSError
 
 
 class SalConfig(Section):
@@ -73,6 +74,9 @@ def wake_order(
 
     ``importance`` is asked only by ``order = "importance"``: one score per block, the highest wakes
     first.
+
+    Raises:
+        FedMSError: it is asked, and there are no scores.
     """
     blocks = list(range(num_blocks))
     if config.order == "deep_to_shallow":
@@ -81,6 +85,8 @@ def wake_order(
         blocks = generator(seed, "sal-order").permutation(num_blocks).tolist()
     elif config.order == "importance":
         scores = importance()
+        if not scores:
+            raise FedMSError('sal.order = "importance": none of the clients could be asked')
         blocks.sort(key=lambda block: -scores[block])
     return blocks[: config.max_blocks]
 

@@ -18,7 +18,7 @@ from typing import Protocol, Self
 import torch
 
 from fedms.fl.algorithms import Stage
-from fedms.fl.evaluate import Scores, Tally
+from fedms.fl.evaluate import Scores
 from fedms.fl.server import Totals
 from fedms.fl.types import Failure, State
 from fedms.fl.wire import pack, unpack
@@ -179,8 +179,11 @@ class Engine(Protocol):
         """Visit the clients. One that fails is noted, and what the others kept is on the disk."""
         ...
 
-    def validate(self, order: Order) -> Tally:
-        """The common model on a sample of the clients' validation examples, which SAL watches."""
+    def validate(self, order: Order) -> Scores:
+        """The common model on a sample of the clients' validation examples, which SAL watches.
+
+        A client that fails is noted, here and in :meth:`evaluate`.
+        """
         ...
 
     def evaluate(self, order: Order) -> Scores:
@@ -191,5 +194,5 @@ class Engine(Protocol):
         ...
 
     def importance(self, clients: Sequence[str]) -> list[float]:
-        """A score a block, by which SAL can order them: see :mod:`fedms.fl.sal`."""
+        """A score a block, by which SAL can order them, or none: see :mod:`fedms.fl.sal`."""
         ...

@@ -202,37 +202,43 @@ class FlowerEngine:
         visited = (replace(each, kept=each.kept and self._here) for each in reply.visited)
         return replace(reply, visited=tuple(visited))
 
-    def validate(self, order: Order) -> Tally:
-        return sum(self._collect(VALIDATE, order, Tally), Tally())
+    def validate(self, order: Order) -> Scores:
+        return self._scores(VALIDATE, order)
 
     def evaluate(self, order: Order) -> Scores:
-        parts = self._collect(EVALUATE, order, Scores)
-        common = sum((part.common for part in parts), Tally())
-        return Scores(common, tuple(score for part in parts for score in part.clients))
+        return self._scores(EVALUATE, order)
 
     def importance(self, clients: Sequence[str]) -> list[float]:
         order = Order("", 0, 0, (), (), dict.fromkeys(clients, ()), {}, {})
-        return [
-            sum(each) for each in zip(*self._collect(IMPORTANCE, order, list[float]), strict=True)
-        ]
+        said, _ = self._collect(IMPORTANCE, order, list[float])
+        return [sum(each) for each in zip(*said.values(), strict=True)]
 
     # Inside ---------------------------------------------------------------------------------------
 
-    def _collect(self, what: str, order: Order, form: type[T]) -> list[T]:
-        """What the clients of an order say, in its order; who fails is missing and warned of."""
+    def _scores(self, what: str, order: Order) -> Scores:
+        said, failed = self._collect(what, order, Scores)
+        parts = [*said.values(), Scores(Tally(), (), tuple(failed))]
+        return Scores.merged(parts, order.clients)
+
+    def _collect(
+        self, what: str, order: Order, form: type[T]
+    ) -> tuple[dict[str, T], list[Failure]]:
+        """What the clients of an order say, in its order, and who says nothing; it is warned of."""
         said: dict[str, T] = {}
+        failed: list[Failure] = []
         frozen = Frozen(order.frozen)
         for client, answer in self._ask(what, order, frozen):
             try:
                 if isinstance(answer, Failure):
                     raise ClientFailure(answer.reason)
-                said[client] = hear(answer, form)
+                said[client] = _of_itself(hear(answer, form), client)
                 self._holding.add((client, frozen.digest))
             except ClientFailure as error:
                 self._holding.discard((client, frozen.digest))  # it may have lost it
                 self._progress.warn(f"round {order.round}: no {what} of {client}, {error}")
+                failed.append(Failure(client, str(error)))
             self._progress.advance(1 if what == EVALUATE else 0)
-        return [said[client] for client in order.clients if client in said]
+        return {client: said[client] for client in order.clients if client in said}, failed
 
     def _ask(
         self, what: str, order: Order, frozen: Frozen
@@ -269,6 +275,19 @@ class FlowerEngine:
 
     def _holders(self, frozen: Frozen) -> set[str]:
         return {client for client, digest in self._holding if digest == frozen.digest}
+
+
+def _of_itself(said: T, client: str) -> T:
+    """What a client says.
+
+    Raises:
+        ClientFailure: it is scores of another one.
+    """
+    if isinstance(said, Scores):
+        others = {each.client_id for each in (*said.clients, *said.failed)} - {client}
+        if others:
+            raise ClientFailure(f"it sent scores of {', '.join(sorted(others))}")
+    return said
 
 
 class Frozen:

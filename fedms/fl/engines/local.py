@@ -12,11 +12,19 @@ from fedms.fl.channel.channel import Channel
 from fedms.fl.channel.link import Link, split_late, with_late
 from fedms.fl.client import Visit, prepare, visit
 from fedms.fl.config import Config
+from fedms.fl.data.federation import ClientData
 from fedms.fl.engines.cohort import side_by_side
 from fedms.fl.engines.engine import Message, Order, Reply
 from fedms.fl.engines.intake import Intake
 from fedms.fl.engines.world import World
-from fedms.fl.evaluate import Scores, Tally, common_score, evaluate, pooled_sample, val_sample
+from fedms.fl.evaluate import (
+    Scores,
+    common_score,
+    evaluate,
+    leaving_out,
+    pooled_sample,
+    val_sample,
+)
 from fedms.fl.journal.progress import Progress
 from fedms.fl.journal.states import ClientStates
 from fedms.fl.sal import block_importance
@@ -82,30 +90,52 @@ class LocalEngine:
                     late = select(late, stage.shares)
                     yield self._leave(update, began, late, order.round)
 
-    def validate(self, order: Order) -> Tally:
-        stage = self._enter(order)
+    def validate(self, order: Order) -> Scores:
+        stage, received = self._enter(order), self.received(order)
+        clients = [self._federation.client(client_id) for client_id in order.clients]
         none = np.array([], dtype=np.int64)
-        own = [self._federation.client(client_id).val for client_id in order.clients]
-        examples = np.intersect1d(self._validation, np.concatenate([none, *own]))
-        received = self.received(order)
-        return common_score(self._model, stage, received, self._federation, examples)
+        own = np.concatenate([none, *(client.val for client in clients)])
+
+        def score(_: Sequence[ClientData], examples: np.ndarray) -> Scores:
+            common = common_score(self._model, stage, received, self._federation, examples)
+            return Scores(common, ())
+
+        examples = np.intersect1d(self._validation, own)
+        found = leaving_out(score, clients, examples, clients, lambda client: client.val)
+        return self._told(order, found)
 
     def evaluate(self, order: Order) -> Scores:
-        stage = self._enter(order)
-        return evaluate(
-            self._model,
-            stage,
-            self.received(order),
-            lambda client_id: self._kept(client_id, order.round),
-            self._federation,
-            [self._federation.client(client_id) for client_id in order.clients],
-            self._pooled,
-            self._side_by_side(stage),
-            self._progress.advance,
-        )
+        stage, received = self._enter(order), self.received(order)
+        clients = [self._federation.client(client_id) for client_id in order.clients]
+
+        def score(some: Sequence[ClientData], pooled: np.ndarray) -> Scores:
+            return evaluate(
+                self._model,
+                stage,
+                received,
+                lambda client_id: self._kept(client_id, order.round),
+                self._federation,
+                some,
+                pooled,
+                self._side_by_side(stage),
+                self._progress.advance,
+            )
+
+        everyone = self._federation.everyone.values()
+        found = leaving_out(score, clients, self._pooled, everyone, lambda client: client.test)
+        return self._told(order, found)
 
     def importance(self, clients: Sequence[str]) -> list[float]:
-        return block_importance(self._model, [self._federation.client(c) for c in clients])
+        found: list[list[float]] = []
+        for client_id in clients:
+            try:
+                own = [self._federation.client(client_id)]
+                found.append(block_importance(self._model, own))
+            except Exception as error:  # one client must not stop everybody
+                self._progress.warn(
+                    f"no importance of {client_id}, {type(error).__name__}: {error}"
+                )
+        return [sum(scores) for scores in zip(*found, strict=True)]
 
     # Inside ---------------------------------------------------------------------------------------
 
@@ -125,6 +155,12 @@ class LocalEngine:
         link, round = self._link, order.round
         frozen, sent = link.as_received(round, order.frozen), link.as_received(round, order.sent)
         return {**frozen, **sent}
+
+    def _told(self, order: Order, scores: Scores) -> Scores:
+        """The scores, after a warning of everybody who has none."""
+        for each in scores.failed:
+            self._progress.warn(f"round {order.round}: {each.client_id} not scored, {each.reason}")
+        return scores
 
     def _leave(self, update: Update, began: State, late: State, round: int) -> Message:
         """Write what stays with the client, and return what it sends."""

@@ -13,7 +13,6 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from datetime import timedelta
 
 import torch
@@ -22,7 +21,7 @@ import torch.distributed as dist
 from fedms.fl.algorithms import stages_of
 from fedms.fl.config import Config
 from fedms.fl.engines.engine import Engine, Order, Reply
-from fedms.fl.evaluate import Scores, Tally
+from fedms.fl.evaluate import Scores
 from fedms.fl.types import FedMSError
 
 PATIENCE = timedelta(days=7)
@@ -135,9 +134,7 @@ def obey(engine: Engine, kind: str, content: bytes) -> bytes:
     order = Order.from_bytes(content)
     if kind == "train":
         return engine.train(order).to_bytes()
-    if kind == "validate":
-        return json.dumps(asdict(engine.validate(order))).encode()
-    return engine.evaluate(order).to_bytes()
+    return (engine.validate if kind == "validate" else engine.evaluate)(order).to_bytes()
 
 
 class TorchrunEngine:
@@ -162,12 +159,11 @@ class TorchrunEngine:
         replies = [Reply.from_bytes(content, stage) for content in self._answers(others)]
         return Reply.merged([mine, *replies], order.clients)
 
-    def validate(self, order: Order) -> Tally:
+    def validate(self, order: Order) -> Scores:
         own, _ = self._shares("validate", order)
-        found = self._local.validate(own)
-        for content in self._ranks.answers():
-            found += Tally(**json.loads(content))
-        return found
+        mine = self._local.validate(own)
+        scores = [Scores.from_bytes(content) for content in self._ranks.answers()]
+        return Scores.merged([mine, *scores], order.clients)
 
     def evaluate(self, order: Order) -> Scores:
         own, others = self._shares("evaluate", order)
@@ -179,7 +175,7 @@ class TorchrunEngine:
         some = [list(clients[rank :: self._ranks.size]) for rank in range(self._ranks.size)]
         self._ranks.ask("importance", [json.dumps(own).encode() for own in some[1:]])
         found = [self._local.importance(some[0]), *map(json.loads, self._ranks.answers())]
-        return [sum(scores) for scores in zip(*found, strict=True)]
+        return [sum(scores) for scores in zip(*filter(None, found), strict=True)]
 
     def _shares(self, kind: str, order: Order) -> tuple[Order, int]:
         """Hand out all shares but the first, and return that one and how many clients are away."""

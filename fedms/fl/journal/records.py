@@ -72,6 +72,8 @@ class RoundRecord:
     peak_memory_mb: float
     epsilon: float | None = None
     """Spent of the privacy budget so far; None: no privacy, or no noise."""
+    unscored: list[Failure] = field(default_factory=list)
+    """Who should have been scored, or have said how good the common model is, and could not."""
 
 
 def peak_memory_mb() -> float:

@@ -145,8 +145,11 @@ def _round(entry: dict[str, Any]) -> RoundRecord:
         key: None if entry[key] is None else Spread(**entry[key])
         for key in ("personalized_accuracy", "pooled_accuracy", "unseen_accuracy")
     }
-    failed = [Failure(**failure) for failure in entry["failed"]]
-    return RoundRecord(**{**entry, **spreads, "failed": failed})
+    failures = {
+        key: [Failure(**failure) for failure in entry.get(key, [])]
+        for key in ("failed", "unscored")
+    }
+    return RoundRecord(**{**entry, **spreads, **failures})
 
 
 def _methods(folder: Path) -> list[MethodRun]:
@@ -265,7 +268,7 @@ def _page(
     clients = html_table(_named(CLIENT_COLUMNS, first), _client_rows(first, shown, labels))
     failed = [
         f"{run.name}, round {r.round}: {f.client_id}: {f.reason}"
-        for run in runs for r in run.rounds for f in r.failed
+        for run in runs for r in run.rounds for f in (*r.failed, *r.unscored)
     ]  # fmt: skip
     failures = "".join(f"<li>{escape(text)}</li>" for text in failed[:MOST_ROWS])
     if len(failed) > MOST_ROWS:
@@ -273,7 +276,7 @@ def _page(
     body = f"""<h2>Methods</h2>{html_table(COLUMNS, _rows(runs))}<p class="note">{_legend(runs)}</p>
 <h2>Pictures</h2>{figures(pictures, CAPTIONS)}
 <h2>Round by round</h2>{rounds}
-{f"<h2>Clients that were dropped</h2><ul>{failures}</ul>" if failures else ""}
+{f"<h2>Clients that were dropped or not scored</h2><ul>{failures}</ul>" if failures else ""}
 <h2>Clients</h2>{details(f"{first.label}, after the last scored round{some}", clients)}
 <h2>Settings</h2>{details("config.toml", f"<pre>{escape(config)}</pre>")}
 """

@@ -31,6 +31,7 @@ from fedms.fl.engines.answers import (
 from fedms.fl.engines.engine import Order
 from fedms.fl.engines.local import LocalEngine
 from fedms.fl.engines.world import World
+from fedms.fl.evaluate import Scores
 from fedms.fl.journal.files import write_synced
 from fedms.fl.journal.progress import Progress
 from fedms.fl.journal.states import ClientStates
@@ -66,7 +67,7 @@ class Site:
 
     def __init__(self, config: Config, world: World, folder: Path, alone: bool) -> None:
         self._config, self._world, self._folder, self._alone = config, world, folder, alone
-        self._progress = Progress(quiet=True)
+        self._progress = Progress(quiet=not alone)  # a site's operator reads its SuperNode's log
         self._engines: dict[Path, tuple[LocalEngine, ClientStates]] = {}
 
     def answer(self, what: str, client_id: str, content: Mapping[str, Any]) -> bytes:
@@ -88,7 +89,7 @@ class Site:
             if what == EVALUATE:
                 return self._evaluate(engine, states, client_id, order, self._place(asked))
             if what == VALIDATE:
-                return say(engine.validate(order))
+                return say(_own(engine.validate(order), client_id))
             return say(engine.importance([client_id]))
         except Exception as error:
             traceback.print_exc()
@@ -99,6 +100,7 @@ class Site:
     ) -> bytes:
         if self._alone:
             states.forget_after(order.round - 1)  # of a server that goes on from an earlier round
+        self._progress.say(f"round {order.round}: {client_id} trains")
         (found,) = engine.visits(order)
         if isinstance(found, Failure):
             raise ClientFailure(found.reason)
@@ -111,7 +113,7 @@ class Site:
         self, engine: LocalEngine, states: ClientStates, client_id: str, order: Order, place: Path
     ) -> bytes:
         """The scores; a site proper exports its client after the last round."""
-        scores = engine.evaluate(order)
+        scores = _own(engine.evaluate(order), client_id)
         stages = stages_of(self._method(order.method))
         if self._alone and order.round == sum(stage.settings.rounds for stage in stages):
             stage, model = stages[order.stage], self._world.model
@@ -155,6 +157,18 @@ class Site:
         top = self._folder / asked.run if self._alone else self._folder
         method = asked.order.method
         return top if method == self._config.method else top / "rivals" / method
+
+
+def _own(scores: Scores, client_id: str) -> Scores:
+    """What a client says of itself alone; in a simulation it meets others' examples.
+
+    Raises:
+        ClientFailure: it could not be scored.
+    """
+    for each in scores.failed:
+        if each.client_id == client_id:
+            raise ClientFailure(each.reason)
+    return replace(scores, failed=())
 
 
 def _asked(content: Mapping[str, Any], folder: Path) -> Asked:

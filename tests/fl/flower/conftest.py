@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +40,7 @@ def same_lines() -> Callable[[list[dict], list[dict]], None]:
 
 @dataclass(frozen=True)
 class Wards:
-    """Four wards with a table each, and the table that has them all."""
+    """Sites with data of their own each, and the table that has them all."""
 
     everyone: Path
     own: dict[str, Path]
@@ -92,3 +94,61 @@ def wards(settings: list[str], table: Path, tmp_path_factory: pytest.TempPathFac
         *(f"data.class_names.{name}={name}" for name in names),
     ]
     return Wards(everyone, own, wards)
+
+
+BLOCKS = {
+    "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "num_hidden_layers": 3,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a random decoder of three narrow blocks, with the words of ``table``."""
+    import transformers as t
+
+    folder = tmp_path_factory.mktemp("model") / "tiny-llama"
+    tokenizer = t.AutoTokenizer.from_pretrained(tiny_bert)
+    ids = {"vocab_size": len(tokenizer), "bos_token_id": 2, "eos_token_id": 3}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = t.LlamaForCausalLM(t.LlamaConfig(**BLOCKS, **ids, num_key_value_heads=1))
+    for each in (model, tokenizer):
+        each.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def galleries(settings: list[str], tmp_path: Path) -> Wards:
+    """Three sites' images, two in folders by class and one in a table; not all have every class."""
+    import transformers as t
+    from PIL import Image
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    vit, images = tmp_path / "tiny-vit", tmp_path / "images"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = t.ViTModel(t.ViTConfig(**BLOCKS, image_size=28, patch_size=7))
+    for each in (model, ViTImageProcessorPil(size={"height": 28, "width": 28})):
+        each.save_pretrained(vit)
+    draw, colors = np.random.default_rng(0), ("red", "green", "blue")
+    rows: list[tuple[str, str, str]] = []
+    for site, has in (("east", colors), ("north", colors[::2]), ("south", colors)):
+        for color in sorted(has):
+            (images / site / color).mkdir(parents=True)
+            for i in range(12):
+                noisy = draw.normal(99, 50, (28, 28, 3))
+                noisy[..., colors.index(color)] += 99
+                rows.append((f"{site}/{color}/{i:02}.png", color, site))
+                Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(images / rows[-1][0])
+    for name in ("everyone", "south"):
+        with (images / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["image", "label", "site"])
+            writer.writerows(row for row in rows if name in ("everyone", row[2]))
+    everyone = images / "everyone.csv"
+    own = {"east": images / "east", "north": images / "north", "south": images / "south.csv"}
+    of_images = [
+        "task.kind=images", "task.head=linear", f"model.path={vit}", f"data.source={everyone}",
+        "data.partitioner=column", "data.client_column=site", 'lora.targets=["q_proj", "v_proj"]',
+    ]  # fmt: skip
+    return Wards(everyone, own, [*settings, *of_images])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from collections.abc import Iterator
 
 import pytest
 from transformers import AutoModel
@@ -99,6 +100,15 @@ def test_a_server_that_was_killed_goes_on_and_ends_alike(
         same_lines(found, wanted)
 
 
+def fields_of(said: object, at: str = "") -> Iterator[str]:
+    """The name of every value in an answer, at any depth."""
+    for inner in said if isinstance(said, list) else ():
+        yield from fields_of(inner, at)
+    for name, inner in said.items() if isinstance(said, dict) else ():
+        yield f"{at}{name}"
+        yield from fields_of(inner, f"{at}{name}/")
+
+
 def test_what_leaves_a_site(federation, wards, tmp_path):
     """No text, label count, local expert or weight of the gate's own is among its answers."""
     post, carry = federation("data.num_clients=3", "data.unseen_clients=1", "eval.every=2")
@@ -116,12 +126,14 @@ def test_what_leaves_a_site(federation, wards, tmp_path):
         assert list(reply.content) == [RECORD]
         assert not any(word in answer for word in words)
         record, states = unpack(answer)
-        fields |= set(record.get("said", record))
+        fields |= set(fields_of(record.get("said", record)))
         names |= set(states.get("values", {}))
     assert fields == {
         "client_id", "unseen",  # who it is
         "round", "codec", "shapes", "num_examples", "kept", "train_loss",  # a visit
-        "total", "count", "common", "clients",  # scores
+        "common", "common/total", "common/count", "failed",  # scores
+        "clients", "clients/client_id", "clients/seen", "clients/num_test", "clients/accuracy",
+        "clients/pooled_accuracy", "clients/gate_local", "clients/by_prior",
     }  # fmt: skip
     assert {name.split(".")[0] for name in names} == {"global", "gate"}
     assert all(name.startswith(("global.", "gate.adapter.")) for name in names)
