@@ -19,6 +19,9 @@ from fedms.fl.types import FedMSError
 MIN_CLIENT = 100
 """A maintainer of fewer packages is no client, and these packages are left out."""
 
+MIN_SOURCES = 20
+"""A maintainer of fewer source packages is no client either: a source is never split."""
+
 MIN_SECTION = 20
 """A section of fewer packages is no class."""
 
@@ -56,14 +59,21 @@ def convert(files: Mapping[str, Path], out: Path, told: Told) -> None:
             if entry.keys() >= {"Package", "Maintainer", "Section", "Description"}:
                 found.setdefault(entry["Package"], entry)
     told(1, 2)
-    clients = Counter(maintainer(entry) for entry in found.values())
-    kept = [entry for entry in found.values() if clients[maintainer(entry)] >= MIN_CLIENT]
+    packages = Counter(maintainer(entry) for entry in found.values())
+    sources = Counter(who for who, _ in {(maintainer(e), source(e)) for e in found.values()})
+    clients = {
+        who
+        for who, count in packages.items()
+        if count >= MIN_CLIENT and sources[who] >= MIN_SOURCES
+    }
+    kept = [entry for entry in found.values() if maintainer(entry) in clients]
     sections = Counter(section(entry) for entry in kept)
     kept = [entry for entry in kept if sections[section(entry)] >= MIN_SECTION]
     if not kept:
         raise FedMSError(
-            f"apt's index has no maintainer of {MIN_CLIENT} packages or more, of {len(found)} in "
-            "all: bring it up to date by `apt-get update`; Debian's has 60,000 packages"
+            f"apt's index has no maintainer of {MIN_CLIENT} packages and {MIN_SOURCES} sources or "
+            f"more, of {len(found)} packages in all: bring it up to date by `apt-get update`; "
+            "Debian's has 60,000 packages"
         )
     release = (index.parent / "debian-release.txt").read_text(encoding="utf-8", errors="replace")
     origins = sorted({line.split()[1] for line in release.splitlines() if "o=Debian" in line})
@@ -73,7 +83,7 @@ def convert(files: Mapping[str, Path], out: Path, told: Told) -> None:
             "text": [entry["Description"] for entry in kept],
             "label": [section(entry) for entry in kept],
             "client": [maintainer(entry) for entry in kept],
-            "group": [entry.get("Source", entry["Package"]).split()[0] for entry in kept],
+            "group": [source(entry) for entry in kept],
         },
         {"source": f"apt-cache dumpavail: {' '.join(origins)}", "licence": "Debian's index"},
     )
@@ -96,6 +106,11 @@ def entries(lines: Iterator[str]) -> Iterator[Mapping[str, str]]:
 def maintainer(entry: Mapping[str, str]) -> str:
     """The name without the address, which changes."""
     return entry["Maintainer"].partition("<")[0].strip(' "')
+
+
+def source(entry: Mapping[str, str]) -> str:
+    """The source package's name without the version."""
+    return entry.get("Source", entry["Package"]).split()[0]
 
 
 def section(entry: Mapping[str, str]) -> str:

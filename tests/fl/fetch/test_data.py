@@ -119,6 +119,7 @@ def test_debian(tmp_path):
     text += paragraph("rare", "The Perl Team <c@d>", "kernel")  # a section of one
     text += paragraph("app0", "The Perl Team <c@d>", "utils")  # in two versions
     text += paragraph("own", "Somebody <e@f>", "utils")  # a maintainer of one
+    text += "".join(paragraph(f"d{i}", "One Source <g@h>", "utils", "d") for i in range(120))
     index = tmp_path / "index.txt"
     index.write_text(text)
     (tmp_path / "debian-release.txt").write_text(
