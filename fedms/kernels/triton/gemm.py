@@ -105,11 +105,14 @@ def gemm_kernel(
         if FUSED:
             coef_mr, exists_mr = coefficients(routing, rank_r, rank_ok, row_m, row_ok, TOP_K)
             gated_mr = narrow(gated(shrunk_mr, coef_mr, exists_mr, TOP_K), P_DTYPE)
+            # blocks are compared: of a scalar's truth 3.9's interpreter makes a mask of integers
+            first_r = tl.zeros([BLOCK_R], tl.int32) == tile_o
+            first_ok = p_ok & first_r[None, :]
             if raw_ptr is not None:
                 raw_mr = narrow(shrunk_mr, raw_ptr.dtype.element_ty)
-                tl.store(raw_ptr + p_offset_mr, raw_mr, mask=p_ok & (tile_o == 0))
+                tl.store(raw_ptr + p_offset_mr, raw_mr, mask=first_ok)
             if p_ptr is not None:
-                tl.store(p_ptr + p_offset_mr, gated_mr, mask=p_ok & (tile_o == 0))
+                tl.store(p_ptr + p_offset_mr, gated_mr, mask=first_ok)
             acc_mo = dot(gated_mr, b_ro, acc_mo, P_PRECISION)
         elif DENSE:
             acc_mo = dot(p_mr, b_ro, acc_mo, P_PRECISION)
