@@ -18,12 +18,13 @@ import torch
 from fedms.kernels.experts import expert_ranks, takes_stacks
 from fedms.kernels.ops import define_backend
 
+_INSTALLED = find_spec("triton") is not None  # looked up here: torch.compile 2.11 cannot trace it
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def available() -> bool:
     """True when triton is installed."""
-    return find_spec("triton") is not None
+    return _INSTALLED
 
 
 def supports(x: torch.dtype, adapter: torch.dtype, base: torch.dtype) -> bool:
