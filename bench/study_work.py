@@ -130,7 +130,7 @@ def _line(
         "bytes_up": sum(r.bytes_up for r in rounds),
         "bytes_down": sum(r.bytes_down for r in rounds),
         "seconds": round(sum(r.seconds for r in rounds), 1),
-        "step_seconds": round(sum(spent[r.seconds] for r in rounds), 1),
+        "step_seconds": round(sum(spent[r.seconds] for r in rounds), 3),
         "trained_share": max(r.trainable_share for r in rounds),
         "failed": sum(len(r.failed) for r in rounds),
         "settings": overrides(cell, scale, kind),
