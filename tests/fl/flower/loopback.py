@@ -38,6 +38,7 @@ class Loopback:
         self._registered: set[str] = set()
         self._started: list[subprocess.Popen[bytes]] = []
         self._log: dict[int, Path] = {}
+        self._marks: dict[int, str] = {}
         home = folder / "flwr"
         home.mkdir(parents=True)
         secure = f'root-certificates = "{certificates.ca}"' if certificates else "insecure = true"
@@ -53,18 +54,13 @@ class Loopback:
             "OMP_NUM_THREADS": "1",
             "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}",
             MARK: self._mark,
-        }  # fmt: skip
+        }
 
     def __enter__(self) -> Loopback:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # twice: one may be starting another
-        while left := self.processes():
-            for pid in left:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(0.1)
+        self.kill()
         for process in self._started:
             process.wait()
 
@@ -80,7 +76,7 @@ class Loopback:
         else:
             options += ["--insecure"]
         process = self._start("superlink", ["flower-superlink", *options])
-        wait_for(lambda: _listens(self._port), 300, "the SuperLink listens")
+        wait_for(lambda: _listens(self._port), 60, "the SuperLink listens")
         return process
 
     def supernode(
@@ -101,7 +97,7 @@ class Loopback:
             options += ["--insecure"]
         return self._start(name, ["flower-supernode", *options])
 
-    def flwr(self, *command: str, seconds: float = 900) -> str:
+    def flwr(self, *command: str, seconds: float = 120) -> str:
         """Run ``flwr`` to its end and return what it said."""
         done = subprocess.run(
             [SCRIPTS / "flwr", *command], env=self._env, cwd=self.folder, timeout=seconds,
@@ -114,15 +110,29 @@ class Loopback:
         """What a process and its children have written."""
         return self._log[process.pid].read_text(errors="replace")
 
-    def processes(self) -> list[int]:
-        """Numbers of all processes of this test that are alive."""
-        mark, found = f"{MARK}={self._mark}".encode(), []
+    def processes(self, of: subprocess.Popen[bytes] | None = None, program: str = "") -> list[int]:
+        """Numbers of all processes of this test that are alive.
+
+        Args:
+            of: this one and what it has started, and what that has, alone.
+            program: those alone whose command line has this word.
+        """
+        mark, found = f"{MARK}={self._mark if of is None else self._marks[of.pid]}".encode(), []
         for entry in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
                 alive = b"\nState:\tZ" not in (entry / "status").read_bytes()
-                if alive and mark in (entry / "environ").read_bytes().split(b"\0"):
+                marked = b"\0" + mark in b"\0" + (entry / "environ").read_bytes()
+                if alive and marked and program.encode() in (entry / "cmdline").read_bytes():
                     found.append(int(entry.name))
         return found
+
+    def kill(self, of: subprocess.Popen[bytes] | None = None, program: str = "") -> None:
+        """SIGKILL to some :meth:`processes`, and to what they start meanwhile."""
+        while left := self.processes(of, program):
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.1)
 
     def logs(self) -> str:
         """The end of what every process has written."""
@@ -132,14 +142,15 @@ class Loopback:
         )
 
     def _start(self, name: str, command: list[str]) -> subprocess.Popen[bytes]:
-        path = self.folder / f"{len(self._log) + 1}-{name}.log"
+        number = len(self._started) + 1
+        path, mark = self.folder / f"{number}-{name}.log", f"{self._mark}-{number}."
         with path.open("wb") as log:
             process = subprocess.Popen(
-                [SCRIPTS / command[0], *command[1:]], env=self._env, cwd=self.folder,
-                stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                [SCRIPTS / command[0], *command[1:]], env={**self._env, MARK: mark},
+                cwd=self.folder, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         self._started.append(process)
-        self._log[process.pid] = path
+        self._log[process.pid], self._marks[process.pid] = path, mark
         return process
 
 
