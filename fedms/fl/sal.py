@@ -7,6 +7,7 @@ library's reading; see DESIGN.md.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, Self
@@ -20,7 +21,7 @@ from fedms.fl.data.sampling import generator
 from fedms.fl.model.model import Model
 from fedms.fl.model.view import View
 from fedms.fl.settings import Count, Finite, Section
-from fedms.fl.types import FedMSError
+from fedms.fl.types import ClientFailure, FedMSError
 
 
 class SalConfig(Section):
@@ -160,20 +161,25 @@ class Activation:
         self._scores.extend(state["scores"])
 
 
-def block_importance(model: Model, clients: Sequence[ClientData]) -> list[float]:
-    """One score per block: the fresh global expert's squared gradient norm, summed over clients."""
+def block_importance(model: Model, client: ClientData) -> list[float]:
+    """One score per block: the fresh global expert's squared gradient norm.
+
+    Raises:
+        ClientFailure: the gradient is not finite.
+    """
     slots = model.slots
     before, blocks = slots.awake, range(len(model.backbone.blocks))
     slots.set_awake(blocks)
     slots.load([slots.fresh("global")])
     scores = [0.0] * len(blocks)
-    for client in clients:
-        with learning(slots.live.values()):
-            view = View(model, [client.train[:PROBE_EXAMPLES]], class_counts(model, [client]))
-            view.mean(view.nll("global")).sum().backward()
-            for name, leaf in slots.live.items():
-                block = slots.block_of(name)
-                if leaf.grad is not None and block is not None:
-                    scores[block] += float(torch.sum(leaf.grad**2))
+    with learning(slots.live.values()):
+        view = View(model, [client.train[:PROBE_EXAMPLES]], class_counts(model, [client]))
+        view.mean(view.nll("global")).sum().backward()
+        for name, leaf in slots.live.items():
+            block = slots.block_of(name)
+            if leaf.grad is not None and block is not None:
+                scores[block] += float(torch.sum(leaf.grad**2))
     slots.set_awake(before)
+    if not all(map(math.isfinite, scores)):
+        raise ClientFailure("the gradient of its loss is not finite")
     return scores

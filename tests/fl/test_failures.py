@@ -9,7 +9,10 @@ import pytest
 import torch
 from spy import servers
 
+from fedms.fl.engines.local import LocalEngine
 from fedms.fl.engines.world import World
+from fedms.fl.journal.progress import Progress
+from fedms.fl.journal.states import ClientStates
 from fedms.fl.server import Sent
 from fedms.fl.types import Failure, QuorumError
 
@@ -80,3 +83,22 @@ def test_below_quorum_the_round_does_not_count(spied, config, execute, tmp_path,
     execute(settings, folder)
     for name in ("metrics.jsonl", "clients.jsonl"):
         assert read_lines(folder / name) == read_lines(whole / name)
+
+
+def test_a_probe_that_fails_is_left_out_of_the_blocks_importance(broken, config, tmp_path, capsys):
+    engine = LocalEngine(config(), broken, ClientStates(tmp_path), Progress(quiet=True))
+    each = [engine.importance([f"client-0{i}"]) for i in (0, 2, 3)]
+    found = engine.importance([f"client-0{i}" for i in range(4)])
+    assert len(found) == 4
+    assert found == pytest.approx([sum(block) for block in zip(*each, strict=True)])
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert "no importance of client-01, IndexError: index 1000000 is out of bounds" in warning
+
+
+def test_an_importance_that_is_not_finite_is_none(config, world, tmp_path, capsys):
+    with torch.no_grad():
+        world.model.backbone.model.get_input_embeddings().weight.fill_(float("nan"))
+    engine = LocalEngine(config(), world, ClientStates(tmp_path), Progress(quiet=True))
+    assert engine.importance(["client-00"]) == []
+    reason = "ClientFailure: the gradient of its loss is not finite"
+    assert f"no importance of client-00, {reason}" in capsys.readouterr().err

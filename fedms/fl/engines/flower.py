@@ -182,7 +182,8 @@ class FlowerEngine:
         clients: int,
         progress: Progress,
     ) -> None:
-        self._stages, self._model, self._sites = stages_of(config), model, sites
+        self._method, self._stages = config.method, stages_of(config)
+        self._model, self._sites = model, sites
         self._run, self._digest, self._here, self._progress = run, digest, here, progress
         self._channel, self._bytes_down = Channel.of(config, clients), 0
         self._holding: set[tuple[str, str]] = set()
@@ -209,7 +210,7 @@ class FlowerEngine:
         return self._scores(EVALUATE, order)
 
     def importance(self, clients: Sequence[str]) -> list[float]:
-        order = Order("", 0, 0, (), (), dict.fromkeys(clients, ()), {}, {})
+        order = Order(self._method, 0, 0, (), (), dict.fromkeys(clients, ()), {}, {})
         said, _ = self._collect(IMPORTANCE, order, list[float])
         return [sum(each) for each in zip(*said.values(), strict=True)]
 
@@ -231,7 +232,7 @@ class FlowerEngine:
             try:
                 if isinstance(answer, Failure):
                     raise ClientFailure(answer.reason)
-                said[client] = _of_itself(hear(answer, form), client)
+                said[client] = self._of_itself(hear(answer, form), what, client)
                 self._holding.add((client, frozen.digest))
             except ClientFailure as error:
                 self._holding.discard((client, frozen.digest))  # it may have lost it
@@ -273,21 +274,27 @@ class FlowerEngine:
         self._holding.add((client, frozen.digest))
         return ClientMessage(client, answer)
 
+    def _of_itself(self, said: T, what: str, client: str) -> T:
+        """What a client says.
+
+        Raises:
+            ClientFailure: it is not what was asked for: scores of this one alone where clients' own
+                models are scored, a number for each block.
+        """
+        if isinstance(said, Scores):
+            found = [each.client_id for each in (*said.clients, *said.failed)]
+            wanted = [client] if what == EVALUATE else []
+            if found != wanted:
+                of, own = (", ".join(each) or "nobody" for each in (found, wanted))
+                raise ClientFailure(f"it sent scores of {of}, expected of {own}")
+        elif isinstance(said, list):
+            blocks = len(self._model.backbone.blocks)
+            if len(said) != blocks:
+                raise ClientFailure(f"it sent {len(said)} numbers, expected one of {blocks} blocks")
+        return said
+
     def _holders(self, frozen: Frozen) -> set[str]:
         return {client for client, digest in self._holding if digest == frozen.digest}
-
-
-def _of_itself(said: T, client: str) -> T:
-    """What a client says.
-
-    Raises:
-        ClientFailure: it is scores of another one.
-    """
-    if isinstance(said, Scores):
-        others = {each.client_id for each in (*said.clients, *said.failed)} - {client}
-        if others:
-            raise ClientFailure(f"it sent scores of {', '.join(sorted(others))}")
-    return said
 
 
 class Frozen:

@@ -129,8 +129,8 @@ class LocalEngine:
         found: list[list[float]] = []
         for client_id in clients:
             try:
-                own = [self._federation.client(client_id)]
-                found.append(block_importance(self._model, own))
+                client = self._federation.client(client_id)
+                found.append(block_importance(self._model, client))
             except Exception as error:  # one client must not stop everybody
                 self._progress.warn(
                     f"no importance of {client_id}, {type(error).__name__}: {error}"

@@ -90,7 +90,9 @@ class Site:
                 return self._evaluate(engine, states, client_id, order, self._place(asked))
             if what == VALIDATE:
                 return say(_own(engine.validate(order), client_id))
-            return say(engine.importance([client_id]))
+            if found := engine.importance([client_id]):
+                return say(found)
+            raise ClientFailure("its examples give no importance of blocks; its log says why")
         except Exception as error:
             traceback.print_exc()
             return say_why_not(error)

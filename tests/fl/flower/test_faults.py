@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fedms.fl.config import load_config
+from fedms.fl.journal.progress import Progress
 from fedms.fl.types import QuorumError
 
 pytest.importorskip("flwr")
@@ -27,8 +28,24 @@ SETTINGS = ("data.num_clients=4", "data.unseen_clients=0", "engine.deadline=0.3"
 BAD = "north"
 
 
+class Heard(Progress):
+    """Keeps the warnings that it hears."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.warnings: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+
 @pytest.fixture
-def carry(wards, tmp_path, quiet):
+def heard() -> Heard:
+    return Heard()
+
+
+@pytest.fixture
+def carry(wards, tmp_path, heard):
     """``carry(name, "key=value", spoil=...)``: a run, and the lines of its metrics."""
 
     def run(name: str, *overrides: str, spoil=None, nodes=None) -> list[dict]:
@@ -37,7 +54,7 @@ def carry(wards, tmp_path, quiet):
         post = Post(nodes, app_of(config, tmp_path / name / "app"))
         if spoil is not None:
             post.spoil = spoil
-        serve(config, tmp_path / name / "server", post, 5.0, quiet)
+        serve(config, tmp_path / name / "server", post, 5.0, heard)
         text = (tmp_path / name / "server" / "metrics.jsonl").read_text(encoding="utf-8")
         return [json.loads(line) for line in text.splitlines()]
 
@@ -139,6 +156,72 @@ def test_a_round_goes_on_without_whoever_fails_and_nothing_of_it_is_averaged(car
     for found, wanted in zip(lines, silent, strict=True):
         wanted.pop("failed")
         assert untimed(found) == untimed(wanted)
+
+
+def of_scores(*clients: str):
+    """Its own scores, once under each of these names."""
+
+    def change(order: Message, reply: Message) -> list[Message]:
+        record, _ = unpack(answer_of(reply))
+        (own,) = record["said"]["clients"]
+        record["said"]["clients"] = [own | {"client_id": client} for client in clients]
+        return [with_answer(order, pack(record))]
+
+    return change
+
+
+SCORES = {
+    "of another client": (of_scores("south"), "it sent scores of south, expected of north"),
+    "of others, too": (of_scores(BAD, "west"), "it sent scores of north, west, expected of north"),
+    "twice": (of_scores(BAD, BAD), "it sent scores of north, north, expected of north"),
+    "of nobody": (of_scores(), "it sent scores of nobody, expected of north"),
+}
+
+
+def test_scores_are_a_clients_own_or_none(carry):
+    """A fault a round, and the same run in which that client says no score in any round."""
+    faults = list(SCORES.values())
+    rounds = [f"stage1.rounds={len(faults)}", "stage2.rounds=0", "eval.every=1"]
+
+    def spoil(client: str, order: Message, reply: Message) -> list[Message]:
+        if client != BAD or order.metadata.message_type != "evaluate":
+            return [reply]
+        fault, _ = faults[int(order.metadata.group_id) - 1]
+        return fault(order, reply)
+
+    def silence(client: str, order: Message, reply: Message) -> list[Message]:
+        return [] if client == BAD and order.metadata.message_type == "evaluate" else [reply]
+
+    lines = carry("scores", *rounds, spoil=spoil)
+    silent = carry("silent", *rounds, spoil=silence)
+    for line, wanted, (_, reason) in zip(lines, silent, faults, strict=True):
+        assert line.pop("unscored") == [{"client_id": BAD, "reason": reason}]
+        assert [each["client_id"] for each in wanted.pop("unscored")] == [BAD]
+        assert line["personalized_accuracy"]["clients"] == 3
+        assert untimed(line) == untimed(wanted)
+
+
+def test_an_importance_is_a_number_a_block(carry, heard):
+    """One that is not is left out, and blocks wake in the others' order."""
+    by_importance = ["stage1.rounds=1", "stage2.rounds=0", "sal.order=importance"]
+
+    def saying(*scores: float):
+        def spoil(client: str, order: Message, reply: Message) -> list[Message]:
+            if client != BAD or order.metadata.message_type != "query.importance":
+                return [reply]
+            return [with_answer(order, pack({"said": scores}))]
+
+        return spoil
+
+    (most,) = carry("most", *by_importance, spoil=saying(0.0, 0.0, 1e9, 0.0))
+    (least,) = carry("least", *by_importance, spoil=saying(0.0, 1e9, 0.0, 0.0))
+    assert (most["awake_blocks"], least["awake_blocks"]) == ([2], [1])
+    (without,) = carry("without", *by_importance, spoil=saying(0.0, 0.0, 0.0, 0.0))
+    for found in ((), (0.0, 1e9), (0.0, 1e9, 0.0, 0.0, 0.0), (0.0, float("inf"), 0.0, 0.0)):
+        (line,) = carry(f"of {len(found)}", *by_importance, spoil=saying(*found))
+        assert line["awake_blocks"] == without["awake_blocks"]
+    assert len(heard.warnings) == 4
+    assert all(f"no query.importance of {BAD}, it sent " in warning for warning in heard.warnings)
 
 
 def test_an_answer_that_comes_twice_counts_once(carry):

@@ -46,7 +46,9 @@ def without_everyone(lines: list[dict]) -> list[dict]:
     return [{k: v for k, v in line.items() if k != "pooled_accuracy"} for line in lines]
 
 
-@pytest.mark.parametrize("more", [(), ("mofm.clusters=2", "mofm.cluster_rounds=1")])
+@pytest.mark.parametrize(
+    "more", [("sal.order=importance",), ("mofm.clusters=2", "mofm.cluster_rounds=1")]
+)
 def test_sites_end_with_the_metrics_of_the_local_engine(
     federation, wards, tmp_path, quiet, read_lines, same_lines, more
 ):
