@@ -30,9 +30,11 @@ def arguments(description: str | None, seconds: float) -> argparse.Namespace:
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of what is written")
-    parser.add_argument("--seconds", type=float, default=seconds)
+    parser.add_argument("--seconds", type=float, help=f"default {seconds:g}; a rehearsal's is 20 x")
     parser.add_argument("--rehearse", action="store_true")
     args = parser.parse_args()
+    if args.seconds is None:  # a rehearsal interprets, on whatever is left of a CPU
+        args.seconds = seconds * (20 if args.rehearse else 1)
     if args.rehearse:
         os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
     elif not torch.cuda.is_available():

@@ -15,16 +15,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from patience import PATIENCE
 
 
 def run_ranks(
-    work: Callable[..., Any], *args: Any, ranks: int = 2, seconds: float = 600
+    work: Callable[..., Any], *args: Any, ranks: int = 2, seconds: float = PATIENCE
 ) -> list[Any]:
     """What `work(*args)` returns in each of `ranks` processes, by rank.
 
     work: a function of a test module; it and args are pickled. Its process is in the default group
         and has torchrun's RANK and WORLD_SIZE. What it returns goes through torch.save.
-    seconds: how long all ranks may take; it ends a hang, and is long because a busy machine is not.
+    seconds: how long all ranks may take.
 
     Ranks are killed once every answer has come: how torch takes a group down decides no test.
     (torch 2.13 aborts now and then where a DDP module is alive at that moment.)

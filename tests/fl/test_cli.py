@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import PATIENCE
 from safetensors.torch import load_file
 
 from fedms import __version__
@@ -374,6 +375,6 @@ def test_interrupt(settings, tmp_path):
     while process.poll() is None and not (tmp_path / "r" / "metrics.jsonl").exists():
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=900)
+    _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130, said
     assert "`fedms resume DIR` goes on" in said

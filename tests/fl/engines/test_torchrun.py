@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE
 from ranks import run_ranks
 from safetensors.torch import load_file
 
@@ -117,7 +118,7 @@ def test_a_rank_that_dies_ends_all_with_one_sentence_and_the_run_goes_on(
             assert time.monotonic() < until
             time.sleep(0.02)
         os.kill(max(children(process.pid)), signal.SIGKILL)
-        _, said = process.communicate(timeout=900)
+        _, said = process.communicate(timeout=PATIENCE)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -134,7 +135,7 @@ def test_a_rank_that_dies_ends_all_with_one_sentence_and_the_run_goes_on(
 
 def test_a_mistake_is_told_once(settings, tmp_path):
     process = torchrun("run", *settings, "data.label_column=lable", "--out", str(tmp_path / "run"))
-    _, said = process.communicate(timeout=900)
+    _, said = process.communicate(timeout=PATIENCE)
     ours = [line for line in said.splitlines() if line.startswith("fedms: ")]
     assert len(ours) == 1, said
     assert "'lable'" in ours[0]

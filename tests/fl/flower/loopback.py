@@ -18,6 +18,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from certificates import Certificates
+from patience import PATIENCE
 
 SCRIPTS = Path(sys.executable).parent
 MARK = "FEDMS_LOOPBACK_TEST"
@@ -76,7 +77,7 @@ class Loopback:
         else:
             options += ["--insecure"]
         process = self._start("superlink", ["flower-superlink", *options])
-        wait_for(lambda: _listens(self._port), 60, "the SuperLink listens")
+        wait_for(lambda: _listens(self._port), PATIENCE, "the SuperLink listens", self.logs)
         return process
 
     def supernode(
@@ -97,7 +98,7 @@ class Loopback:
             options += ["--insecure"]
         return self._start(name, ["flower-supernode", *options])
 
-    def flwr(self, *command: str, seconds: float = 120) -> str:
+    def flwr(self, *command: str, seconds: float = PATIENCE) -> str:
         """Run ``flwr`` to its end and return what it said."""
         done = subprocess.run(
             [SCRIPTS / "flwr", *command], env=self._env, cwd=self.folder, timeout=seconds,

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+from patience import PATIENCE
 
 from fedms.fl.cli import main
 from fedms.fl.config import load_config
@@ -23,10 +24,9 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds processes
 
 SETTINGS = (
     "data.num_clients=2", "data.unseen_clients=0", "stage1.rounds=0", "stage2.rounds=3",
-    "stage2.local_steps=150", "sal.trigger=all_at_once", "eval.every=9", "engine.deadline=500",
+    "stage2.local_steps=150", "sal.trigger=all_at_once", "eval.every=9",
+    f"engine.deadline={PATIENCE}",
 )  # fmt: skip
-SECONDS = 900
-"""Far more than any step takes, on however busy a machine."""
 GONE = r"its SuperNode has gone|Node Unavailable"
 """Whoever notices first, fedms or Flower, says it."""
 
@@ -62,11 +62,11 @@ def test_a_federation_outlives_its_processes(wards, tmp_path, execute, read_line
     with Loopback(tmp_path / "flower") as flower:
 
         def run() -> None:
-            config = f'out="{out}" wait={SECONDS}.0'
+            config = f'out="{out}" wait={PATIENCE}.0'
             flower.flwr("run", str(app), "loopback", "--run-config", config)
 
         def wait(until, name: str) -> None:
-            wait_for(until, SECONDS, name, flower.logs)
+            wait_for(until, PATIENCE, name, flower.logs)
 
         link = flower.superlink()
         east = flower.supernode("east", nodes["east"])

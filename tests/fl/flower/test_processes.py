@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE
 
 from fedms.fl.cli import main
 from fedms.fl.config import load_config
@@ -20,10 +21,8 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds processes
 
 SETTINGS = (
     "data.num_clients=2", "data.unseen_clients=0", "stage1.rounds=1", "stage2.rounds=1",
-    "sal.trigger=all_at_once", "eval.every=9", "engine.deadline=500",
+    "sal.trigger=all_at_once", "eval.every=9", f"engine.deadline={PATIENCE}",
 )  # fmt: skip
-SECONDS = 900
-"""Far more than any step takes, on however busy a machine."""
 
 
 @pytest.mark.slow
@@ -39,8 +38,8 @@ def test_two_sites_end_as_the_local_engine(wards, tmp_path, quiet, read_lines, s
         flower.supernode("east", nodes["east"])
         flower.supernode("north", nodes["north"])
         stranger = flower.supernode("stranger", nodes["east"], registered=False)
-        flower.flwr("run", str(app), "loopback", "--run-config", f'out="{out}" wait={SECONDS}.0')
-        wait_for((out / "finished").exists, SECONDS, "the run is finished", flower.logs)
+        flower.flwr("run", str(app), "loopback", "--run-config", f'out="{out}" wait={PATIENCE}.0')
+        wait_for((out / "finished").exists, PATIENCE, "the run is finished", flower.logs)
         assert "Failed to activate SuperNode" in flower.log_of(stranger)
     assert not flower.processes()
     for name in ("metrics.jsonl", "clients.jsonl"):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE
 
 from fedms.fl.runs.folder import start
 
@@ -21,7 +22,7 @@ def test_a_simulation_ends_with_the_metrics_of_the_local_engine(
     command = [Path(sys.executable).parent / "fedms", "run", *settings]
     simulated = subprocess.run(
         [*command, "engine.kind=flower-simulation", "--out", str(tmp_path / "flower")],
-        capture_output=True, text=True, timeout=1800, cwd=tmp_path,
+        capture_output=True, text=True, timeout=PATIENCE, cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1"},  # threads that wait for a core spin
     )  # fmt: skip
     assert simulated.returncode == 0, simulated.stderr[-4000:]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import PATIENCE
 from safetensors.torch import load_file
 from spy import Spy
 
@@ -78,8 +79,10 @@ def drive(whole: Path, stopped: Path, settings: list[str], moments: list) -> lis
     """For each leg how it ended (a wait status) and the lines of metrics after it."""
     arguments = [str(whole), str(stopped), json.dumps(settings), json.dumps(moments)]
     command = [sys.executable, "-c", DRIVER, *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        timeout=PATIENCE,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
