@@ -39,7 +39,7 @@ class SalConfig(Section):
     """Blocks woken at a time."""
     max_blocks: Count = 3
     """Blocks awake at most."""
-    queue_length: Annotated[int, Field(ge=2)] = 2
+    queue_length: Annotated[int, Field(ge=2, le=1_000_000)] = 2
     """Rounds whose scores the capability queue compares."""
     threshold: Finite = 0.2
     """The next blocks wake when the queue's last score is less than this above its first."""

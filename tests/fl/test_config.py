@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 
 import pytest
@@ -210,10 +211,8 @@ def test_a_value_is_not_a_section():
         ("lora.r", 1),
         ("sal.start_blocks", 1),
         ("sal.wake_blocks", 1),
-        ("sal.queue_length", 2),
         ("sal.every", 1),
         ("sal.min_budget", 1),
-        ("mofm.bottleneck", 1),
         ("mofm.gate_steps", 0),
         ("eval.pooled_examples", 0),
         ("engine.prefix_cache_mb", 0),
@@ -259,10 +258,22 @@ def test_what_may_be_zero_but_not_below(key):
             load_config(None, [f"{key}={value}"])
 
 
-def test_no_more_threads_than_any_machine_runs():
-    load_config(None, ["engine.threads=1024"])
-    with pytest.raises(ConfigError, match=r"engine.threads must be in \[0, 1024\], got 1025"):
-        load_config(None, ["engine.threads=1025"])
+@pytest.mark.parametrize(
+    ("key", "least", "most"),
+    [
+        ("engine.threads", 0, 1024),
+        ("mofm.bottleneck", 1, 4096),
+        ("model.image_size", 0, 4096),
+        ("sal.queue_length", 2, 10**6),
+    ],
+)
+def test_no_more_than_any_machine_runs(key, least, most):
+    for legal in (least, most):
+        load_config(None, [f"{key}={legal}"])
+    for value in (least - 1, most + 1):
+        limits = re.escape(f"{key} must be in [{least}, {most:g}], got {value}")
+        with pytest.raises(ConfigError, match=limits):
+            load_config(None, [f"{key}={value}"])
 
 
 def test_the_threshold_is_a_number():

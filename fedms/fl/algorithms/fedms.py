@@ -17,10 +17,10 @@ Predicted: by the mixture of both experts.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from fedms.fl.algorithms.clusters import PATH, cluster_of, clustered
@@ -73,7 +73,7 @@ class Settings(Section):
     """The last of stage 1's rounds, in which the clusters' experts are trained."""
     eigengap: bool = False
     """Between two and ``clusters``: as many as the clients' likeness says (largest eigengap)."""
-    bottleneck: Count = 16
+    bottleneck: Annotated[int, Field(ge=1, le=4096)] = 16
     """Width of the gate adapter."""
     gate_steps: Natural = 30
     """Full-batch steps of the gate in one visit."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fedms.fl.fetch import fetched
 from fedms.fl.model.blocks import Blocks
 from fedms.fl.model.bodies import Body, encoder
-from fedms.fl.settings import Natural, Positive, Section
+from fedms.fl.settings import Positive, Section
 from fedms.fl.tasks.task import Batch
 from fedms.fl.types import ConfigError, FedMSError
 
@@ -49,7 +49,7 @@ class ModelConfig(Section):
     the class token, if there is one."""
     max_tokens: Annotated[int, Field(ge=3)] = 24
     """Tokens that a text is cut at; for ``causal_lm`` the length of a window."""
-    image_size: Natural = 0
+    image_size: Annotated[int, Field(ge=0, le=4096)] = 0
     """Width and height in pixels that images are brought to; 0: the model's own."""
     prompt: str = "{}"
     """What the zero-shot head encodes for a class name; ``{}`` stands for the name."""
