@@ -89,6 +89,7 @@ class Method:
 
 
 NO_SAL, HALF, LOGITS = "sal.enabled=false", "mofm.gate=fixed", "mofm.combine=logits"
+OWN_HEAD = "mofm.head_steps=20"  # as many as LP-FT has
 A_BLOCK_A_ROUND = ("sal.trigger=every", "sal.every=1", "sal.wake_blocks=1")
 NOT_TRUE, BALANCED = "mofm.local_loss=not_true", "mofm.local_loss=balanced"
 METHODS = {
@@ -102,6 +103,7 @@ METHODS = {
         for name, settings in {
             "fedms, no SAL": (NO_SAL,),
             "fedms, one half": (HALF,),
+            "fedms, no SAL, own head": (NO_SAL, OWN_HEAD),
             "fedms, gate not anchored": ("mofm.anchor=0.0",),
             "fedms, gate adapter not shared": ("mofm.share_adapter=false",),
             "fedms, layer mixture": ("mofm.combine=layer", "mofm.gate_input=base"),
@@ -122,6 +124,8 @@ METHODS = {
             "fedms, late": ("fedms",),
             "fedms, one half, late": ("fedms", HALF),
             "fedms, no SAL, late": ("fedms", NO_SAL),
+            "fedms, no SAL, own head, late": ("fedms", NO_SAL, OWN_HEAD),
+            "fedms, no SAL, logits, own head, late": ("fedms", NO_SAL, LOGITS, OWN_HEAD),
             "fedms, a block a round, late": ("fedms", *A_BLOCK_A_ROUND),
             "fedms, no SAL, one half, late": ("fedms", NO_SAL, HALF),
             "fedms, logits, late": ("fedms", LOGITS),

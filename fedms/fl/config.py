@@ -25,7 +25,6 @@ from fedms.fl.algorithms.feddpa_f import Settings as FedDpaFConfig
 from fedms.fl.algorithms.feddpa_t import Settings as FedDpaTConfig
 from fedms.fl.algorithms.fedms import Settings as MofmConfig
 from fedms.fl.algorithms.fedntd import Settings as FedNTDConfig
-from fedms.fl.algorithms.fedper import Settings as FedPerConfig
 from fedms.fl.algorithms.fedprox import Settings as FedProxConfig
 from fedms.fl.algorithms.fedrep import Settings as FedRepConfig
 from fedms.fl.algorithms.fedrod import Settings as FedRoDConfig
@@ -110,7 +109,6 @@ class Config(Section):
     centralised: CentralisedConfig = CentralisedConfig()
     feddpa_f: FedDpaFConfig = FedDpaFConfig()
     feddpa_t: FedDpaTConfig = FedDpaTConfig()
-    fedper: FedPerConfig = FedPerConfig()
     fedrep: FedRepConfig = FedRepConfig()
     fedrod: FedRoDConfig = FedRoDConfig()
     server: ServerConfig = ServerConfig()

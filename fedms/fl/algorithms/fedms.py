@@ -64,6 +64,10 @@ class Settings(Section):
     classes alike; or its own, distilled from the global expert over the wrong classes."""
     distill: NotNegative = 1.0
     """Weight of the distillation of ``local_loss = "not_true"``."""
+    head_steps: Natural = 0
+    """Full-batch steps in one visit of a head of the local expert's own, on features that are
+    computed once; then expert and head are trained together (LP-FT). 0: no such steps, and a head
+    of its own only where the task has a trained one."""
     orthogonal: NotNegative = 0.0
     """Weight of |B_global' B_local|^2, summed over linears, in the local expert's loss (HiLoRA)."""
     clusters: Natural = 0
@@ -244,6 +248,7 @@ def on_global(received: State, kept: State) -> State:
     return {**received, **renamed(heads, "global.", "local."), **kept}
 
 
+HEAD = "local.head.*"
 STARTS = {"global": from_global, "zero": received_and_kept, "residual": on_global}
 
 
@@ -253,11 +258,14 @@ def stages(settings: Settings, rounds: Rounds) -> tuple[Stage, ...]:
     learned, in_layers = settings.gate == "learned", settings.combine == "layer"
     examples = "train" if learned and settings.gate_data == "held_out" else "own"
     expert = Phase(("local.*",), LocalLoss(settings), examples)
+    head: tuple[Phase, ...] = ()
+    if settings.head_steps:
+        head = (replace(expert, trains=(HEAD,), whole=True, steps=settings.head_steps),)
     if not learned:
-        phases = (expert,)
+        phases = (*head, expert)
     elif in_layers:
         rates = (("gate.*", settings.gate_lr),)
-        phases = (replace(expert, trains=("local.*", "gate.*"), rates=rates),)
+        phases = (*head, replace(expert, trains=("local.*", "gate.*"), rates=rates))
     else:
         gate = Phase(
             ("gate.*",),
@@ -268,7 +276,7 @@ def stages(settings: Settings, rounds: Rounds) -> tuple[Stage, ...]:
             lr=settings.gate_lr,
             weight_decay=0.0,
         )
-        phases = (expert, gate)
+        phases = (*head, expert, gate)
     return (
         *_shared_experts(settings, *first, examples),
         Stage(
@@ -276,6 +284,7 @@ def stages(settings: Settings, rounds: Rounds) -> tuple[Stage, ...]:
             settings=second,
             phases=phases,
             experts=(*settings.shared, "local"),
+            heads=("local",) if head else (),
             shares=("gate.adapter.*",) if learned and settings.share_adapter else (),
             frozen=tuple(f"{expert}.*" for expert in settings.shared),
             group=cluster_of if settings.clusters else None,

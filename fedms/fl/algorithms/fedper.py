@@ -15,16 +15,8 @@ from dataclasses import replace
 from fedms.fl.algorithms.fedavg import global_expert
 from fedms.fl.algorithms.losses import CrossEntropy, Expert
 from fedms.fl.algorithms.stage import Phase, Rounds, Stage
-from fedms.fl.settings import Positive, Section
 
 HEAD, BODY = "global.head.*", "global.*.lora_?"
-
-
-class Settings(Section):
-    """FedPer."""
-
-    head_lr: Positive = 0.001
-    """AdamW's learning rate of the head."""
 
 
 def own_head(stage: Stage, *phases: Phase) -> Stage:
@@ -33,7 +25,6 @@ def own_head(stage: Stage, *phases: Phase) -> Stage:
     return replace(stage, phases=phases, **heads)
 
 
-def stages(settings: Settings, rounds: Rounds) -> tuple[Stage, ...]:
-    rates = ((HEAD, settings.head_lr),)
-    together = Phase((BODY, HEAD), CrossEntropy("global"), rates=rates)
+def stages(rounds: Rounds) -> tuple[Stage, ...]:
+    together = Phase((BODY, HEAD), CrossEntropy("global"))
     return tuple(own_head(global_expert(*each), together) for each in rounds)

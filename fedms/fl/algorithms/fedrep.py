@@ -14,7 +14,7 @@ from fedms.fl.algorithms.fedavg import global_expert
 from fedms.fl.algorithms.fedper import BODY, HEAD, own_head
 from fedms.fl.algorithms.losses import CrossEntropy
 from fedms.fl.algorithms.stage import Phase, Rounds, Stage
-from fedms.fl.settings import Count, Positive, Section
+from fedms.fl.settings import Count, Section
 
 
 class Settings(Section):
@@ -22,11 +22,9 @@ class Settings(Section):
 
     head_steps: Count = 20
     """Full-batch steps of the head in one visit."""
-    head_lr: Positive = 0.001
-    """AdamW's learning rate of the head."""
 
 
 def stages(settings: Settings, rounds: Rounds) -> tuple[Stage, ...]:
     loss = CrossEntropy("global")
-    head = Phase((HEAD,), loss, whole=True, steps=settings.head_steps, lr=settings.head_lr)
+    head = Phase((HEAD,), loss, whole=True, steps=settings.head_steps)
     return tuple(own_head(global_expert(*each), head, Phase((BODY,), loss)) for each in rounds)

@@ -26,8 +26,6 @@ from fedms.fl.settings import Positive, Section
 class Settings(Section):
     """FedRoD."""
 
-    head_lr: Positive = 0.001
-    """AdamW's learning rate of the generic head."""
     personal_lr: Positive = 0.01
     """AdamW's learning rate of the personal head."""
 
@@ -54,7 +52,7 @@ class TwoHeads:
 
 
 def stages(settings: Settings, rounds: Rounds) -> tuple[Stage, ...]:
-    rates = (("global.head.*", settings.head_lr), ("personal.*", settings.personal_lr))
+    rates = (("personal.*", settings.personal_lr),)
     phases = (Phase(("global.*", "personal.*"), TwoHeads(), rates=rates),)
     heads = {"heads": ("global",), "modules": (("personal", personal_head),)}
     both = {"phases": phases, "predict": both_heads, **heads}

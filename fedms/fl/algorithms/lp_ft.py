@@ -17,7 +17,7 @@ from fedms.fl.algorithms.fedavg import global_expert
 from fedms.fl.algorithms.fedavg_ft import local_expert
 from fedms.fl.algorithms.losses import CrossEntropy
 from fedms.fl.algorithms.stage import Phase, Rounds, Stage
-from fedms.fl.settings import Count, Positive, Section
+from fedms.fl.settings import Count, Section
 
 
 class Settings(Section):
@@ -25,15 +25,13 @@ class Settings(Section):
 
     probe_steps: Count = 20
     """Full-batch steps of the head alone in one visit, on features that are computed once."""
-    head_lr: Positive = 0.001
-    """AdamW's learning rate of the head."""
 
 
 def stages(settings: Settings, rounds: Rounds) -> tuple[Stage, ...]:
     first, second = rounds
-    head, loss = "local.head.*", CrossEntropy("local")
-    probe = Phase((head,), loss, whole=True, steps=settings.probe_steps, lr=settings.head_lr)
-    tune = Phase(("local.*",), loss, rates=((head, settings.head_lr),))
+    loss = CrossEntropy("local")
+    probe = Phase(("local.head.*",), loss, whole=True, steps=settings.probe_steps)
+    tune = Phase(("local.*",), loss)
     return (
         global_expert(*first),
         replace(local_expert(*second), heads=("local",), phases=(probe, tune)),

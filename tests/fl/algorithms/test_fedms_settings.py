@@ -53,6 +53,25 @@ def test_a_learned_gate_is_anchored_to_the_weight(stage2):
     torch.testing.assert_close(losses["2.0"], losses["0.0"] + 2.0 * kl)
 
 
+def test_a_head_of_the_local_experts_own_is_trained_as_lp_ft_trains_it(setting):
+    probed, model, clients = setting("mofm.gate=fixed", "mofm.head_steps=3", stage=1)
+    expert = one_visit(probed, model, clients[0])
+    lp_ft = one_visit(setting("method=lp_ft", "lp_ft.probe_steps=3", stage=1)[0], model, clients[0])
+    assert "local.head.weight" in expert.kept
+    assert expert.kept.keys() == lp_ft.kept.keys()
+    assert all(torch.equal(expert.kept[name], t) for name, t in lp_ft.kept.items())
+    plain = one_visit(setting("mofm.gate=fixed", stage=1)[0], model, clients[0])
+    assert "local.head.weight" not in plain.kept
+
+
+def test_a_head_of_the_local_experts_own_stays_with_its_client(setting):
+    stage, model, clients = setting("mofm.head_steps=3", stage=1)
+    left = one_visit(stage, model, clients[0])
+    assert all(name.startswith("gate.adapter.") for name in left.shared)
+    view = a_view(stage, model, clients[0], {}, left.kept)
+    torch.testing.assert_close(view.live["local.head.weight"][0], left.kept["local.head.weight"])
+
+
 def test_losses_of_the_local_expert(stage2):
     for name, loss in (
         ("own", CrossEntropy("local")),

@@ -83,7 +83,7 @@ def test_a_trained_head_starts_from_the_class_names(setting):
 
 def test_probing_fits_the_head_alone_by_full_batches(setting):
     """The same steps of AdamW by hand, on features that do not change."""
-    own = ("lp_ft.probe_steps=3", "lp_ft.head_lr=0.05")
+    own = ("lp_ft.probe_steps=3", "stage2.head_lr=0.05")
     stage, model, clients = setting("method=lp_ft", *own, stage=1)
     client, start = clients[0], received(model, stage, {})
     left = one_visit(replace(stage, phases=stage.phases[:1]), model, client).kept

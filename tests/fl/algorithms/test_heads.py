@@ -39,7 +39,7 @@ def test_lora_is_sent_and_the_head_stays(config, setting, method, head):
 
 
 def test_fedper_with_a_head_that_stands_still_is_fedavg(setting):
-    stage, model, clients = setting("method=fedper", "fedper.head_lr=1e-300")
+    stage, model, clients = setting("method=fedper", "stage1.head_lr=1e-300")
     plain = setting("method=fedavg")[0]
     one, other = (one_visit(s, model, clients[0]).shared for s in (stage, plain))
     assert one.keys() == other.keys()
@@ -47,8 +47,29 @@ def test_fedper_with_a_head_that_stands_still_is_fedavg(setting):
         torch.testing.assert_close(t, other[name], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("own", "lr"),
+    [
+        ((), 0.001),
+        (("task.head=linear",), 0.003),
+        (("task.head=linear", "stage1.head_lr=0.1"), 0.1),
+    ],
+)
+def test_a_head_has_a_learning_rate_by_what_it_begins_from(setting, own, lr):
+    """A first step of AdamW is as long as the learning rate, in every parameter with a gradient."""
+    stage, model, clients = setting("method=fedper", "stage1.local_steps=1", *own)
+    if "task.head=linear" in own:
+        model.head = torch.zeros_like(model.head)
+    began = model.head.clone()
+    left = one_visit(stage, model, clients[0])
+    assert (left.kept[HEAD] - began).abs().max().item() == pytest.approx(lr, rel=1e-3)
+    if began.any():  # under a head of zeros nothing reaches the features yet
+        lora_B = [t for name, t in left.shared.items() if name.endswith("lora_B")]
+        assert torch.stack(lora_B).abs().max().item() == pytest.approx(stage.settings.lr, rel=1e-3)
+
+
 def test_fedrep_trains_the_features_under_the_head_that_it_has_fitted(setting):
-    stage, model, clients = setting("method=fedrep", "fedrep.head_steps=4", "fedrep.head_lr=0.05")
+    stage, model, clients = setting("method=fedrep", "fedrep.head_steps=4", "stage1.head_lr=0.05")
     whole = one_visit(stage, model, clients[0])
     fitted = one_visit(replace(stage, phases=stage.phases[:1]), model, clients[0]).kept
     assert torch.equal(whole.kept[HEAD], fitted[HEAD])
