@@ -8,8 +8,9 @@ visit gives each what a visit of its own gives, and a value that is not finite s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 import numpy as np
 import torch
@@ -124,8 +125,7 @@ def _run_phase(
     phase = stage.phases[number]
     examples = [_examples(phase, each.client) for each in visits]
     leaves = select(model.slots.live, phase.trains)
-    steps = _batches(model, stage, number, visits, examples, round, seed)
-    if not steps or not leaves or not any(map(len, examples)):
+    if not leaves or not any(map(len, examples)):
         return torch.zeros(0, len(visits), device=counts.device)
     seeds = _seeds(visits, number, round, seed)
     own = [each.client.own for each in visits]
@@ -134,7 +134,7 @@ def _run_phase(
     with learning(leaves.values()):
         optimizer = _optimizer(stage, phase, leaves)
         view: View | None = None
-        for rows in steps:
+        for rows in _batches(model, stage, number, visits, examples, round, seed):
             if view is None or not phase.whole:
                 view = View(model, rows, counts, began, seeds, own)
             loss = phase.loss(view)
@@ -146,7 +146,7 @@ def _run_phase(
                 for name, slot in idle:
                     leaves[name][slot] = began[name][slot]
             losses.append(loss.detach())
-    return torch.stack(losses)
+    return torch.stack(losses) if losses else torch.zeros(0, len(visits), device=counts.device)
 
 
 def _examples(phase: Phase, client: ClientData) -> np.ndarray:
@@ -161,27 +161,25 @@ def _batches(
     examples: Sequence[np.ndarray],
     round: int,
     seed: int,
-) -> list[tuple[np.ndarray, ...]]:
-    """For each step the examples of each client."""
+) -> Iterator[tuple[np.ndarray, ...]]:
+    """For each step the examples of each client, one step at a time."""
     phase = stage.phases[number]
     steps = stage.settings.local_steps if phase.steps is None else phase.steps
     if phase.whole:
-        return [tuple(examples)] * steps
+        return repeat(tuple(examples), steps)
     names = (round, number) if number else (round,)
-    return list(
-        zip(
-            *(
-                draw_batches(
-                    own,
-                    model.task.lengths[own],
-                    stage.settings.batch_size,
-                    steps,
-                    generator(seed, "batches", *names, each.client.client_id),
-                )
-                for own, each in zip(examples, visits, strict=True)
-            ),
-            strict=True,
-        )
+    return zip(
+        *(
+            draw_batches(
+                own,
+                model.task.lengths[own],
+                stage.settings.batch_size,
+                steps,
+                generator(seed, "batches", *names, each.client.client_id),
+            )
+            for own, each in zip(examples, visits, strict=True)
+        ),
+        strict=True,
     )
 
 

@@ -265,6 +265,8 @@ def test_what_may_be_zero_but_not_below(key):
         ("mofm.bottleneck", 1, 4096),
         ("model.image_size", 0, 4096),
         ("sal.queue_length", 2, 10**6),
+        ("feddpa_f.examples", 1, 1024),
+        ("feddpa_t.examples", 1, 1024),
     ],
 )
 def test_no_more_than_any_machine_runs(key, least, most):

@@ -13,16 +13,18 @@ Predicted: by both experts, mixed in every linear.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
 from fedms.fl.algorithms.fedavg import global_expert
 from fedms.fl.algorithms.fedavg_ft import local_expert
 from fedms.fl.algorithms.stage import Rounds, Stage
 from fedms.fl.model.view import View
-from fedms.fl.settings import Count, Section, Share
+from fedms.fl.settings import Section, Share
 
 
 class Settings(Section):
@@ -30,7 +32,7 @@ class Settings(Section):
 
     weight: Share = 0.5
     """w, the most that the local expert weighs."""
-    examples: Count = 5
+    examples: Annotated[int, Field(ge=1, le=1024)] = 5
     """Own training examples that an example is compared with."""
 
 

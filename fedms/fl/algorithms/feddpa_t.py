@@ -12,15 +12,17 @@ Predicted: by both experts, mixed in every linear.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from fedms.fl.algorithms.fedavg import global_expert
 from fedms.fl.algorithms.feddpa_f import Likeness, Mixed
 from fedms.fl.algorithms.stage import Phase, Rounds, Stage
 from fedms.fl.model.view import View
-from fedms.fl.settings import Count, Natural, Section, Share
+from fedms.fl.settings import Natural, Section, Share
 
 
 class Settings(Section):
@@ -28,7 +30,7 @@ class Settings(Section):
 
     weight: Share = 0.5
     """w, the most that the local expert weighs at an answer; and its weight while it is trained."""
-    examples: Count = 5
+    examples: Annotated[int, Field(ge=1, le=1024)] = 5
     """Own training examples that an example is compared with."""
     local_steps: Natural | None = None
     """Steps of the local expert in one visit; default: those of the stage. 0: FedAvg-LoRA."""

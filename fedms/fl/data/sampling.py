@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -40,17 +40,16 @@ def draw_each(client_ids: Sequence[str], probability: float, seed: int, round: i
 
 def draw_batches(
     indices: np.ndarray, lengths: np.ndarray, batch_size: int, steps: int, rng: np.random.Generator
-) -> list[np.ndarray]:
+) -> Iterator[np.ndarray]:
     """``steps`` mini-batches of at most ``batch_size`` indices, texts of like length together.
 
     Every index is seen once before any is seen again. ``lengths`` [len(indices)] are in tokens:
     padding costs as much as text, and without grouping about half of a batch of short texts is
     padding. Ties and the order of the batches are random.
     """
-    batches: list[np.ndarray] = []
-    while len(batches) < steps:
+    while steps > 0:
         order = rng.permutation(len(indices))
         order = indices[order[np.argsort(lengths[order], kind="stable")]]
-        starts = rng.permutation(range(0, len(order), batch_size))
-        batches += [order[start : start + batch_size] for start in starts]
-    return batches[:steps]
+        starts = rng.permutation(range(0, len(order), batch_size))[:steps]
+        yield from (order[start : start + batch_size] for start in starts)
+        steps -= len(starts)

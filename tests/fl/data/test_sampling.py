@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import numpy as np
 import pytest
 
@@ -65,7 +67,7 @@ def test_each_client_is_drawn_by_itself():
 )
 def test_every_index_is_seen_before_one_is_seen_again(batch_size, steps):
     indices, lengths = np.arange(100, 110), np.arange(10) % 4
-    batches = draw_batches(indices, lengths, batch_size, steps, generator(0, "batches"))
+    batches = [*draw_batches(indices, lengths, batch_size, steps, generator(0, "batches"))]
     assert len(batches) == steps
     assert all(1 <= len(batch) <= batch_size for batch in batches)
     per_pass = -(-len(indices) // batch_size)
@@ -91,6 +93,13 @@ def test_each_pass_over_the_data_has_an_order_of_its_own():
         for seed in range(20)
     }
     assert orders == {(2, 2, 1), (2, 1, 2), (1, 2, 2)}  # the short batch is not always the last
+
+
+def test_batches_are_drawn_when_they_are_asked_for():
+    """The next billion takes no memory."""
+    plan = draw_batches(np.arange(5), np.ones(5), 2, 10**9, generator(0, "batches"))
+    assert [len(batch) for batch in islice(plan, 7)].count(1) == 2
+    assert len([*draw_batches(np.arange(5), np.ones(5), 2, 7, generator(0, "batches"))]) == 7
 
 
 def test_names_make_streams():
