@@ -20,22 +20,28 @@ def write_run(
     own: tuple[float, ...] = (0.5, 0.7),
     everyone: float | None = 0.4,
     by_prior: dict[str, tuple[float, float]] | None = None,
+    unseen: dict[str, tuple[float, float]] | None = None,
     rounds: int = 2,
     content: str = "the same",
     **changes: Any,
 ) -> Path:
-    """``own``: the clients' scores after the last round, of as many rounds as are done."""
+    """``own``: the clients' scores after the last round, of as many rounds as are done.
+
+    unseen: by prior the scores of a client that takes no part.
+    """
     folder.mkdir(parents=True)
     config = load_config(None, [*ROUNDS, *overrides])
     (folder / "config.toml").write_text(to_toml(config), "utf-8")
     digests = dict.fromkeys(("inputs", "labels", "clients", "model"), content)
     (folder / "origin.json").write_text(json.dumps(digests), "utf-8")
+    scored = [(True, score, by_prior or {}) for score in own]
+    scored += [(False, 0.0, unseen)] if unseen else []
     clients = [
         ClientRecord(
-            client_id=f"c{k}", seen=True, num_test=10, accuracy=score, pooled_accuracy=everyone,
-            gate_local=None, round=rounds, stage="stage2", by_prior=by_prior or {},
+            client_id=f"c{k}", seen=seen, num_test=10, accuracy=score, pooled_accuracy=everyone,
+            gate_local=None, round=rounds, stage="stage2", by_prior=knobs,
         )
-        for k, score in enumerate(own)
+        for k, (seen, score, knobs) in enumerate(scored)
     ]  # fmt: skip
     records = [
         asdict(RoundRecord(**{**_plain(number), **changes,
@@ -51,9 +57,10 @@ def write_run(
 def _plain(number: int) -> dict[str, Any]:
     return {
         "round": number, "stage": f"stage{number}", "seconds": 1.5, "participants": ["c0", "c1"],
-        "failed": [], "awake_blocks": [], "trainable_parameters": 1, "trainable_share": 0.01,
-        "bytes_up": 10**6, "bytes_down": 2 * 10**6, "train_loss": 1.0, "global_accuracy": None,
-        "unseen_accuracy": None, "gate_local_mean": None, "peak_memory_mb": 1.0,
+        "failed": [], "awake_blocks": [], "trainable_parameters": 1,
+        "trainable_share": 0.01 / number, "bytes_up": 10**6, "bytes_down": 2 * 10**6,
+        "train_loss": 1.0, "global_accuracy": None, "unseen_accuracy": None, "gate_local_mean": None,
+        "peak_memory_mb": 1.0,
     }  # fmt: skip
 
 

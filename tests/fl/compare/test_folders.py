@@ -17,18 +17,19 @@ def rows(found: Found) -> list[tuple[str, str, int]]:
 def test_a_run_is_what_its_files_say(tmp_path):
     knobs = {"0.5": (0.8, 0.3), "-0.5": (0.2, 0.6)}
     folder = write_run(
-        tmp_path / "a", "seed=3", own=(0.5, 0.7, 0.9), by_prior=knobs, gate_local_mean=0.6
-    )
+        tmp_path / "a", "seed=3", own=(0.5, 0.7, 0.9), by_prior=knobs, gate_local_mean=0.6,
+        unseen={"0.5": (0.1, 0.9), "-0.5": (0.4, 0.9)},
+    )  # fmt: skip
     ((place, run),) = read_runs([tmp_path]).results.items()
     assert place == folder
     assert (run.label, run.algorithm, run.block) == ("FedMS", "fedms", Block("icd10", 3))
     assert run.scores == Point(pytest.approx(0.7), 0.5, 0.4, None)
     assert run.by_knob == {
-        0.5: Point(pytest.approx(0.8), 0.8, pytest.approx(0.3), None),
-        -0.5: Point(pytest.approx(0.2), 0.2, pytest.approx(0.6), None),
+        0.5: Point(pytest.approx(0.8), 0.8, pytest.approx(0.3), 0.1),
+        -0.5: Point(pytest.approx(0.2), 0.2, pytest.approx(0.6), 0.4),
     }
     assert (run.bytes_up, run.bytes_down, run.seconds, run.gate) == (2 * 10**6, 4 * 10**6, 3.0, 0.6)
-    assert run.knob == 0.0
+    assert (run.knob, run.trained_share) == (0.0, 0.01)
 
 
 def test_rivals_share_their_runs_block_whatever_else_its_method_was_set_to(tmp_path):
@@ -95,6 +96,12 @@ def test_what_changes_no_result_is_the_same_run(override, tmp_path):
     assert len(read_runs([tmp_path]).left_out) == 1
 
 
+def test_who_sends_nothing_takes_no_notice_of_the_channel(tmp_path):
+    write_run(tmp_path / "a", "method=local_only")
+    write_run(tmp_path / "b", "method=local_only", "channel.codec=int8")
+    assert len(read_runs([tmp_path]).left_out) == 1
+
+
 def test_files_of_one_name_are_told_apart_and_changed_ones_too(tmp_path):
     write_run(tmp_path / "a", "data.source=/x/notes.csv")
     write_run(tmp_path / "b", "data.source=/y/notes.csv")
@@ -117,12 +124,14 @@ def test_what_is_torn_unfinished_or_unscored_is_named_and_the_rest_is_compared(t
     (old / "config.toml").write_text("nonsense = 1\n", "utf-8")
     begun = write_run(tmp_path / "begun", "seed=4")
     (begun / "metrics.jsonl").unlink()
+    write_run(tmp_path / "unscored", "seed=5", own=())
     (tmp_path / "notes").mkdir()
     found = read_runs([tmp_path])
     assert [folder.name for folder in found.results] == ["good"]
     reasons = {folder.name: reason for folder, reason in found.left_out.items()}
-    assert sorted(reasons) == ["begun", "half", "lost", "old", "torn"]
+    assert sorted(reasons) == ["begun", "half", "lost", "old", "torn", "unscored"]
     assert reasons["half"] == "unfinished: 1 of 2 rounds"
+    assert reasons["unscored"] == "no client was scored after its last round"
     assert "metrics.jsonl, line 1: not valid JSON" in reasons["torn"]
     assert "has no config.toml" in reasons["lost"]
     assert "nonsense" in reasons["old"]

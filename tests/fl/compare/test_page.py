@@ -65,10 +65,15 @@ def test_ranks_need_two_blocks_and_the_scores_that_all_have():
     one = [result("a", 0.6, None), result("b", 0.5, None)]
     assert rank_tables(Comparison(one)) == []
     assert difference_tables(Comparison(one)) == []
-    two = Comparison([*one, result("a", 0.6, None, 1), result("b", 0.7, None, 1)])
+    worst = [result("c", 0.4, None, seed) for seed in (0, 1)]
+    two = Comparison([*worst, *one, result("a", 0.6, None, 1), result("b", 0.7, None, 1)])
     (table,) = rank_tables(two)
     assert table.columns == ("1 is the best", "own", "worst tenth")
-    assert texts(table)[0] == ["A", "1.5 [1.0, 2.0]", "1.5 [1.0, 2.0]"]
+    assert texts(table) == [
+        ["A", "1.5 [1.0, 2.0]", "1.5 [1.0, 2.0]"],
+        ["B", "1.5 [1.0, 2.0]", "1.5 [1.0, 2.0]"],
+        ["C", "3.0 [3.0, 3.0]", "3.0 [3.0, 3.0]"],
+    ]
 
 
 def test_differences_are_of_fedms_and_units_stand_apart():
