@@ -59,8 +59,8 @@ def _plain(number: int) -> dict[str, Any]:
         "round": number, "stage": f"stage{number}", "seconds": 1.5, "participants": ["c0", "c1"],
         "failed": [], "awake_blocks": [], "trainable_parameters": 1,
         "trainable_share": 0.01 / number, "bytes_up": 10**6, "bytes_down": 2 * 10**6,
-        "train_loss": 1.0, "global_accuracy": None, "unseen_accuracy": None, "gate_local_mean": None,
-        "peak_memory_mb": 1.0,
+        "train_loss": 1.0, "global_accuracy": None, "unseen_accuracy": None,
+        "gate_local_mean": None, "peak_memory_mb": 1.0,
     }  # fmt: skip
 
 
