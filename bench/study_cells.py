@@ -124,6 +124,7 @@ METHODS = {
             "fedms, late": ("fedms",),
             "fedms, one half, late": ("fedms", HALF),
             "fedms, no SAL, late": ("fedms", NO_SAL),
+            "fedms, own head, late": ("fedms", OWN_HEAD),
             "fedms, no SAL, own head, late": ("fedms", NO_SAL, OWN_HEAD),
             "fedms, no SAL, logits, own head, late": ("fedms", NO_SAL, LOGITS, OWN_HEAD),
             "fedms, a block a round, late": ("fedms", *A_BLOCK_A_ROUND),
