@@ -132,7 +132,7 @@ def _run_phase(
     idle = _idle(model, visits, examples, leaves)
     losses: list[Tensor] = []
     with learning(leaves.values()):
-        optimizer = _optimizer(stage, phase, leaves)
+        optimizer = _optimizer(model, stage, phase, leaves)
         view: View | None = None
         for rows in _batches(model, stage, number, visits, examples, round, seed):
             if view is None or not phase.whole:
@@ -214,8 +214,10 @@ def _trains(model: Model, visit: Visit, name: str) -> bool:
     return block is None or block in visit.blocks
 
 
-def _optimizer(stage: Stage, phase: Phase, leaves: State) -> torch.optim.Optimizer:
-    own_rates = [(select(leaves, (pattern,)), lr) for pattern, lr in phase.rates]
+def _optimizer(model: Model, stage: Stage, phase: Phase, leaves: State) -> torch.optim.Optimizer:
+    of_heads = stage.settings.head_lr or (0.003 if model.slots.heads_are_trained else 0.001)
+    rates = (*phase.rates, ("*.head.weight", of_heads))
+    own_rates = [(select(leaves, (pattern,)), lr) for pattern, lr in rates]
     apart = {name for group, _ in own_rates for name in group}
     rest = [leaf for name, leaf in leaves.items() if name not in apart]
     lr, decay = phase.lr, phase.weight_decay

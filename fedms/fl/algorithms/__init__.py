@@ -77,13 +77,12 @@ def title(method: str) -> str:
 def stages_of(config: Any, method: str | None = None) -> tuple[Stage, ...]:
     """The stages of ``method`` (default: ``config.method``) that have rounds.
 
-    ``config`` has ``method``, ``prior``, ``task``, ``eval``, ``stage1``, ``stage2`` and the
-    sections named in :data:`ALGORITHMS`.
+    ``config`` has ``method``, ``prior``, ``eval``, ``stage1``, ``stage2`` and the sections named in
+    :data:`ALGORITHMS`.
     """
     module, section = ALGORITHMS[method or config.method]
     rounds = (("stage1", config.stage1), ("stage2", config.stage2))
     build: Callable[..., tuple[Stage, ...]] = module.stages
     stages = build(rounds) if section is None else build(getattr(config, section), rounds)
     knob = {"prior": config.prior, "priors": config.eval.priors}
-    stages = [stage.with_rate_of_heads(config.task.head) for stage in stages]
     return tuple(replace(stage, **knob) for stage in stages if stage.settings.rounds)

@@ -40,8 +40,8 @@ class StageConfig(Section):
     lr: Positive = 0.002
     """AdamW's learning rate on the client."""
     head_lr: NotNegative = 0.0
-    """AdamW's learning rate of a trained head; 0: 0.001 for one that begins from class names, 0.003
-    for a linear one, which begins from zero."""
+    """AdamW's learning rate of a trained head; 0: 0.003 for one that the task itself trains, 0.001
+    for one that a method trains from the class names on."""
     weight_decay: NotNegative = 0.0
     """AdamW's decoupled weight decay."""
 
@@ -192,13 +192,6 @@ class Stage:
     def sends_every_round(self) -> Patterns:
         """What the cohort is sent every round."""
         return self.shares if self.receives is None else self.receives
-
-    def with_rate_of_heads(self, kind: Literal["names", "linear"]) -> Stage:
-        """The stage whose phases train heads at a rate of their own, by what those begin from."""
-        lr = self.settings.head_lr or {"names": 0.001, "linear": 0.003}[kind]
-        rate = ("*.head.weight", lr)
-        phases = tuple(replace(phase, rates=(*phase.rates, rate)) for phase in self.phases)
-        return replace(self, phases=phases)
 
     def in_round(self, round: int) -> Stage:
         """The stage with the phases whose turn it is; rounds of a run count from 1."""

@@ -240,6 +240,11 @@ class Slots:
             self._fresh["head.weight"] = head.to(backbone.device, backbone.master)
         self.awake: tuple[int, ...] = ()
 
+    @property
+    def heads_are_trained(self) -> bool:
+        """Whether every expert has a head of its own, which the task trains."""
+        return "head.weight" in self._fresh
+
     # Blocks ---------------------------------------------------------------------------------------
 
     def block_of(self, name: str) -> int | None:

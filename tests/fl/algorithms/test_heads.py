@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from visits import a_view, one_visit
 
+from fedms.fl.algorithms import stages_of
 from fedms.fl.algorithms.fedrod import both_heads
 from fedms.fl.algorithms.losses import BalancedSoftmax, CrossEntropy
 from fedms.fl.client import learning, received
+from fedms.fl.engines.world import load_model
 from fedms.fl.model.view import View
 from fedms.fl.types import select
 
@@ -48,22 +50,20 @@ def test_fedper_with_a_head_that_stands_still_is_fedavg(setting):
 
 
 @pytest.mark.parametrize(
-    ("own", "lr"),
-    [
-        ((), 0.001),
-        (("task.head=linear",), 0.003),
-        (("task.head=linear", "stage1.head_lr=0.1"), 0.1),
-    ],
+    ("head", "own", "lr"),
+    [("names", (), 0.001), ("linear", (), 0.003), ("linear", ("stage1.head_lr=0.1",), 0.1)],
 )
-def test_a_head_has_a_learning_rate_by_what_it_begins_from(setting, own, lr):
+def test_a_head_has_a_learning_rate_of_its_own(config, world, in_float64, head, own, lr):
     """A first step of AdamW is as long as the learning rate, in every parameter with a gradient."""
-    stage, model, clients = setting("method=fedper", "stage1.local_steps=1", *own)
-    if "task.head=linear" in own:
-        model.head = torch.zeros_like(model.head)
-    began = model.head.clone()
-    left = one_visit(stage, model, clients[0])
+    one_step = ("method=fedper", "stage1.local_steps=1", f"task.head={head}")
+    settings = config(in_float64, *one_step, *own)
+    model = load_model(settings, world.federation)
+    model.slots.set_awake((2, 3))
+    model.prefix.keep([2])
+    (stage, _), began = stages_of(settings), model.head
+    left = one_visit(stage, model, world.federation.clients[0])
     assert (left.kept[HEAD] - began).abs().max().item() == pytest.approx(lr, rel=1e-3)
-    if began.any():  # under a head of zeros nothing reaches the features yet
+    if head == "names":  # under a head of zeros nothing reaches the features yet
         lora_B = [t for name, t in left.shared.items() if name.endswith("lora_B")]
         assert torch.stack(lora_B).abs().max().item() == pytest.approx(stage.settings.lr, rel=1e-3)
 
