@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 
 import pytest
 import torch
 
 from fedms.fl.channel.channel import Channel
-from fedms.fl.channel.link import RESIDUAL
+from fedms.fl.channel.link import RESIDUAL, Link
+from fedms.fl.channel.settings import ChannelConfig
 from fedms.fl.engines.engine import Order, Reply
 from fedms.fl.engines.local import LocalEngine
 from fedms.fl.types import ConfigError
@@ -59,6 +61,25 @@ def test_what_is_not_sent_yet_is_no_part_of_a_model(metrics, config, execute, tm
     if method == "fedms":
         assert all(name.startswith("gate.adapter.") for name in names)  # stage 1's is gone
     assert not any(name.startswith(RESIDUAL) for name in run.server.state)
+
+
+def test_what_is_not_sent_yet_is_committed(config, execute, tmp_path):
+    """FedAvg's clients keep nothing else; a resume must find it whole."""
+    execute(config(*SHORT, "method=fedavg", "channel.codec=int8"), tmp_path)
+    states = sorted(tmp_path.glob("checkpoints/*/state.json"))
+    written = [json.loads(path.read_bytes())["written"] for path in states]
+    assert written == [[f"client-0{i}" for i in range(4)]] * 2
+
+
+def test_clients_begin_with_what_arrives(spied):
+    """They train at a rate that changes nothing, and send what they began with."""
+    one = ("stage1.rounds=1", "stage2.rounds=0", "stage1.lr=1e-30")
+    spy = spied(*SHORT, *one, "channel.codec_down=int8")
+    state, link = spy.orders[0].sent, Link(ChannelConfig(codec_down="int8"))
+    arrived = link.receive(link.send(1, state), 1, state)
+    for name, tensor in spy.sent[1, "client-00"].items():
+        assert (tensor - arrived[name]).abs().max() < 1e-20
+    assert max((arrived[name] - tensor).abs().max() for name, tensor in state.items()) > 1e-4
 
 
 def test_the_way_down_is_encoded_too(metrics):
