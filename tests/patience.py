@@ -1,4 +1,4 @@
 """How long tests wait for other processes."""
 
-PATIENCE = 1800
-"""Seconds. It ends a hang and nothing else: beside others a process may get a tenth of a CPU."""
+PATIENCE = 3600
+"""Seconds. It ends a hang and nothing else: beside others a test may get a tenth of a CPU."""

@@ -13,6 +13,7 @@ from fedms.fl.channel.link import RESIDUAL, Link
 from fedms.fl.channel.settings import ChannelConfig
 from fedms.fl.engines.engine import Order, Reply
 from fedms.fl.engines.local import LocalEngine
+from fedms.fl.server import Sent, Totals
 from fedms.fl.types import ConfigError
 
 SHORT = ("stage1.local_steps=1", "stage2.local_steps=1", "sal.trigger=all_at_once")
@@ -126,6 +127,15 @@ def test_the_server_moves_by_the_clipped_mean_and_the_noise(config, execute, tmp
 
     assert 0.0002 < moved("clipped", "inf") <= 0.001 * (1 + 1e-4)
     assert moved("noised", "1.0") > 0.01
+
+
+def test_a_sum_is_divided_by_the_clients_that_are_expected(config):
+    """Whoever came: of eight clients a half is drawn."""
+    half = (*PRIVATE, "channel.privacy.epsilon=inf", "server.fraction_train=0.5")
+    channel, began = Channel.of(config(*SHORT, *half), 8), {"w": torch.zeros(2)}
+    totals = Totals(channel.aggregate(channel.stages[0], began, 1))
+    totals.add(Sent("a", 1, 9, {"w": torch.tensor([0.3, 0.4])}, False, None))
+    assert totals.finish(began)["w"].tolist() == pytest.approx([0.3 / 4, 0.4 / 4])
 
 
 def test_an_infinite_budget_is_no_epsilon_and_valid_json(metrics, tmp_path):
