@@ -77,7 +77,7 @@ void prepare(Chunks& chunks, const Problem& p, const RowKernels& rows, int64_t t
     const bool dropout = p.dropout_p > 0.0;
 
     Arena& arena = chunks.arena;
-    const int64_t panels = arena.reserve<float>(ld * round_up(backward ? p.n : p.k, 2));
+    const int64_t panels = arena.reserve<float>(ld * round_up(backward ? p.n : p.k, rows.width));
     const int64_t tiles = arena.reserve<float>(ranks * (backward ? k : n));
     constexpr int64_t kArrays = 13;
     std::vector<int64_t> at;
@@ -86,7 +86,7 @@ void prepare(Chunks& chunks, const Problem& p, const RowKernels& rows, int64_t t
         at.push_back(arena.reserve<float>(block * ld));
         at.push_back(arena.reserve<float>(backward ? block * ld : 0));
         at.push_back(arena.reserve<float>(backward || dropout ? block * ld : 0));
-        at.push_back(arena.reserve<float>(p.bf16 ? block * rows.strip : 0));
+        at.push_back(arena.reserve<float>(p.bf16 ? rows.wide : 0));
         at.push_back(arena.reserve<float>(backward ? block * rows.tile : 0));
         at.push_back(arena.reserve<float>(dropout ? block * p.k : 0));
         at.push_back(arena.reserve<float>(backward ? ranks * k : 0));
@@ -102,7 +102,7 @@ void prepare(Chunks& chunks, const Problem& p, const RowKernels& rows, int64_t t
         const int64_t* o = at.data() + kArrays * i;
         Scratch s{};
         s.panels = arena.get<float>(panels), s.tiles = arena.get<float>(tiles);
-        s.paired = 2 * ranks <= rows.width;
+        s.few = 2 * ranks <= rows.width;
         s.ld = ld, s.block = block;
         s.h = arena.get<float>(o[0]), s.u = arena.get<float>(o[1]);
         s.one = arena.get<float>(o[2]), s.wide = arena.get<float>(o[3]);
@@ -122,12 +122,22 @@ void pack_part(const Factor& to_rank, const Factor& from_rank, const RowKernels&
                const Scratch& s, int64_t part, int64_t parts) {
     auto* panels = const_cast<float*>(s.panels);
     auto* tiles = const_cast<float*>(s.tiles);
-    const int64_t count = s.paired ? round_up(to_rank.columns, 2) / 2 : to_rank.columns;
-    const int64_t begin = count * part / parts, end = count * (part + 1) / parts;
-    s.paired ? pack_pairs<T>(to_rank, rows.width, begin, end, panels)
-             : pack_panels<T>(to_rank, rows.width, begin, end, panels);
-    const int64_t all = round_up(from_rank.columns, rows.tile) / rows.tile;
-    pack_tiles<T>(from_rank, rows.tile, all * part / parts, all * (part + 1) / parts, tiles);
+    const auto share = [part, parts](int64_t count, const auto& f) {
+        f(count * part / parts, count * (part + 1) / parts);
+    };
+    const auto tiles_of = [&](const Factor& factor, int64_t tile, int64_t height, float* out) {
+        share(round_up(factor.columns, tile) / tile, [&](int64_t begin, int64_t end) {
+            pack_tiles<T>(factor, tile, height, begin, end, out);
+        });
+    };
+    if (s.few) {
+        tiles_of(to_rank, rows.width, rows.width / 2, panels);
+    } else {
+        share(to_rank.columns, [&](int64_t begin, int64_t end) {
+            pack_panels<T>(to_rank, rows.width, begin, end, panels);
+        });
+    }
+    tiles_of(from_rank, rows.tile, from_rank.ranks[from_rank.num_experts], tiles);
 }
 
 // Packs the factors that all chunks read, each thread a range of columns.

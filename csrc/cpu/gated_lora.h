@@ -56,14 +56,14 @@ struct Problem {
 
 // Memory of one thread, and the packed factors that all share. Sized by the driver.
 struct Scratch {
-    const float* panels;  // forward: A; backward: Bᵀ, as panels or pairs (cpu/pack.h)
-    bool paired;
+    const float* panels;  // forward: A; backward: Bᵀ; as panels (cpu/pack.h), or where
+    bool few;             // R is at most width / 2, as tiles of width / 2 ranks, `width` wide
     const float* tiles;   // forward: Bᵀ; backward: A
     std::int64_t ld;      // of h, u and one: R rounded up to whole panels
     float* h;             // [block, ld]
     float* u;             // [block, ld]
     float* one;           // [block, ld]; one expert's part, dropout only
-    float* wide;          // [block, strip] of x or dy in fp32; bf16 only
+    float* wide;          // a few rows' strip of x or dy in fp32; bf16 only
     float* copy;          // [block, tile]; backward only
     float* dropped;       // [block, K]; dropout only
     float* da;            // partial gradients as tiles of [R, K] (cpu/pack.h); backward only
@@ -81,7 +81,7 @@ struct RowKernels {
     const char* isa;
     std::int64_t width;  // ranks of a panel
     std::int64_t tile;   // columns of a tile
-    std::int64_t strip;  // columns of `wide`
+    std::int64_t wide;   // elements of Scratch's `wide`
     // Both walk rows [begin, end) block by block.
     void (*forward)(const Problem&, const Scratch&, std::int64_t begin, std::int64_t end);
     void (*backward)(const Problem&, const Scratch&, std::int64_t begin, std::int64_t end);

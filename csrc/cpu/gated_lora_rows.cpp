@@ -6,8 +6,6 @@
 // calls have one item a block, segments one a run, top-k routing one an expert. Within an item
 // everything is done while the block's rows are in the second-level cache, so x, y, dy and dx cross
 // memory once.
-#include <type_traits>
-
 #include "cpu/drop_row.h"
 #include "cpu/few_rows.h"
 #include "cpu/gated_lora.h"
@@ -85,47 +83,28 @@ void gate(const Layout& at, const float* from, float* to, int64_t ld) {
     }
 }
 
-// out = rows times the panels that cover ranks [r0, r1), columns [begin, begin + columns) of `c`;
-// out's columns are absolute ranks, those beside the range are overwritten too.
-void dots_of(const Scratch& s, const float* const* rows, const Item& item, int64_t r0, int64_t r1,
-             int64_t c, int64_t begin, int64_t columns, int64_t rows_at, float* out) {
-    if (s.paired) {
-        dot_pairs(rows, item.n, s.panels + begin / 2 * kWidth, rows_at, columns, out, s.ld,
-                  begin > 0);
+// out = columns [begin, begin + columns) of the rows times those of the panels [c] that cover ranks
+// [r0, r1), added to what columns before have given; out's columns are absolute ranks, those beside
+// the range are overwritten too.
+template <class T>
+void dots_of(const Scratch& s, const T* const* rows, const Item& item, int64_t r0, int64_t r1,
+             int64_t c, int64_t begin, int64_t columns, float* out) {
+    if (s.few) {
+        dots_of_few(rows, item.n, s.panels + begin * kFewRanks, begin, columns, out, s.ld,
+                    begin > 0);
         return;
     }
     const int64_t first = r0 / kWidth, last = (r1 + kWidth - 1) / kWidth;
     const float* panels = s.panels + (first * c + begin) * kWidth;
-    dots(rows, item.n, panels, c * kWidth, last - first, rows_at, columns, out + first * kWidth,
-         s.ld, begin > 0);
+    dots(rows, item.n, panels, c * kWidth, last - first, begin, columns, out + first * kWidth, s.ld,
+         begin > 0, s.wide);
 }
 
-// Columns [begin, begin + columns) as fp32 rows: x itself, or a copy of bf16 ones in s.wide.
-inline const float* const* widened(const Scratch&, const float* const* x, const Item&, int64_t,
-                                   int64_t) {
-    return x;
-}
-
-const float* const* widened(const Scratch& s, const bf16* const* x, const Item& item, int64_t begin,
-                            int64_t columns) {
-    const float** rows = reinterpret_cast<const float**>(s.rows) + 3 * s.block;
-    for (int64_t i = 0; i < item.n; ++i) {
-        float* out = s.wide + i * kStrip;
-        rows[i] = out;
-        int64_t c = 0;
-        for (; c + kWidth <= columns; c += kWidth) store(out + c, load(x[i] + begin + c));
-        if (c < columns) store_part(out + c, load_part(x[i] + begin + c, columns - c), columns - c);
-    }
-    return rows;
-}
-
-// Calls f(begin, columns, rows, rows_at) for every strip of the rows; see `widened`.
-template <class T, class F>
-void for_each_strip(const Scratch& s, const T* const* x, const Item& item, int64_t c, const F& f) {
-    constexpr bool direct = std::is_same_v<T, float>;
+// Calls f(begin, columns) for every strip of c columns.
+template <class F>
+void for_each_strip(int64_t c, const F& f) {
     for (int64_t begin = 0; begin < c; begin += kStrip) {
-        const int64_t columns = begin + kStrip < c ? kStrip : c - begin;
-        f(begin, columns, widened(s, x, item, begin, columns), direct ? begin : 0);
+        f(begin, begin + kStrip < c ? kStrip : c - begin);
     }
 }
 
@@ -134,9 +113,8 @@ template <class T>
 void shrink(const Problem& p, const Scratch& s, const Item& item) {
     const T* const* x = row_pointers<T>(s, 0, p.x, p.k, item);
     if (p.dropout_p <= 0.0) {
-        for_each_strip(s, x, item, p.k, [&](int64_t begin, int64_t columns, auto rows, int64_t at) {
-            dots_of(s, rows, item, p.ranks[item.first], p.ranks[item.last], p.k, begin, columns, at,
-                    s.h);
+        for_each_strip(p.k, [&](int64_t begin, int64_t columns) {
+            dots_of(s, x, item, p.ranks[item.first], p.ranks[item.last], p.k, begin, columns, s.h);
         });
         return;
     }
@@ -144,7 +122,7 @@ void shrink(const Problem& p, const Scratch& s, const Item& item) {
         const int64_t r0 = p.ranks[e], r1 = p.ranks[e + 1];
         if (r0 == r1) continue;
         const float* const* dropped = drop_rows(p, s, x, item, e);
-        dots_of(s, dropped, item, r0, r1, p.k, 0, p.k, 0, s.one);
+        dots_of(s, dropped, item, r0, r1, p.k, 0, p.k, s.one);
         for (int64_t i = 0; i < item.n; ++i) {
             std::memcpy(s.h + i * s.ld + r0, s.one + i * s.ld + r0, (r1 - r0) * sizeof(float));
         }
@@ -303,8 +281,8 @@ void backward_item(const Problem& p, const Scratch& s, const Item& item, int64_t
     if (want_db || p.dgates != nullptr) fetch_h(at, s);
     if (want_db) gate(at, s.h + r0, s.one + r0, s.ld);
     const T* const* dy = row_pointers<T>(s, 0, p.dy, p.n, item);
-    for_each_strip(s, dy, item, p.n, [&](int64_t begin, int64_t columns, auto rows, int64_t at_c) {
-        if (want_u) dots_of(s, rows, item, r0, r1, p.n, begin, columns, at_c, s.u);
+    for_each_strip(p.n, [&](int64_t begin, int64_t columns) {
+        if (want_u) dots_of(s, dy, item, r0, r1, p.n, begin, columns, s.u);
         if (want_db) {
             add_outer(p, s, item, p.want_db, s.db_touched, s.db, p.n, s.one, dy, begin, columns);
         }
@@ -365,7 +343,7 @@ extern const RowKernels FEDMS_ROWS;
 const RowKernels FEDMS_ROWS = {FEDMS_TEXT(FEDMS_ISA),
                                kWidth,
                                kTile,
-                               kStrip,
+                               kWideRows * kStrip,
                                forward_rows,
                                backward_rows,
                                few_shrink_ranks,

@@ -22,20 +22,41 @@ using std::int64_t;
 #if defined(__AVX512F__)
 constexpr int kTileVecs = 4, kExpandRows = 6;
 constexpr int kDotRows = 8;
+constexpr int kDirectRanks = 8, kMostDirectRanks = 32;
+constexpr int64_t kDirectColumns = 2 * kWidth;
 #else
 constexpr int kTileVecs = 3, kExpandRows = 4;
 constexpr int kDotRows = 6;
+constexpr int kDirectRanks = 4, kMostDirectRanks = 8;
+constexpr int64_t kDirectColumns = 3 * kWidth;
 #endif
 // Rows of a dot tile one vector wide: as many as hide the latency of a multiply-add. More would
 // not fit the eight ways of a first-level cache set when rows are a multiple of 4 KB apart
 // (3072 columns: 66 GFLOP/s with 8 rows, 33 with 12).
 constexpr int kNarrowDotRows = 8;
+constexpr int kWideRows = 8;  // the more of both
+constexpr int kFewRanks = kWidth / 2;
 constexpr int kOuterRanks = 4;
 constexpr int64_t kTile = kTileVecs * kWidth;
 // Columns worked on at once, a multiple of every kTile: a block's strip of rows with its strips of
 // w and g stays in the second-level cache.
 constexpr int64_t kStrip = 384;
 static_assert(kStrip % kTile == 0);
+
+// Asks for what the hardware does not see coming: a walk over a strip of a few rows, or down the rows
+// of a few columns, is no stream to it.
+template <class T>
+FEDMS_INLINE void prefetch(const T* row, int64_t columns) {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    for (int64_t c = 0; c < columns; c += kLine) __builtin_prefetch(row + c);
+}
+
+// Those of rows [begin, end) that there are.
+template <class T>
+FEDMS_INLINE void prefetch_rows(const T* const* x, int64_t m, int64_t begin, int64_t end,
+                                int64_t column, int64_t columns) {
+    for (int64_t i = begin; i < end && i < m; ++i) prefetch(x[i] + column, columns);
+}
 
 template <int Rows, int Vecs>
 FEDMS_INLINE void dot_tile(const float* const* x, const float* const* panels, int64_t columns,
@@ -60,86 +81,121 @@ FEDMS_INLINE void dot_tile(const float* const* x, const float* const* panels, in
     }
 }
 
-// Vecs neighbouring panels for all rows. A tile that sticks out of the rows repeats the last one:
-// repeated rows load, compute and store the same value.
-template <int Rows, int Vecs>
-void dot_panels(const float* const* x, int64_t m, const float* const* panels, int64_t begin,
-                int64_t columns, float* out, int64_t ldo, bool add) {
+// Rows i0, i0 + 1, ... of x in fp32, from column `begin` on: where they are, or bf16 ones widened
+// into `wide` [kWideRows, kStrip], so few at a time that they stay in the first-level cache. A tile
+// that sticks out of the m rows repeats the last one, so it computes and stores that twice.
+template <int Rows>
+FEDMS_INLINE void fp32_rows(const float* const* x, int64_t m, int64_t i0, int64_t begin, int64_t,
+                            float*, const float** rows) {
+    for (int i = 0; i < Rows; ++i) rows[i] = x[i0 + i < m ? i0 + i : m - 1] + begin;
+}
+
+template <int Rows>
+FEDMS_INLINE void fp32_rows(const bf16* const* x, int64_t m, int64_t i0, int64_t begin,
+                            int64_t columns, float* wide, const float** rows) {
+    static_assert(Rows <= kWideRows);
+    for (int i = 0; i < Rows; ++i) {
+        if (i0 + i >= m) {
+            rows[i] = rows[i - 1];
+            continue;
+        }
+        const bf16* from = x[i0 + i] + begin;
+        float* to = wide + i * kStrip;
+        rows[i] = to;
+        int64_t c = 0;
+        for (; c + kWidth <= columns; c += kWidth) store(to + c, load(from + c));
+        if (c < columns) store_part(to + c, load_part(from + c, columns - c), columns - c);
+    }
+}
+
+// `count` neighbouring panels, Vecs at a time, for all rows.
+template <int Rows, int Vecs, class T>
+void dot_panels(const T* const* x, int64_t m, const float* panels, int64_t panel_stride,
+                int64_t count, int64_t begin, int64_t columns, float* out, int64_t ldo, bool add,
+                float* wide) {
     for (int64_t i0 = 0; i0 < m; i0 += Rows) {
         const float* xi[Rows];
-        float* oi[Rows];
-        for (int i = 0; i < Rows; ++i) {
-            const int64_t row = i0 + i < m ? i0 + i : m - 1;
-            xi[i] = x[row] + begin;
-            oi[i] = out + row * ldo;
+        fp32_rows<Rows>(x, m, i0, begin, columns, wide, xi);
+        prefetch_rows(x, m, i0 + Rows, i0 + 2 * Rows, begin, columns);
+        for (int64_t q = 0; q < count; q += Vecs) {
+            const float* at[Vecs];
+            float* oi[Rows];
+            for (int v = 0; v < Vecs; ++v) at[v] = panels + (q + v) * panel_stride;
+            for (int i = 0; i < Rows; ++i) {
+                oi[i] = out + (i0 + i < m ? i0 + i : m - 1) * ldo + q * kWidth;
+            }
+            dot_tile<Rows, Vecs>(xi, at, columns, oi, add);
         }
-        dot_tile<Rows, Vecs>(xi, panels, columns, oi, add);
     }
 }
 
-// Columns [begin, begin + columns) of x with `count` panels [columns][kWidth], panel_stride apart.
-inline void dots(const float* const* x, int64_t m, const float* panels, int64_t panel_stride,
-                 int64_t count, int64_t begin, int64_t columns, float* out, int64_t ldo, bool add) {
-    int64_t q = 0;
-    for (; q + 2 <= count; q += 2) {
-        const float* two[] = {panels + q * panel_stride, panels + (q + 1) * panel_stride};
-        dot_panels<kDotRows, 2>(x, m, two, begin, columns, out + q * kWidth, ldo, add);
+// Columns [begin, begin + columns) of x, at most kStrip of bf16, with `count` panels
+// [columns][kWidth], panel_stride apart.
+template <class T>
+void dots(const T* const* x, int64_t m, const float* panels, int64_t panel_stride, int64_t count,
+          int64_t begin, int64_t columns, float* out, int64_t ldo, bool add, float* wide) {
+    const int64_t even = count / 2 * 2;
+    if (even > 0) {
+        dot_panels<kDotRows, 2>(x, m, panels, panel_stride, even, begin, columns, out, ldo, add,
+                                wide);
     }
-    if (q < count) {
-        const float* one[] = {panels + q * panel_stride};
-        dot_panels<kNarrowDotRows, 1>(x, m, one, begin, columns, out + q * kWidth, ldo, add);
+    if (even < count) {
+        dot_panels<kNarrowDotRows, 1>(x, m, panels + even * panel_stride, panel_stride, 1, begin,
+                                      columns, out + even * kWidth, ldo, add, wide);
     }
 }
 
-// `dots` of at most kWidth / 2 ranks: two columns share a vector, pairs [columns / 2][kWidth]
-// (pack_pairs), and half of the lanes are not idle. Columns [begin, begin + columns) of x; an odd
-// one is the last of the row.
-inline void dot_pairs(const float* const* x, int64_t m, const float* pairs, int64_t begin,
-                      int64_t columns, float* out, int64_t ldo, bool add) {
-    constexpr int kRows = kNarrowDotRows;
-    for (int64_t i0 = 0; i0 < m; i0 += kRows) {
-        const float* xi[kRows];
-        Vec acc[kRows] = {};
-        for (int i = 0; i < kRows; ++i) xi[i] = x[i0 + i < m ? i0 + i : m - 1] + begin;
+// `dots` of at most kFewRanks ranks: two rows times those are kWidth sums over vectors of columns,
+// which end as the lanes of one. A rank in a lane of its own, as above, would leave half idle.
+// tiles: [kFewRanks][kWidth], one behind the other from `begin` on.
+template <class T>
+void dots_of_few(const T* const* x, int64_t m, const float* tiles, int64_t begin, int64_t columns,
+                 float* out, int64_t ldo, bool add) {
+    for (int64_t i = 0; i < m; i += 2) {
+        const auto at = [x, m, begin](int64_t row) { return x[row < m ? row : m - 1] + begin; };
+        const T* const rows[] = {at(i), at(i + 1)};
+        const T* const next[] = {at(i + 2), at(i + 3)};
+        Vec acc[kWidth] = {};
+        const auto step = [&](int64_t c, Vec first, Vec second) {
+            for (int j = 0; j < kFewRanks; ++j) {
+                const Vec wv = load(tiles + c * kFewRanks + j * kWidth);
+                acc[j] += first * wv;
+                acc[kFewRanks + j] += second * wv;
+            }
+        };
         int64_t c = 0;
-        for (; c + 2 <= columns; c += 2) {
-            const Vec wv = load(pairs + c / 2 * kWidth);
-            for (int i = 0; i < kRows; ++i) acc[i] += splat_pair(xi[i] + c) * wv;
+        for (; c + kWidth <= columns; c += kWidth) {
+            prefetch(next[0] + c, kWidth);
+            prefetch(next[1] + c, kWidth);
+            step(c, load(rows[0] + c), load(rows[1] + c));
         }
         if (c < columns) {
-            const Vec wv = load(pairs + c / 2 * kWidth);
-            for (int i = 0; i < kRows; ++i) {
-                const float last[] = {xi[i][c], 0.0f};
-                acc[i] += splat_pair(last) * wv;
-            }
+            step(c, load_part(rows[0] + c, columns - c), load_part(rows[1] + c, columns - c));
         }
-        for (int i = 0; i < kRows && i0 + i < m; ++i) {
-            float* to = out + (i0 + i) * ldo;
-            store(to, add ? load(to) + sums_of_pairs(acc[i]) : sums_of_pairs(acc[i]));
-        }
+        // A last row without a second one is stored as it is twice.
+        float* to[] = {out + i * ldo, out + (i + 1 < m ? i + 1 : i) * ldo};
+        Vec total = sums(acc);
+        if (add) total += join(to[0], to[1]);
+        split(total, to[0], to[1]);
     }
 }
 
 template <bool From, class T>
 FEDMS_INLINE void expand_tile(T* const* y, const T* const* from, const float* const* h,
                               const float* w, int64_t r, int64_t c) {
-    Vec acc[kExpandRows][kTileVecs];
-    for (int i = 0; i < kExpandRows; ++i) {
-        for (int v = 0; v < kTileVecs; ++v) {
-            acc[i][v] = From ? load(from[i] + c + v * kWidth) : Vec{};
-        }
-    }
+    Vec acc[kExpandRows][kTileVecs] = {};
+    each<kExpandRows>([&](auto i) {
+        if constexpr (From) load_all<kTileVecs>(from[i] + c, acc[i]);
+    });
     for (int64_t j = 0; j < r; ++j) {
         Vec wv[kTileVecs];
         for (int v = 0; v < kTileVecs; ++v) wv[v] = load(w + j * kTile + v * kWidth);
-        for (int i = 0; i < kExpandRows; ++i) {
+        each<kExpandRows>([&](auto i) {
             const Vec hv = splat(h[i][j]);
-            for (int v = 0; v < kTileVecs; ++v) acc[i][v] += hv * wv[v];
-        }
+            each<kTileVecs>([&](auto v) { acc[i][v] += hv * wv[v]; });
+        });
     }
-    for (int i = 0; i < kExpandRows; ++i) {
-        for (int v = 0; v < kTileVecs; ++v) store(y[i] + c + v * kWidth, acc[i][v]);
-    }
+    each<kExpandRows>([&](auto i) { store_all<kTileVecs>(y[i] + c, acc[i]); });
 }
 
 // The last columns, fewer than a tile: computed beside y.
@@ -178,6 +234,7 @@ void expand(T* const* y, const T* const* from, int64_t m, const float* h, int64_
             int64_t c = strip;
             const float* tile = w + strip / kTile * tile_stride;
             for (; c + kTile <= end; c += kTile, tile += tile_stride) {
+                prefetch_rows(From ? from : y, m, i0 + kExpandRows, i0 + 2 * kExpandRows, c, kTile);
                 expand_tile<From, T>(yi, fi, hi, tile, r, c);
             }
             if (c < end) expand_rest<From, T>(yi, fi, hi, tile, r, c, end - c);
@@ -185,23 +242,26 @@ void expand(T* const* y, const T* const* from, int64_t m, const float* h, int64_
     }
 }
 
-// Not inlined: within its caller GCC 12 spills the accumulators (46 GFLOP/s instead of 85).
-template <int Ranks>
-__attribute__((noinline)) void outer_tile(float* g, const float* h, int64_t ldh, const float* x, int64_t m) {
-    Vec acc[Ranks][kTileVecs];
+// g [Ranks][kTile] += hᵀ x for m rows of x, Vecs vectors of each from row(i) on. Not inlined: within
+// its caller GCC 12 spills the accumulators (46 GFLOP/s instead of 85).
+template <int Ranks, int Vecs, class Row>
+__attribute__((noinline)) void outer_tile(float* g, const float* h, int64_t ldh, int64_t m,
+                                          const Row row) {
+    Vec acc[Ranks][Vecs];
     for (int j = 0; j < Ranks; ++j) {
-        for (int v = 0; v < kTileVecs; ++v) acc[j][v] = Vec{};
+        for (int v = 0; v < Vecs; ++v) acc[j][v] = Vec{};
     }
     for (int64_t i = 0; i < m; ++i) {
-        Vec xv[kTileVecs];
-        for (int v = 0; v < kTileVecs; ++v) xv[v] = load(x + i * kTile + v * kWidth);
+        Vec xv[Vecs];
+        const auto* x = row(i);
+        for (int v = 0; v < Vecs; ++v) xv[v] = load(x + v * kWidth);
         for (int j = 0; j < Ranks; ++j) {
             const Vec hv = splat(h[i * ldh + j]);
-            for (int v = 0; v < kTileVecs; ++v) acc[j][v] += hv * xv[v];
+            for (int v = 0; v < Vecs; ++v) acc[j][v] += hv * xv[v];
         }
     }
     for (int j = 0; j < Ranks; ++j) {
-        for (int v = 0; v < kTileVecs; ++v) {
+        for (int v = 0; v < Vecs; ++v) {
             float* to = g + j * kTile + v * kWidth;
             store(to, load(to) + acc[j][v]);
         }
@@ -209,13 +269,27 @@ __attribute__((noinline)) void outer_tile(float* g, const float* h, int64_t ldh,
 }
 
 // Columns [begin, begin + columns) of x, begin a multiple of kTile. g: tiles of [r][kTile],
-// tile_stride apart, the first one that of `begin`. `copy`: [m][kTile], a tile of x in fp32 for the
-// walks down its rows, one for every kOuterRanks ranks.
+// tile_stride apart, the first one that of `begin`. A walk down the rows serves a few ranks. Where
+// many walks are needed, and for the last columns, a tile of x is first copied to `copy`
+// [m][kTile], in fp32 and without gaps.
 template <class T>
 void outer(float* g, int64_t tile_stride, const float* h, int64_t ldh, int64_t r,
            const T* const* x, int64_t m, int64_t begin, int64_t columns, float* copy) {
     for (int64_t c = begin; c < begin + columns; c += kTile, g += tile_stride) {
         const int64_t n = begin + columns - c;
+        if (n >= kTile && r % kDirectRanks == 0 && r <= kMostDirectRanks) {
+            for (int64_t v = c; v < c + kTile; v += kDirectColumns) {
+                const auto row = [x, v](int64_t i) {
+                    prefetch(x[i] + v + kDirectColumns, kDirectColumns);
+                    return x[i] + v;
+                };
+                for (int64_t j = 0; j < r; j += kDirectRanks) {
+                    outer_tile<kDirectRanks, kDirectColumns / kWidth>(g + j * kTile + v - c, h + j,
+                                                                      ldh, m, row);
+                }
+            }
+            continue;
+        }
         for (int64_t i = 0; i < m; ++i) {
             for (int v = 0; v < kTileVecs; ++v) {
                 const int64_t at = v * kWidth;
@@ -223,15 +297,15 @@ void outer(float* g, int64_t tile_stride, const float* h, int64_t ldh, int64_t r
                                  : n > at         ? load_part(x[i] + c + at, n - at)
                                                   : Vec{};
                 store(copy + i * kTile + at, part);
-                // Down the rows the hardware sees no stream: ask for this row's next tile.
-                __builtin_prefetch(x[i] + c + kTile + at);
             }
+            prefetch(x[i] + c + kTile, kTile);
         }
+        const auto row = [copy](int64_t i) { return copy + i * kTile; };
         int64_t j = 0;
         for (; j + kOuterRanks <= r; j += kOuterRanks) {
-            outer_tile<kOuterRanks>(g + j * kTile, h + j, ldh, copy, m);
+            outer_tile<kOuterRanks, kTileVecs>(g + j * kTile, h + j, ldh, m, row);
         }
-        for (; j < r; ++j) outer_tile<1>(g + j * kTile, h + j, ldh, copy, m);
+        for (; j < r; ++j) outer_tile<1, kTileVecs>(g + j * kTile, h + j, ldh, m, row);
     }
 }
 

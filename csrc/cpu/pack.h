@@ -1,12 +1,10 @@
 // The experts' stacked factors as the row kernels read them, in fp32.
 //
-//   panels  [ceil(R / width)][C][width]   one column of `width` ranks after the other
-//   pairs   [ceil(C / 2)][width]          in place of panels where R is at most width / 2: ranks 0,
-//                                         1, ... of two columns, taking turns
-//   tiles   [ceil(C / tile)][R][tile]     `tile` columns of one rank after the other
+//   panels  [ceil(R / width)][C][width]      one column of `width` ranks after the other
+//   tiles   [ceil(C / tile)][height][tile]   `tile` columns of one rank after the other
 //
-// C is K for A and N for Bᵀ; what sticks out is zero. R C elements against the M C of the rows that
-// they are multiplied with. Read again on every call: nothing is cached across calls.
+// C is K for A and N for Bᵀ; what sticks out of C and R is zero. R C elements against the M C of
+// the rows that they are multiplied with. Read again on every call: nothing is cached across calls.
 #pragma once
 
 #include <algorithm>
@@ -69,32 +67,19 @@ void pack_panels(const Factor& factor, std::int64_t width, std::int64_t begin, s
     }
 }
 
-// Columns [2 begin, 2 end) of the pairs.
+// Tiles [begin, end) of so many ranks: R or more.
 template <class T>
-void pack_pairs(const Factor& factor, std::int64_t width, std::int64_t begin, std::int64_t end,
-                float* out) {
-    std::memset(out + begin * width, 0,
-                static_cast<std::size_t>((end - begin) * width) * sizeof(float));
-    const std::int64_t stop = std::min(2 * end, factor.columns);
-    for_each_rank<T>(factor, [&](std::int64_t j, const T* source, std::int64_t stride) {
-        for (std::int64_t c = 2 * begin; c < stop; ++c) {
-            out[c / 2 * width + 2 * j + c % 2] = widen(source[c * stride]);
-        }
-    });
-}
-
-// Tiles [begin, end).
-template <class T>
-void pack_tiles(const Factor& factor, std::int64_t tile, std::int64_t begin, std::int64_t end,
-                float* out) {
+void pack_tiles(const Factor& factor, std::int64_t tile, std::int64_t height, std::int64_t begin,
+                std::int64_t end, float* out) {
     const std::int64_t total = factor.ranks[factor.num_experts];
     for (std::int64_t t = begin; t < end; ++t) {
         const std::int64_t c0 = t * tile, n = std::min(tile, factor.columns - c0);
         for_each_rank<T>(factor, [&](std::int64_t j, const T* source, std::int64_t stride) {
-            float* to = out + (t * total + j) * tile;
+            float* to = out + (t * height + j) * tile;
             for (std::int64_t c = 0; c < n; ++c) to[c] = widen(source[(c0 + c) * stride]);
             for (std::int64_t c = n; c < tile; ++c) to[c] = 0.0f;
         });
+        std::fill(out + (t * height + total) * tile, out + (t + 1) * height * tile, 0.0f);
     }
 }
 

@@ -32,7 +32,6 @@ struct bf16 {
 typedef float Vec __attribute__((vector_size(kWidth * 4)));
 typedef std::uint32_t VecU __attribute__((vector_size(kWidth * 4)));
 typedef std::uint16_t VecH __attribute__((vector_size(kWidth * 2)));
-typedef std::uint64_t VecL __attribute__((vector_size(kWidth * 4)));
 
 FEDMS_INLINE Vec load(const float* p) {
     Vec v;
@@ -70,11 +69,15 @@ FEDMS_INLINE void store(float* p, Vec v) {
     std::memcpy(p, &v, sizeof v);
 }
 
-// Round to nearest even; a NaN stays a NaN whatever its payload.
-FEDMS_INLINE void store(bf16* p, Vec v) {
+// v as bf16 in the upper halves of the lanes, to nearest even; what is below means nothing. A NaN
+// stays a NaN whatever its payload.
+FEDMS_INLINE VecU rounded(Vec v) {
     const VecU u = (VecU)v;
-    const VecU rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-    const VecH h = narrow(v == v ? rounded : VecU{} + 0x7fc0u);
+    return v == v ? u + 0x7fffu + ((u >> 16) & 1u) : VecU{} + 0x7fc00000u;
+}
+
+FEDMS_INLINE void store(bf16* p, Vec v) {
+    const VecH h = narrow(rounded(v) >> 16);
     std::memcpy(p, &h, sizeof h);
 }
 
@@ -109,22 +112,76 @@ FEDMS_INLINE Vec splat(float x) {
     return x - Vec{};
 }
 
-// p[0] in the even lanes, p[1] in the odd ones.
-FEDMS_INLINE Vec splat_pair(const float* p) {
-    std::uint64_t bits;
-    std::memcpy(&bits, p, sizeof bits);
-    return (Vec)(VecL{} + bits);
+template <class F, int... I>
+FEDMS_INLINE void each(const F& f, std::integer_sequence<int, I...>) {
+    (f(std::integral_constant<int, I>{}), ...);
 }
 
-template <int First, int... I>
-FEDMS_INLINE Vec every_second(Vec v, std::integer_sequence<int, I...>) {
-    return __builtin_shufflevector(v, Vec{}, (I < kWidth / 2 ? 2 * I + First : kWidth)...);
+// f(0), f(1), ... with constants: GCC 12 keeps an array that a loop walks in memory, even if it
+// unrolls the loop.
+template <int Count, class F>
+FEDMS_INLINE void each(const F& f) {
+    each(f, std::make_integer_sequence<int, Count>{});
 }
 
-// Lane j: the sum of lanes 2 j and 2 j + 1; zero in the upper half.
-FEDMS_INLINE Vec sums_of_pairs(Vec v) {
-    constexpr auto lanes = std::make_integer_sequence<int, kWidth>{};
-    return every_second<0>(v, lanes) + every_second<1>(v, lanes);
+// Count vectors side by side.
+template <int Count, class T>
+FEDMS_INLINE void load_all(const T* p, Vec (&v)[Count]) {
+    each<Count>([&](auto i) { v[i] = load(p + i * kWidth); });
+}
+
+template <int Count, class T>
+FEDMS_INLINE void store_all(T* p, const Vec (&v)[Count]) {
+    each<Count>([&](auto i) { store(p + i * kWidth, v[i]); });
+}
+
+#if defined(__AVX512F__)
+// f(0), f(1), ... as the words of a register.
+template <class F>
+FEDMS_INLINE __m512i words(const F& f) {
+    short lanes[2 * kWidth];
+    for (int i = 0; i < 2 * kWidth; ++i) lanes[i] = static_cast<short>(f(i));
+    return _mm512_loadu_si512(lanes);
+}
+
+// Two vectors of bf16 are one register, and one permutation moves its words where they belong.
+template <int Count>
+FEDMS_INLINE void load_all(const bf16* p, Vec (&v)[Count]) {
+    static_assert(Count % 2 == 0);
+    constexpr __mmask32 kUpper = 0xaaaaaaaau;
+    const __m512i first = words([](int i) { return i / 2; });
+    const __m512i second = words([](int i) { return kWidth + i / 2; });
+    each<Count / 2>([&](auto i) {
+        const __m512i both = _mm512_loadu_si512(p + 2 * i * kWidth);
+        v[2 * i] = (Vec)_mm512_maskz_permutexvar_epi16(kUpper, first, both);
+        v[2 * i + 1] = (Vec)_mm512_maskz_permutexvar_epi16(kUpper, second, both);
+    });
+}
+
+template <int Count>
+FEDMS_INLINE void store_all(bf16* p, const Vec (&v)[Count]) {
+    static_assert(Count % 2 == 0);
+    const __m512i upper = words([](int i) { return 2 * i + 1; });
+    each<Count / 2>([&](auto i) {
+        const __m512i low = (__m512i)rounded(v[2 * i]), high = (__m512i)rounded(v[2 * i + 1]);
+        _mm512_storeu_si512(p + 2 * i * kWidth, _mm512_permutex2var_epi16(low, upper, high));
+    });
+}
+#endif
+
+// Half a vector from each of two places, and back.
+FEDMS_INLINE Vec join(const float* low, const float* high) {
+    float both[kWidth];
+    std::memcpy(both, low, sizeof both / 2);
+    std::memcpy(both + kWidth / 2, high, sizeof both / 2);
+    return load(both);
+}
+
+FEDMS_INLINE void split(Vec v, float* low, float* high) {
+    float both[kWidth];
+    store(both, v);
+    std::memcpy(low, both, sizeof both / 2);
+    std::memcpy(high, both + kWidth / 2, sizeof both / 2);
 }
 
 FEDMS_INLINE float to_float(float x) {
