@@ -187,6 +187,8 @@ def gated_lora_linear(
     routing = (gates, expert_idxs, offsets, experts, seeds)
     weight_NK, bias_N = (cast(Tensor, weight), bias) if base is None else (None, None)
     at_hand = _at_hand((x, weight_NK, bias_N, base, *routing, *lora_A, *lora_B))
+    if at_hand and chosen != "native":  # which looks itself
+        validate.check_memory((x, weight_NK, bias_N, base, *routing, *lora_A, *lora_B))
     has_rows = _parts_with_rows(lora_A, segments)
     spec = _Spec(chosen, at_hand, has_rows, scale, dropout_p, base is not None)
     if torch.is_grad_enabled() and any(
@@ -308,6 +310,8 @@ class _GatedLora(torch.autograd.Function):
         run = higher_order.backward if plain else _op(spec, "backward", _at_hand((dy,)))
         x = x if plain or keeps_x else None
         if run is not native.backward:
+            if spec.at_hand and type(dy) in _PLAIN and not _transformed():
+                validate.check_memory((dy, *ctx.saved_tensors))
             dy, x = cast(Tensor, _rows(dy)), _rows(x)
         if plain and h is not None:
             h = None if keeps_x else _kept_ranks(spec, h, A, routing, math.prod(dy.shape[:-1]))

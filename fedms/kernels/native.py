@@ -33,6 +33,7 @@ from fedms.kernels.experts import counts, expert_ranks
 from fedms.kernels.ops import define_backend
 from fedms.kernels.packing import rows_are_matrix
 from fedms.kernels.segments import row_width
+from fedms.kernels.validate import check_memory
 
 _DTYPES = (torch.float32, torch.bfloat16)
 # oneDNN multiplies bf16 at full speed with these. With AVX-512 alone it takes about twice as long
@@ -169,7 +170,10 @@ def _small_base(dy: Tensor, weight: Tensor | None) -> bool:
 
 def _is_zero(B: Sequence[Tensor], scale: Sequence[float]) -> bool:
     """True when the mixture is zero whatever x is: as before training, or with scales of 0."""
-    return not any(scale) or not any(b.any() for b in B)
+    if not any(scale):
+        return True
+    check_memory(B)
+    return not any(b.any() for b in B)
 
 
 def _better_in_fp32(x: Tensor) -> bool:

@@ -11,7 +11,7 @@ from lora_problem import BACKENDS, Problem, make_problem, upstream
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from fedms.kernels import Segments, gated_lora_linear
+from fedms.kernels import Segments, gated_lora_linear, native
 
 
 class Wrapped(Tensor):
@@ -96,14 +96,29 @@ def test_the_imaginary_part_of_a_conjugate_in_decoding():
     torch.testing.assert_close(got, gated_lora_linear(-z.imag, weight, A, B))
 
 
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "stacked"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["A", "B", "gates"])
-def test_no_memory_at_all(name, backend):
+@pytest.mark.parametrize("when", ["forward", "backward"])
+def test_no_memory_at_all(when, name, backend):
     """As FSDP leaves a weight between two uses: no null pointer is followed."""
     given = {"A": torch.randn(2, 4), "B": torch.randn(5, 2), "gates": torch.rand(3, 1)}
-    given[name].untyped_storage().resize_(0)
-    x, weight = torch.randn(3, 4), torch.randn(5, 4)
-    with pytest.raises(RuntimeError, match=r"tensors must .*have memory, got a .* without"):
-        gated_lora_linear(
+    x, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4)
+
+    def call():
+        return gated_lora_linear(
             x, weight, [given["A"]], [given["B"]], gates=given["gates"], backend=backend
         )
+
+    y = call()
+    given[name].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"tensors must .*have memory, got a .* without"):
+        call() if when == "forward" else y.sum().backward()
+
+
+def test_no_memory_of_b_where_the_cpu_has_no_bf16(monkeypatch):
+    monkeypatch.setattr(native, "_FAST_BF16", False)
+    x, weight = torch.randn(80, 4).bfloat16(), torch.randn(5, 4).bfloat16()
+    A, B = torch.randn(2, 4), torch.randn(5, 2)
+    B.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"tensors must .*have memory, got a .* without"):
+        gated_lora_linear(x, weight, [A], [B])
