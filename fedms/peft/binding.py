@@ -42,6 +42,7 @@ class Binding:
 
     Attributes:
         routing: None: no gates, peft's active adapters.
+        held: those of the routing's adapters that the layer had then.
         task: the backward pass that it was made in, -1 outside of any.
         depth: how many checkpoints were running when it was made: their recomputations make it
             again themselves.
@@ -49,8 +50,15 @@ class Binding:
             graph (fedms.peft.compiled).
     """
 
-    def __init__(self, routing: AdapterRouting | None, *, restored: bool = False) -> None:
+    def __init__(
+        self,
+        routing: AdapterRouting | None,
+        *,
+        held: tuple[str, ...] = (),
+        restored: bool = False,
+    ) -> None:
         self.routing = routing
+        self.held = held
         self.restored = restored
         self.task = torch._C._current_graph_task_id()
         self.depth = depth()
@@ -96,7 +104,7 @@ def routing_of(layer: Gateable) -> AdapterRouting | None:
     """The routing of the call of `layer` that is being made.
 
     Raises RuntimeError where it cannot be told: in a thread that has opened no block while another
-    has, or in a backward pass that no checkpoint explains.
+    has, or in a backward pass that no checkpoint explains; and where an adapter of it was deleted.
     """
     if torch.compiler.is_compiling():  # a checkpoint in a compiled graph keeps the graph's inputs
         binding = _binding(layer)
@@ -123,8 +131,17 @@ def _binding(layer: Gateable) -> Binding | None:
                 "`gated` block in every thread that uses the model meanwhile (gated(model, None) "
                 "for no gates), or set them for all threads with set_gates"
             )
-        return binding
-    return layer._fedms_set
+    else:
+        binding = layer._fedms_set
+    if binding is not None:
+        there: Any = layer._modules["lora_A"]._modules  # type: ignore[attr-defined]
+        gone = [name for name in binding.held if name not in there]
+        if gone:
+            raise RuntimeError(
+                f"gates or adapter names are set for adapters {gone}, which were deleted since: "
+                "set them anew, or clear them with set_gates(model, None)"
+            )
+    return binding
 
 
 def _in_backward(layer: Gateable, task: int) -> AdapterRouting | None:

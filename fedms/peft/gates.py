@@ -107,12 +107,22 @@ def gate_bindings(
     names = tuple(adapters)
     _check_known(layers, names)
     _warn_of_frozen(model, layers, names)
-    shared: dict[int, Binding] = {}
-    bindings: dict[Gateable, Binding] = dict.fromkeys(layers.values(), ungated)
-    for name, value in chosen.items():
-        if id(value) not in shared:
-            shared[id(value)] = Binding(_routing(value, names))
-        bindings[layers[name]] = shared[id(value)]
+    routings = {id(value): _routing(value, names) for value in chosen.values()}
+    return {
+        **dict.fromkeys(layers.values(), ungated),
+        **_bound({layers[name]: routings[id(value)] for name, value in chosen.items()}),
+    }
+
+
+def _bound(routings: Mapping[FusedLayer, AdapterRouting]) -> dict[Gateable, Binding]:
+    """Bindings to these routings, one for all layers that have the same of its adapters."""
+    shared: dict[tuple[AdapterRouting, tuple[str, ...]], Binding] = {}
+    bindings: dict[Gateable, Binding] = {}
+    for layer, routing in routings.items():
+        held = tuple(routing.named(layer.lora_A))
+        if (routing, held) not in shared:
+            shared[routing, held] = Binding(routing, held=held)
+        bindings[layer] = shared[routing, held]
     return bindings
 
 
@@ -128,7 +138,7 @@ def _name_bindings(
     routing = of_samples(names, order=[*order])
     _check_all_gateable(model, routing.adapters)
     _warn_of_frozen(model, layers, routing.adapters)
-    return dict.fromkeys(layers.values(), Binding(routing))
+    return _bound(dict.fromkeys(layers.values(), routing))
 
 
 def _routing(gates: LayerGates | None, names: tuple[str, ...]) -> AdapterRouting:

@@ -19,9 +19,11 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -39,6 +41,8 @@ class _Thread(threading.local):
 
 
 _THREAD = _Thread()
+_LOCK = threading.Lock()  # over putting hooks on a model and taking them off
+_HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks")
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,15 +135,44 @@ def watch(model: nn.Module) -> list[RemovableHandle]:
 
 @contextmanager
 def watching(model: nn.Module) -> Iterator[None]:
-    """The calls of the generating models within `model` are noted in the block."""
-    handles = [handle for module in generating_models(model) for handle in watch(module)]
+    """The calls of the generating models within `model` are noted in the block.
+
+    Copies and pickles that are made of them meanwhile have no hooks of it.
+    """
+    with _LOCK:
+        opened = {module: watch(module) for module in generating_models(model)}
+        for module, handles in opened.items():
+            held = vars(module).setdefault("_fedms_hooks", [])
+            held += handles
+            vars(module)["__reduce_ex__"] = partial(_without_blocks, module)
     before = len(_THREAD.calls)
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        with _LOCK:
+            for module, handles in opened.items():
+                held = vars(module)["_fedms_hooks"]
+                for handle in handles:
+                    handle.remove()
+                    held.remove(handle)
+                if not held:
+                    del vars(module)["_fedms_hooks"], vars(module)["__reduce_ex__"]
         del _THREAD.calls[before:]  # calls that failed leave some
+
+
+def _without_blocks(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
+    """What `module.__reduce_ex__(protocol)` is without the hooks of open blocks.
+
+    In the module's own attributes, where copy and pickle look first.
+    """
+    reduced: Any = type(module).__reduce_ex__(module, protocol)
+    make, args, held, *rest = reduced
+    state = dict(held)
+    del state["__reduce_ex__"]
+    ids = {handle.id for handle in state.pop("_fedms_hooks")}
+    for name in _HOOKS:
+        state[name] = OrderedDict((key, v) for key, v in state[name].items() if key not in ids)
+    return make, args, state, *rest
 
 
 def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

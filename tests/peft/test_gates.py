@@ -316,3 +316,46 @@ def test_compiled_graphs_draw_masks_and_take_any_order_of_names(recorder):
     assert "fwd_body_0" in repr(recorder.graphs[0])  # the op's autograd.Function is in it
     with fedms.gated(model, torch.ones(2, dtype=DOUBLE), adapters=["one", "two"]):
         assert not torch.equal(compiled(x), compiled(x))
+
+
+@pytest.mark.parametrize("how", ["set_gates", "gated", "mixed_adapters"])
+def test_an_adapter_that_was_deleted_is_named(model, how):
+    """Its column of the gates would be left out in silence; added again, it takes part again."""
+    x = torch.randn(2, 5, IN, dtype=DOUBLE)
+    config, gates = model.peft_config["three"], torch.rand(3, dtype=DOUBLE)
+
+    def check():
+        model.delete_adapter("three")
+        with pytest.raises(RuntimeError, match=r"set for adapters \['three'\], which were deleted"):
+            model(x)
+        with fedms.gated(model, gates[:2], adapters=["one", "two"]):
+            model(x)
+        model.add_adapter("three", config)
+        model.to(DOUBLE)
+        model(x)
+
+    if how == "set_gates":
+        fedms.set_gates(model, gates)
+        check()
+        model.delete_adapter("three")
+        fedms.set_gates(model, None)
+        model(x)
+        return
+    names = ["one", "three"]
+    block = fedms.gated(model, gates) if how == "gated" else fedms.mixed_adapters(model, names)
+    with block:
+        check()
+
+
+def test_a_layer_without_one_of_the_gated_adapters(model):
+    """It had none when the gates were set: nothing was deleted since."""
+    x, gates = torch.randn(2, 5, IN, dtype=DOUBLE), torch.rand(3, dtype=DOUBLE)
+    model.add_adapter("four", LoraConfig(r=2, target_modules=["a"]))
+    model.set_requires_grad("four", True)
+    fedms.accelerate(model)
+    model.to(DOUBLE)
+    with fedms.gated(model, gates, adapters=["one", "two", "four"]):
+        model(x)
+        model.delete_adapter("four")
+        with pytest.raises(RuntimeError, match=r"\['four'\], which were deleted"):
+            model(x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -288,3 +289,31 @@ def test_a_generate_that_failed_says_nothing_about_another_model(model):
     finally:
         hook.remove()
         fedms.set_gates(model, None)
+
+
+def test_no_hooks_of_a_block_are_on_copies(model):
+    """A copy made within by-row gates, in blocks in each other, and beside gates that are set."""
+    ids = torch.tensor([PROMPTS[2]] * 2)
+
+    def found(module):
+        """The generating model's attributes and hooks."""
+        own = next(m for m in module.modules() if isinstance(m, type(model.base_model.model)))
+        return [*vars(own)], len(own._forward_pre_hooks), len(own._forward_hooks)
+
+    plain, before = copy.deepcopy(model), found(model)
+    with torch.no_grad(), fedms.gated(model, torch.rand(2, 2)):
+        with fedms.gated(model, torch.rand(2, 2)):
+            copied, pickled = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+        for other in (copied, pickled, copy.deepcopy(model)):
+            assert found(other) == found(plain) == before
+            assert torch.equal(other(input_ids=ids).logits, plain(input_ids=ids).logits)
+    assert found(model) == before
+
+    fedms.set_gates(model, torch.rand(2, 2))
+    try:
+        with fedms.gated(model, torch.rand(2, 2)):
+            held = copy.deepcopy(model)
+        assert found(held) == found(model) != before
+    finally:
+        fedms.set_gates(model, None)
+    assert found(model) == before
