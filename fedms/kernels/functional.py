@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from fedms.kernels import higher_order, native, plan, stacked, triton, validate
 from fedms.kernels.dropout import as_seed
 from fedms.kernels.experts import counts
-from fedms.kernels.packing import rows_are_matrix
+from fedms.kernels.packing import check_memory, rows_are_matrix
 from fedms.kernels.reference import gated_lora_linear_reference
 from fedms.kernels.segments import Segments
 
@@ -188,7 +188,7 @@ def gated_lora_linear(
     weight_NK, bias_N = (cast(Tensor, weight), bias) if base is None else (None, None)
     at_hand = _at_hand((x, weight_NK, bias_N, base, *routing, *lora_A, *lora_B))
     if at_hand and chosen != "native":  # which looks itself
-        validate.check_memory((x, weight_NK, bias_N, base, *routing, *lora_A, *lora_B))
+        check_memory((x, weight_NK, bias_N, base, *routing, *lora_A, *lora_B))
     has_rows = _parts_with_rows(lora_A, segments)
     spec = _Spec(chosen, at_hand, has_rows, scale, dropout_p, base is not None)
     if torch.is_grad_enabled() and any(
@@ -311,7 +311,7 @@ class _GatedLora(torch.autograd.Function):
         x = x if plain or keeps_x else None
         if run is not native.backward:
             if spec.at_hand and type(dy) in _PLAIN and not _transformed():
-                validate.check_memory((dy, *ctx.saved_tensors))
+                check_memory((dy, weight, x, h, *routing, *parts))
             dy, x = cast(Tensor, _rows(dy)), _rows(x)
         if plain and h is not None:
             h = None if keeps_x else _kept_ranks(spec, h, A, routing, math.prod(dy.shape[:-1]))

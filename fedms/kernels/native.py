@@ -31,9 +31,8 @@ from torch.nn import functional as F
 
 from fedms.kernels.experts import counts, expert_ranks
 from fedms.kernels.ops import define_backend
-from fedms.kernels.packing import rows_are_matrix
+from fedms.kernels.packing import check_memory, rows_are_matrix
 from fedms.kernels.segments import row_width
-from fedms.kernels.validate import check_memory
 
 _DTYPES = (torch.float32, torch.bfloat16)
 # oneDNN multiplies bf16 at full speed with these. With AVX-512 alone it takes about twice as long

@@ -6,7 +6,7 @@ write through `.data`, which leaves `_version` as it was.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -79,3 +79,15 @@ def rows_are_matrix(x: Tensor) -> bool:
             return False
         step *= size
     return strides[-1] == 1 and strides[0] == step
+
+
+def check_memory(tensors: Iterable[Tensor | None]) -> None:
+    """Storage that was freed, as FSDP does between two uses: torch follows the null pointer."""
+    for t in tensors:
+        if t is None or t.layout is not torch.strided or t._is_zerotensor():
+            continue
+        if t.numel() and not t.untyped_storage().nbytes():
+            raise RuntimeError(
+                f"tensors must be strided and have memory, got a {type(t).__name__} {t.layout} "
+                f"{list(t.shape)} without"
+            )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any
 
@@ -243,18 +243,6 @@ def check_dropout(
             raise TypeError(f"seed must be an integer or an int64 Tensor, got {seed!r}")
         if not 0 <= seed < 2**63:
             raise ValueError(f"seed must be in [0, 2^63), got {seed}")
-
-
-def check_memory(tensors: Iterable[Tensor | None]) -> None:
-    """Storage that was freed, as FSDP does between two uses: torch follows the null pointer."""
-    for t in tensors:
-        if t is None or t.layout is not torch.strided or t._is_zerotensor():
-            continue
-        if t.numel() and not t.untyped_storage().nbytes():
-            raise RuntimeError(
-                f"tensors must be strided and have memory, got a {type(t).__name__} {t.layout} "
-                f"{list(t.shape)} without"
-            )
 
 
 def _compiling() -> bool:
