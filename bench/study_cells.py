@@ -48,11 +48,22 @@ class Task:
 
 
 CLIENTS = ("data.num_clients=12", "data.unseen_clients=3")
+EMOJI = (*RECIPES["emoji"].settings, "model.image_size=56", "data.unseen_clients=2")
+HALF_RATES = ("stage1.lr=0.003", "stage2.lr=0.001")
+HEADS = (
+    "stage1.head_steps=20",
+    "stage2.head_steps=20",
+    "stage1.head_lr=0.001",
+    "stage2.head_lr=0.001",
+)  # FedRep's
 TASKS = {
     "icd10": Task(CLIENTS, alphas=("0.3", "0.1", "1.0")),
     "icd10-long": Task(CLIENTS, (24, 6), alphas=("0.3",)),
-    "emoji": Task(
-        (*RECIPES["emoji"].settings, "model.image_size=56", "data.unseen_clients=2"), (12, 6)
+    "emoji": Task(EMOJI, (12, 6)),
+    "emoji-heads": Task(
+        (*EMOJI, *HALF_RATES, *HEADS),
+        (12, 6),
+        tuned=False,  # the rates are those that nearly all chose on emoji
     ),
     "wordnet-topics": Task((*RECIPES["wordnet-topics"].settings, *TWO_STEPS, "eval.clients=20")),
     "debian": Task((*RECIPES["debian"].settings, *TWO_STEPS, "eval.clients=20")),

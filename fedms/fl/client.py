@@ -215,8 +215,8 @@ def _trains(model: Model, visit: Visit, name: str) -> bool:
 
 
 def _optimizer(model: Model, stage: Stage, phase: Phase, leaves: State) -> torch.optim.Optimizer:
-    of_heads = stage.settings.head_lr or (0.003 if model.slots.heads_are_trained else 0.001)
-    rates = (*phase.rates, ("*.head.weight", of_heads))
+    usual = stage.settings.lr if model.slots.heads_are_trained else 0.001
+    rates = (*phase.rates, ("*.head.weight", stage.settings.head_lr or usual))
     own_rates = [(select(leaves, (pattern,)), lr) for pattern, lr in rates]
     apart = {name for group, _ in own_rates for name in group}
     rest = [leaf for name, leaf in leaves.items() if name not in apart]

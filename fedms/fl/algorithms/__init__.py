@@ -85,4 +85,5 @@ def stages_of(config: Any, method: str | None = None) -> tuple[Stage, ...]:
     build: Callable[..., tuple[Stage, ...]] = module.stages
     stages = build(rounds) if section is None else build(getattr(config, section), rounds)
     knob = {"prior": config.prior, "priors": config.eval.priors}
-    return tuple(replace(stage, **knob) for stage in stages if stage.settings.rounds)
+    stages = tuple(stage.with_fitted_heads() for stage in stages if stage.settings.rounds)
+    return tuple(replace(stage, **knob) for stage in stages)

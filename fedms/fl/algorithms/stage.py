@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fedms.fl.algorithms.losses import Expert
 from fedms.fl.model.view import View
 from fedms.fl.settings import Count, Natural, NotNegative, Positive, Section
-from fedms.fl.types import Patterns, State, select
+from fedms.fl.types import Patterns, State, matches, select
 
 Loss = Callable[[View], Tensor]
 """A view of S clients -> [S], each client's loss. Clients never mix: the caller sums."""
@@ -40,8 +40,11 @@ class StageConfig(Section):
     lr: Positive = 0.002
     """AdamW's learning rate on the client."""
     head_lr: NotNegative = 0.0
-    """AdamW's learning rate of a trained head; 0: 0.003 for one that the task itself trains, 0.001
+    """AdamW's learning rate of a trained head; 0: ``lr`` for one that the task itself trains, 0.001
     for one that a method trains from the class names on."""
+    head_steps: Natural = 0
+    """Full-batch steps of the heads alone before the others of a visit, on features that are
+    computed once. A linear head starts from zero: without these it is far behind its features."""
     weight_decay: NotNegative = 0.0
     """AdamW's decoupled weight decay."""
 
@@ -192,6 +195,22 @@ class Stage:
     def sends_every_round(self) -> Patterns:
         """What the cohort is sent every round."""
         return self.shares if self.receives is None else self.receives
+
+    def with_fitted_heads(self) -> Stage:
+        """The stage whose visits begin with ``settings.head_steps``, if it trains heads.
+
+        A phase under a head that the one before it has fitted is left as it is.
+        """
+        phases: list[Phase] = []
+        for phase in self.phases:
+            names = {f"{expert}.head.*": f"{expert}.head.weight" for expert in self.experts}
+            heads = tuple(own for own, name in names.items() if matches(name, phase.trains))
+            fitted = phase.whole or any(p.whole for p in phases[-1:])
+            if heads and self.settings.head_steps and not fitted:
+                steps = self.settings.head_steps
+                phases.append(replace(phase, trains=heads, whole=True, steps=steps))
+            phases.append(phase)
+        return replace(self, phases=tuple(phases))
 
     def in_round(self, round: int) -> Stage:
         """The stage with the phases whose turn it is; rounds of a run count from 1."""

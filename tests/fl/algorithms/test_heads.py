@@ -51,7 +51,7 @@ def test_fedper_with_a_head_that_stands_still_is_fedavg(setting):
 
 @pytest.mark.parametrize(
     ("head", "own", "lr"),
-    [("names", (), 0.001), ("linear", (), 0.003), ("linear", ("stage1.head_lr=0.1",), 0.1)],
+    [("names", (), 0.001), ("linear", (), 0.01), ("linear", ("stage1.head_lr=0.1",), 0.1)],
 )
 def test_a_head_has_a_learning_rate_of_its_own(config, world, in_float64, head, own, lr):
     """A first step of AdamW is as long as the learning rate, in every parameter with a gradient."""
@@ -66,6 +66,34 @@ def test_a_head_has_a_learning_rate_of_its_own(config, world, in_float64, head, 
     if head == "names":  # under a head of zeros nothing reaches the features yet
         lora_B = [t for name, t in left.shared.items() if name.endswith("lora_B")]
         assert torch.stack(lora_B).abs().max().item() == pytest.approx(stage.settings.lr, rel=1e-3)
+
+
+def test_heads_are_fitted_before_the_rest_of_a_visit(setting):
+    """FedPer with these steps begins where FedRep's first phase ends; FedRep has no others."""
+    per, model, clients = setting("method=fedper", "stage1.head_steps=4")
+    rep = setting("method=fedrep", "fedrep.head_steps=4", "stage1.head_steps=9")[0]
+    assert [phase.steps for phase in rep.phases] == [4, None]
+    fitted = [one_visit(replace(s, phases=s.phases[:1]), model, clients[0]) for s in (per, rep)]
+    assert fitted[0].kept.keys() == fitted[1].kept.keys() == {HEAD}
+    assert torch.equal(fitted[0].kept[HEAD], fitted[1].kept[HEAD])
+    whole = one_visit(per, model, clients[0])
+    assert not torch.equal(whole.kept[HEAD], fitted[0].kept[HEAD])
+    assert len(whole.shared) == 2 * 2 * 3
+
+
+@pytest.mark.parametrize(
+    ("method", "steps"), [("fedavg", [6, None]), ("ditto", [6, None, 6, None]), ("zero_shot", [])]
+)
+def test_steps_of_heads_in_every_method(config, method, steps):
+    stage = stages_of(config(f"method={method}", "stage1.head_steps=6"))[0]
+    assert [phase.steps for phase in stage.phases] == steps
+
+
+def test_a_frozen_head_takes_no_steps(setting):
+    stage, model, clients = setting("method=fedavg", "stage1.head_steps=6")
+    alone = one_visit(replace(stage, phases=stage.phases[:1]), model, clients[0])
+    assert alone.shared == alone.kept == {}
+    assert len(one_visit(stage, model, clients[0]).shared) == 2 * 2 * 3
 
 
 def test_fedrep_trains_the_features_under_the_head_that_it_has_fitted(setting):
