@@ -310,7 +310,8 @@ class _GatedLora(torch.autograd.Function):
         run = higher_order.backward if plain else _op(spec, "backward", _at_hand((dy,)))
         x = x if plain or keeps_x else None
         if run is not native.backward:
-            if spec.at_hand and type(dy) in _PLAIN and not _transformed():
+            batched = is_legacy_batchedtensor(dy) or _transformed()
+            if spec.at_hand and type(dy) in _PLAIN and not batched:
                 check_memory((dy, weight, x, h, *routing, *parts))
             dy, x = cast(Tensor, _rows(dy)), _rows(x)
         if plain and h is not None:
