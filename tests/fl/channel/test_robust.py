@@ -50,6 +50,9 @@ def test_multi_krum_by_hand():
     # two alike at 60, the others 10 apart: scores 1400, 600, 600, 600, 900, 0 + 400 + 900 twice, so
     # one of the two comes in. With one neighbour fewer both would, with their own 0 among them too
     assert multi_krum(column(0, 10, 20, 30, 40, 60, 60), 2) == [1, 2, 3, 4, 5]
+    # beside four at 0, 19 scores 4 + 361 + 361 and so less than -16 with 3 * 256 or 21; with one
+    # neighbour more it would be 1087 against 1024
+    assert multi_krum(column(0, 0, 0, 0, 19, 21, -16), 2) == [0, 1, 2, 3, 4]
     with pytest.raises(QuorumError, match="3 hostile clients needs 9 updates, 7 came"):
         multi_krum(line, 3)
 
