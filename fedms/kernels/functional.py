@@ -310,8 +310,8 @@ class _GatedLora(torch.autograd.Function):
         run = higher_order.backward if plain else _op(spec, "backward", _at_hand((dy,)))
         x = x if plain or keeps_x else None
         if run is not native.backward:
-            batched = is_legacy_batchedtensor(dy) or _transformed()
-            if spec.at_hand and type(dy) in _PLAIN and not batched:
+            at_hand = spec.at_hand and type(dy) in _PLAIN  # never so while torch.compile traces
+            if at_hand and not (is_legacy_batchedtensor(dy) or _transformed()):
                 check_memory((dy, weight, x, h, *routing, *parts))
             dy, x = cast(Tensor, _rows(dy)), _rows(x)
         if plain and h is not None:
