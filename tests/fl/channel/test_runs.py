@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from fedms.fl.channel.channel import Channel
 from fedms.fl.channel.link import RESIDUAL, Link
+from fedms.fl.channel.privacy import Guarantee
 from fedms.fl.channel.settings import ChannelConfig
 from fedms.fl.engines.engine import Order, Reply
 from fedms.fl.engines.local import LocalEngine
@@ -136,6 +138,20 @@ def test_a_sum_is_divided_by_the_clients_that_are_expected(config):
     totals = Totals(channel.aggregate(channel.stages[0], began, 1))
     totals.add(Sent("a", 1, 9, {"w": torch.tensor([0.3, 0.4])}, False, None))
     assert totals.finish(began)["w"].tolist() == pytest.approx([0.3 / 4, 0.4 / 4])
+
+
+def test_every_round_has_noise_and_a_cohort_of_its_own(config):
+    """Noise that came twice could be taken out; sizes of cohorts drawn client by client differ."""
+    half = (*PRIVATE, "channel.privacy.epsilon=inf", "server.fraction_train=0.5")
+    channel, began = Channel.of(config(*SHORT, *half), 8), {"w": torch.zeros(3)}
+    channel = replace(channel, promise=Guarantee(1.0, 0.5, 0.01))
+    noise = [
+        Totals(channel.aggregate(channel.stages[0], began, round)).finish(began)["w"]
+        for round in (1, 2, 1)
+    ]
+    assert torch.equal(noise[0], noise[2])
+    assert not torch.equal(noise[0], noise[1])
+    assert len({len(channel.cohort("abcdefgh", round)) for round in range(20)}) > 1
 
 
 def test_an_infinite_budget_is_no_epsilon_and_valid_json(metrics, tmp_path):
