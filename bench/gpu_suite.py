@@ -62,7 +62,8 @@ def main() -> int:
             visit.item(f"tune {case}", lambda c=case: sections.tuned(visit, c))
             visit.item(f"time {case}", lambda c=case: sections.timed(visit, c, seconds))
         visit.item("training step", lambda: training(visit))
-        visit.item("tests", lambda: sections.tests(visit, min(60.0, visit.left())), apart=True)
+        bound = visit.left() if tiny else min(60.0, visit.left())
+        visit.item("tests", lambda: sections.tests(visit, bound), apart=True)
         for backend in OURS.keys() & set(visit.data["items"]["about"]["backends"]):
             name = f"memcheck {backend}"
             visit.item(name, lambda b=backend: sanitized(visit, b), apart=True)
