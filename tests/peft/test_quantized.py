@@ -268,7 +268,9 @@ def test_training_of_a_llama(kind):
         with fused_calls() as calls:
             curves.append([_train(model, optimiser, ids) for _ in range(4)])
         assert len(calls) == (4 * 10 * 2 if model is fused else 0)  # twice: checkpointing
-    torch.testing.assert_close(*map(torch.tensor, curves), rtol=2e-4, atol=0)
+    # dynamic int8 rounds activations: stock peft itself, nudged in its last bits, is as far from it
+    rtol = 1e-3 if "dynamic" in kind else 2e-4
+    torch.testing.assert_close(*map(torch.tensor, curves), rtol=rtol, atol=0)
     assert curves[0][-1] < curves[0][0]
     gates = torch.full((4, 12, 2), 0.5, requires_grad=True)
     with fedms.gated(fused, gates):
