@@ -228,8 +228,7 @@ def federated(visit: Visit) -> dict[str, Any]:
     """A federated round of 32 clients, 1, 8 and 32 of them side by side."""
     words = [sys.executable, str(ROOT / "bench/federated_speed.py"), "--random"]
     words += ["tiny", "--rounds", "1"] if visit.tiny else ["MiniLM"]
-    seconds = visit.left() if visit.tiny else min(60.0, visit.left())
-    return seconds_a_round(*bounded(words, seconds, visit.out / "federated.log"))
+    return seconds_a_round(*bounded(words, visit.within(60.0), visit.out / "federated.log"))
 
 
 def seconds_a_round(code: int | None, text: str) -> dict[str, Any]:

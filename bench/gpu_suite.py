@@ -62,8 +62,7 @@ def main() -> int:
             visit.item(f"tune {case}", lambda c=case: sections.tuned(visit, c))
             visit.item(f"time {case}", lambda c=case: sections.timed(visit, c, seconds))
         visit.item("training step", lambda: training(visit))
-        bound = visit.left() if tiny else min(60.0, visit.left())
-        visit.item("tests", lambda: sections.tests(visit, bound), apart=True)
+        visit.item("tests", lambda: sections.tests(visit, visit.within(60.0)), apart=True)
         for backend in OURS.keys() & set(visit.data["items"]["about"]["backends"]):
             name = f"memcheck {backend}"
             visit.item(name, lambda b=backend: sanitized(visit, b), apart=True)
@@ -112,7 +111,7 @@ def sanitized(visit: Any, backend: str) -> dict[str, Any]:
 
     inside = [sys.executable, __file__, "--exercise", backend, str(visit.device)]
     if visit.tiny:
-        code, text = bounded(inside, 60.0, visit.out / f"memcheck-{backend}.log")
+        code, text = bounded(inside, visit.left(), visit.out / f"memcheck-{backend}.log")
         return {"line": f"exit code {code}, not sanitized", "output": text[-500:]}
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     log = visit.out / f"memcheck-{backend}.log"
@@ -125,7 +124,7 @@ def sanitized(visit: Any, backend: str) -> dict[str, Any]:
         words += [option, f"kns={name}"]
     # without torch's caching of memory an access behind a tensor is one behind an allocation
     code, text = bounded(
-        [*words, *inside], min(40.0, visit.left()), log, PYTORCH_NO_CUDA_MEMORY_CACHING="1"
+        [*words, *inside], visit.within(40.0), log, PYTORCH_NO_CUDA_MEMORY_CACHING="1"
     )
     said = {None: "CUT", 0: "clean", FOUND: "ERRORS FOUND"}.get(code, f"exit code {code}")
     return {"line": said, "backend": backend, "output": "" if code == 0 else text[-4000:]}

@@ -78,6 +78,10 @@ class Visit:
     def left(self) -> float:
         return self.until - time.monotonic()
 
+    def within(self, seconds: float) -> float:
+        """These or what is left, whichever is less; all that is left for a rehearsal."""
+        return self.left() if self.tiny else min(seconds, self.left())
+
     def write(self) -> None:
         fresh = self.out / "results.tmp"
         fresh.write_text(json.dumps(self.data, indent=1) + "\n", "utf-8")
