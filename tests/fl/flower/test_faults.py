@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from heard import Heard
 
 from fedms.fl.config import load_config
-from fedms.fl.journal.progress import Progress
 from fedms.fl.types import QuorumError
 
 pytest.importorskip("flwr")
@@ -28,15 +28,7 @@ SETTINGS = ("data.num_clients=4", "data.unseen_clients=0", "engine.deadline=0.3"
 BAD = "north"
 
 
-class Heard(Progress):
-    """Keeps the warnings that it hears."""
-
-    def __init__(self) -> None:
-        super().__init__(quiet=True)
-        self.warnings: list[str] = []
-
-    def warn(self, text: str) -> None:
-        self.warnings.append(text)
+Answer = Callable[[Message, Message], list[Message]]
 
 
 @pytest.fixture
@@ -59,6 +51,22 @@ def carry(wards, tmp_path, heard):
         return [json.loads(line) for line in text.splitlines()]
 
     return run
+
+
+def of_bad(kind: str, *answers: Answer):
+    """What becomes of BAD's replies to such orders: the first of these in round 1, and so on."""
+
+    def spoil(client: str, order: Message, reply: Message) -> list[Message]:
+        if client != BAD or order.metadata.message_type != kind:
+            return [reply]
+        answer = answers[int(order.metadata.group_id) - 1] if len(answers) > 1 else answers[0]
+        return answer(order, reply)
+
+    return spoil
+
+
+def nothing(order: Message, reply: Message) -> list[Message]:
+    return []
 
 
 def changed(order: Message, reply: Message, change: Callable[[dict, dict], None]) -> list[Message]:
@@ -106,7 +114,7 @@ def untimed(line: dict) -> dict:
 
 FAULTS = {
     "raises, as Flower tells it": (of_flower, "Flower says: <class 'ZeroDivisionError'>"),
-    "hangs": (lambda order, reply: [], "it did not answer within engine.deadline, 0.3 s"),
+    "hangs": (nothing, "it did not answer within engine.deadline, 0.3 s"),
     "replies for another round": (of_record(round=7), "its message is of round '7', expected"),
     "speaks for another": (
         of_record(client_id="south"),
@@ -136,23 +144,14 @@ def test_a_round_goes_on_without_whoever_fails_and_nothing_of_it_is_averaged(car
     """A fault a round, and the same run in which that client is silent in every round."""
     faults = list(FAULTS.items())
     rounds = [f"stage1.rounds={len(faults)}", "stage2.rounds=0", "stage1.local_steps=1"]
-
-    def spoil(client: str, order: Message, reply: Message) -> list[Message]:
-        if client != BAD or order.metadata.message_type != "train":
-            return [reply]
-        fault, _ = faults[int(order.metadata.group_id) - 1][1]
-        return fault(order, reply)
-
-    def silence(client: str, order: Message, reply: Message) -> list[Message]:
-        return [] if client == BAD and order.metadata.message_type == "train" else [reply]
-
+    spoil = of_bad("train", *(fault for _, (fault, _) in faults))
     lines = carry("faults", *rounds, spoil=spoil)
     for line, (name, (_, reason)) in zip(lines, faults, strict=True):
         (failure,) = line.pop("failed")
         assert failure["client_id"] == BAD, name
         assert re.search(reason, failure["reason"]), (name, failure)
         assert line["participants"] == ["east", "south", "west"]
-    silent = carry("silent", *rounds, spoil=silence)
+    silent = carry("silent", *rounds, spoil=of_bad("train", nothing))
     for found, wanted in zip(lines, silent, strict=True):
         wanted.pop("failed")
         assert untimed(found) == untimed(wanted)
@@ -182,18 +181,9 @@ def test_scores_are_a_clients_own_or_none(carry):
     """A fault a round, and the same run in which that client says no score in any round."""
     faults = list(SCORES.values())
     rounds = [f"stage1.rounds={len(faults)}", "stage2.rounds=0", "eval.every=1"]
-
-    def spoil(client: str, order: Message, reply: Message) -> list[Message]:
-        if client != BAD or order.metadata.message_type != "evaluate":
-            return [reply]
-        fault, _ = faults[int(order.metadata.group_id) - 1]
-        return fault(order, reply)
-
-    def silence(client: str, order: Message, reply: Message) -> list[Message]:
-        return [] if client == BAD and order.metadata.message_type == "evaluate" else [reply]
-
+    spoil = of_bad("evaluate", *(fault for fault, _ in faults))
     lines = carry("scores", *rounds, spoil=spoil)
-    silent = carry("silent", *rounds, spoil=silence)
+    silent = carry("silent", *rounds, spoil=of_bad("evaluate", nothing))
     for line, wanted, (_, reason) in zip(lines, silent, faults, strict=True):
         assert line.pop("unscored") == [{"client_id": BAD, "reason": reason}]
         assert [each["client_id"] for each in wanted.pop("unscored")] == [BAD]
@@ -206,12 +196,8 @@ def test_an_importance_is_a_number_a_block(carry, heard):
     by_importance = ["stage1.rounds=1", "stage2.rounds=0", "sal.order=importance"]
 
     def saying(*scores: float):
-        def spoil(client: str, order: Message, reply: Message) -> list[Message]:
-            if client != BAD or order.metadata.message_type != "query.importance":
-                return [reply]
-            return [with_answer(order, pack({"said": scores}))]
-
-        return spoil
+        answer = pack({"said": scores})
+        return of_bad("query.importance", lambda order, _: [with_answer(order, answer)])
 
     (most,) = carry("most", *by_importance, spoil=saying(0.0, 0.0, 1e9, 0.0))
     (least,) = carry("least", *by_importance, spoil=saying(0.0, 1e9, 0.0, 0.0))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from heard import Heard
 from patience import PATIENCE
 from safetensors.torch import load_file
 from spy import Spy
@@ -286,23 +287,12 @@ def test_torn_last_lines(whole, tmp_path, quiet, assert_same_run):
     assert_same_run(folder, wanted)
 
 
-class Listening(Progress):
-    """Keeps the warnings."""
-
-    def __init__(self) -> None:
-        super().__init__(quiet=True)
-        self.warnings: list[str] = []
-
-    def warn(self, text: str) -> None:
-        self.warnings.append(text)
-
-
 @pytest.mark.parametrize(
     "file", ["checkpoints/round-0003/server.safetensors", "clients/*/client-02-*.3.*"]
 )
 def test_a_truncated_newest_checkpoint(whole, tmp_path, assert_same_run, file):
     settings, wanted = whole()
-    folder, progress = tmp_path / "stopped", Listening()
+    folder, progress = tmp_path / "stopped", Heard()
     stopped_after(settings, folder, 3)
     path = next(iter(folder.glob(file)))
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
