@@ -137,7 +137,6 @@ METHODS = {
             "fedms, no SAL, late": ("fedms", NO_SAL),
             "fedms, own head, late": ("fedms", OWN_HEAD),
             "fedms, no SAL, own head, late": ("fedms", NO_SAL, OWN_HEAD),
-            "fedms, no SAL, logits, own head, late": ("fedms", NO_SAL, LOGITS, OWN_HEAD),
             "fedms, a block a round, late": ("fedms", *A_BLOCK_A_ROUND),
             "fedms, no SAL, one half, late": ("fedms", NO_SAL, HALF),
             "fedms, logits, late": ("fedms", LOGITS),

@@ -125,8 +125,9 @@ def _run_phase(
     phase = stage.phases[number]
     examples = [_examples(phase, each.client) for each in visits]
     leaves = select(model.slots.live, phase.trains)
+    none = torch.zeros(0, len(visits), device=counts.device)
     if not leaves or not any(map(len, examples)):
-        return torch.zeros(0, len(visits), device=counts.device)
+        return none
     seeds = _seeds(visits, number, round, seed)
     own = [each.client.own for each in visits]
     idle = _idle(model, visits, examples, leaves)
@@ -146,7 +147,7 @@ def _run_phase(
                 for name, slot in idle:
                     leaves[name][slot] = began[name][slot]
             losses.append(loss.detach())
-    return torch.stack(losses) if losses else torch.zeros(0, len(visits), device=counts.device)
+    return torch.stack(losses) if losses else none
 
 
 def _examples(phase: Phase, client: ClientData) -> np.ndarray:

@@ -248,7 +248,6 @@ def on_global(received: State, kept: State) -> State:
     return {**received, **renamed(heads, "global.", "local."), **kept}
 
 
-HEAD = "local.head.*"
 STARTS = {"global": from_global, "zero": received_and_kept, "residual": on_global}
 
 
@@ -258,14 +257,11 @@ def stages(settings: Settings, rounds: Rounds) -> tuple[Stage, ...]:
     learned, in_layers = settings.gate == "learned", settings.combine == "layer"
     examples = "train" if learned and settings.gate_data == "held_out" else "own"
     expert = Phase(("local.*",), LocalLoss(settings), examples)
-    head: tuple[Phase, ...] = ()
-    if settings.head_steps:
-        head = (replace(expert, trains=(HEAD,), whole=True, steps=settings.head_steps),)
     if not learned:
-        phases = (*head, expert)
+        phases = (expert,)
     elif in_layers:
         rates = (("gate.*", settings.gate_lr),)
-        phases = (*head, replace(expert, trains=("local.*", "gate.*"), rates=rates))
+        phases = (replace(expert, trains=("local.*", "gate.*"), rates=rates),)
     else:
         gate = Phase(
             ("gate.*",),
@@ -276,7 +272,9 @@ def stages(settings: Settings, rounds: Rounds) -> tuple[Stage, ...]:
             lr=settings.gate_lr,
             weight_decay=0.0,
         )
-        phases = (*head, expert, gate)
+        phases = (expert, gate)
+    if settings.head_steps:
+        phases = (expert.fitting(("local.head.*",), settings.head_steps), *phases)
     return (
         *_shared_experts(settings, *first, examples),
         Stage(
@@ -284,7 +282,7 @@ def stages(settings: Settings, rounds: Rounds) -> tuple[Stage, ...]:
             settings=second,
             phases=phases,
             experts=(*settings.shared, "local"),
-            heads=("local",) if head else (),
+            heads=("local",) if settings.head_steps else (),
             shares=("gate.adapter.*",) if learned and settings.share_adapter else (),
             frozen=tuple(f"{expert}.*" for expert in settings.shared),
             group=cluster_of if settings.clusters else None,

@@ -25,6 +25,6 @@ class Settings(Section):
 
 
 def stages(settings: Settings, rounds: Rounds) -> tuple[Stage, ...]:
-    loss = CrossEntropy("global")
-    head = Phase((HEAD,), loss, whole=True, steps=settings.head_steps)
-    return tuple(own_head(global_expert(*each), head, Phase((BODY,), loss)) for each in rounds)
+    body = Phase((BODY,), CrossEntropy("global"))
+    head = body.fitting((HEAD,), settings.head_steps)
+    return tuple(own_head(global_expert(*each), head, body) for each in rounds)

@@ -29,9 +29,8 @@ class Settings(Section):
 
 def stages(settings: Settings, rounds: Rounds) -> tuple[Stage, ...]:
     first, second = rounds
-    loss = CrossEntropy("local")
-    probe = Phase(("local.head.*",), loss, whole=True, steps=settings.probe_steps)
-    tune = Phase(("local.*",), loss)
+    tune = Phase(("local.*",), CrossEntropy("local"))
+    probe = tune.fitting(("local.head.*",), settings.probe_steps)
     return (
         global_expert(*first),
         replace(local_expert(*second), heads=("local",), phases=(probe, tune)),

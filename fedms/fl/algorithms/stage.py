@@ -80,6 +80,10 @@ class Phase:
     rates: tuple[tuple[str, float], ...] = ()
     turn: tuple[int, int] = (0, 1)
 
+    def fitting(self, heads: Patterns, steps: int) -> Phase:
+        """The same loss, lowered by full-batch steps of these heads alone."""
+        return replace(self, trains=heads, whole=True, steps=steps)
+
 
 def received_and_kept(received: State, kept: State) -> State:
     """A visit begins with what the server sent, under what the client keeps."""
@@ -201,14 +205,16 @@ class Stage:
 
         A phase under a head that the one before it has fitted is left as it is.
         """
-        phases: list[Phase] = []
+        steps, phases = self.settings.head_steps, list[Phase]()
         for phase in self.phases:
-            names = {f"{expert}.head.*": f"{expert}.head.weight" for expert in self.experts}
-            heads = tuple(own for own, name in names.items() if matches(name, phase.trains))
-            fitted = phase.whole or any(p.whole for p in phases[-1:])
-            if heads and self.settings.head_steps and not fitted:
-                steps = self.settings.head_steps
-                phases.append(replace(phase, trains=heads, whole=True, steps=steps))
+            heads = tuple(
+                f"{expert}.head.*"
+                for expert in self.experts
+                if matches(f"{expert}.head.weight", phase.trains)
+            )
+            fitted = phase.whole or any(before.whole for before in phases[-1:])
+            if steps and heads and not fitted:
+                phases.append(phase.fitting(heads, steps))
             phases.append(phase)
         return replace(self, phases=tuple(phases))
 
