@@ -21,7 +21,7 @@ from weakref import WeakSet
 import torch
 from torch import nn
 
-from fedms.peft.checkpointing import depth, note, noted
+from fedms.peft.checkpointing import deleted, depth, note, noted
 from fedms.peft.generation import generating_call, generating_models, watch, watching
 from fedms.peft.routing import AdapterRouting
 
@@ -117,7 +117,7 @@ def routing_of(layer: Gateable) -> AdapterRouting | None:
     binding = _binding(layer)
     if binding is None or binding.routing is None:
         return None
-    note(layer, binding.routing, binding.depth)
+    note(layer, binding.routing, binding.held, binding.depth)
     call = generating_call()
     return binding.routing if call is None else call.fit(binding.routing)
 
@@ -134,8 +134,7 @@ def _binding(layer: Gateable) -> Binding | None:
     else:
         binding = layer._fedms_set
     if binding is not None:
-        there: Any = layer._modules["lora_A"]._modules  # type: ignore[attr-defined]
-        gone = [name for name in binding.held if name not in there]
+        gone = deleted(layer, binding.held)
         if gone:
             raise RuntimeError(
                 f"gates or adapter names are set for adapters {gone}, which were deleted since: "
@@ -150,7 +149,7 @@ def _in_backward(layer: Gateable, task: int) -> AdapterRouting | None:
     restored = binding is not None and binding.restored
     if binding is not None and binding.task == task and not restored:  # by the recomputation itself
         if binding.routing is not None:
-            note(layer, binding.routing, binding.depth)
+            note(layer, binding.routing, binding.held, binding.depth)
         return binding.routing
     routing, known = noted(layer)
     if routing is None and binding is not None and restored:

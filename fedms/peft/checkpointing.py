@@ -42,17 +42,26 @@ _NAMES = frozenset(("checkpoint", "unpack_hook", "forward", "backward"))
 
 
 class Note(NamedTuple):
-    """The routing of a call in a forward, and how often its tensors had been changed in place."""
+    """The routing of a call in a forward, and what must be as it was then: how often its tensors
+    had been changed in place, and the adapters of it that the layer had.
+    """
 
     routing: AdapterRouting
     versions: tuple[int, ...]
+    held: tuple[str, ...]
 
     @classmethod
-    def of(cls, routing: AdapterRouting) -> Note:
-        return cls(routing, _versions(routing))
+    def of(cls, routing: AdapterRouting, held: tuple[str, ...]) -> Note:
+        return cls(routing, _versions(routing), held)
 
-    def unchanged(self) -> AdapterRouting:
+    def unchanged(self, layer: Any) -> AdapterRouting:
         """The routing. Raises RuntimeError where it is not what it was: nobody kept a copy."""
+        gone = deleted(layer, self.held)
+        if gone:
+            raise RuntimeError(
+                f"adapters {gone} were deleted between a forward and its recomputation by "
+                "activation checkpointing, which needs them: run backward first"
+            )
         if _versions(self.routing) != self.versions:
             raise RuntimeError(
                 "gates were changed in place between a forward and its recomputation by activation "
@@ -70,22 +79,31 @@ def _versions(routing: AdapterRouting) -> tuple[int, ...]:
 _NOTES: WeakKeyDictionary[Any, dict[int, Note]] = WeakKeyDictionary()
 
 
+def deleted(layer: Any, held: tuple[str, ...]) -> list[str]:
+    """Those of the adapters that the layer had which it has no more."""
+    there = layer._modules["lora_A"]._modules  # without nn.Module.__getattr__, which is slow
+    return [name for name in held if name not in there]
+
+
 def depth() -> int:
     """How many checkpoints' forwards run the caller, up to the recomputation around it, if any."""
     return len(enclosing()[0])
 
 
-def note(layer: object, routing: AdapterRouting, outer: int) -> None:
-    """Note a call's routing with the running checkpoints, apart from the `outer` outermost ones."""
+def note(layer: Any, routing: AdapterRouting, held: tuple[str, ...], outer: int) -> None:
+    """Note a call's routing with the running checkpoints, apart from the `outer` outermost ones.
+
+    held: those of the routing's adapters that the layer has.
+    """
     forwards, _ = enclosing()
     for checkpoint in forwards[outer:]:
-        _NOTES.setdefault(checkpoint, {})[id(layer)] = Note.of(routing)
+        _NOTES.setdefault(checkpoint, {})[id(layer)] = Note.of(routing, held)
 
 
-def noted(layer: object) -> tuple[AdapterRouting | None, bool]:
+def noted(layer: Any) -> tuple[AdapterRouting | None, bool]:
     """What the forward had (None: no gates), and whether a recomputation runs the caller at all.
 
-    Raises RuntimeError where its gates were changed in place since.
+    Raises RuntimeError where its gates were changed in place or an adapter was deleted since.
     """
     forwards, recomputed = enclosing()
     if recomputed is None:
@@ -95,7 +113,7 @@ def noted(layer: object) -> tuple[AdapterRouting | None, bool]:
         return None, True
     for checkpoint in forwards:
         _NOTES.setdefault(checkpoint, {})[id(layer)] = note
-    return note.unchanged(), True
+    return note.unchanged(layer), True
 
 
 def enclosing() -> tuple[list[Any], Any]:

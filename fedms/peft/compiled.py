@@ -84,7 +84,7 @@ def _tell(checkpoint: Any, bindings: Mapping[Gateable, Binding]) -> None:
         setattr(checkpoint, name, function)
     for layer, binding in bindings.items():
         if binding.routing is not None:
-            function.notes[layer] = Note.of(binding.routing)
+            function.notes[layer] = Note.of(binding.routing, binding.held)
 
 
 class _Recomputation:
@@ -95,7 +95,7 @@ class _Recomputation:
         self.notes: dict[Gateable, Note] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        had = {layer: note.unchanged() for layer, note in self.notes.items()}
+        had = {layer: note.unchanged(layer) for layer, note in self.notes.items()}
         routings = dict.fromkeys(in_force()) | had
         with bound({layer: Binding(r, restored=True) for layer, r in routings.items()}):
             return self.function(*args, **kwargs)

@@ -109,6 +109,17 @@ def test_gates_changed_in_place_are_noticed(models):
             loss.backward()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_deleted_before_it_is_computed_again(models, kind):
+    _, model = models
+    x = torch.randn(3, IN, dtype=DOUBLE, requires_grad=True)
+    with fedms.gated(model, torch.rand(2, dtype=DOUBLE)):
+        loss = CHECKPOINTS[kind](model.base_model.model.a, x).sum()
+    model.delete_adapter("two")
+    with pytest.raises(RuntimeError, match=r"\['two'\] were deleted between a forward and its"):
+        loss.backward()
+
+
 def test_where_gates_cannot_follow_is_an_error(models):
     """In a checkpoint of a library's own, and where the forward was not gated."""
     _, model = models

@@ -10,6 +10,7 @@ from peft import LoraConfig
 from peft_models import IN, OUT, assert_same, fused_calls, mlp, step, with_adapters
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import fedms
 from fedms.peft import FusedLinear
@@ -359,3 +360,13 @@ def test_a_layer_without_one_of_the_gated_adapters(model):
         model.delete_adapter("four")
         with pytest.raises(RuntimeError, match=r"\['four'\], which were deleted"):
             model(x)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_an_adapter_deleted_before_it_is_computed_again(model, use_reentrant):
+    x = torch.randn(2, IN, dtype=DOUBLE, requires_grad=True)
+    with fedms.gated(model, torch.rand(3, dtype=DOUBLE)):
+        y = checkpoint(model, x, use_reentrant=use_reentrant)
+    model.delete_adapter("three")
+    with pytest.raises(RuntimeError, match=r"\['three'\] were deleted between a forward and its"):
+        y.sum().backward()
