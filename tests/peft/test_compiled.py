@@ -120,6 +120,10 @@ def test_an_adapter_deleted_before_it_is_computed_again(models, kind):
         loss.backward()
 
 
+# torch 2.11 closes nested checkpoints in the wrong order when one of plain linears raises, too
+@pytest.mark.filterwarnings(
+    "ignore:.*_checkpoint_without_reentrant_generator:pytest.PytestUnraisableExceptionWarning"
+)
 def test_where_gates_cannot_follow_is_an_error(models):
     """In a checkpoint of a library's own, and where the forward was not gated."""
     _, model = models
