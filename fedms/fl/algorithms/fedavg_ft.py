@@ -13,12 +13,21 @@ from __future__ import annotations
 from fedms.fl.algorithms.fedavg import global_expert
 from fedms.fl.algorithms.losses import CrossEntropy, Expert
 from fedms.fl.algorithms.stage import Phase, Rounds, Stage, StageConfig
-from fedms.fl.types import State, renamed
+from fedms.fl.types import State, renamed, select
 
 
 def from_global(received: State, kept: State) -> State:
     """A client's local expert starts as the global one."""
     return {**received, **renamed(received, "global.", "local."), **kept}
+
+
+def under_global_head(received: State, kept: State) -> State:
+    """A client's local expert starts fresh, under the global one's head where that is trained.
+
+    A linear head starts from zero: a client that no cohort has drawn yet would answer by chance.
+    """
+    head = renamed(select(received, ("global.head.*",)), "global.", "local.")
+    return {**received, **head, **kept}
 
 
 def local_expert(name: str, settings: StageConfig) -> Stage:

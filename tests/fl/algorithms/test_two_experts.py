@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from visits import a_view, one_visit, together
 
+from fedms.fl.algorithms import stages_of
 from fedms.fl.client import Visit, class_counts, received, visit
 from fedms.fl.config import load_config
+from fedms.fl.engines.world import load_model
 from fedms.fl.model.view import View
 from fedms.fl.types import ConfigError, renamed, select
 
@@ -68,19 +72,39 @@ def test_feddpa_f_trains_as_fine_tuning_does(setting):
 
 
 def test_feddpa_t_sends_what_fedavg_sends(setting):
-    """Exactly, where the local expert takes no steps; with some, by the same names."""
+    """Exactly, without the local expert's phase; with it, by the same names."""
     plain, model, clients = setting("method=fedavg")
-    none = setting("method=feddpa_t", "feddpa_t.local_steps=0")[0]
-    some = setting("method=feddpa_t")[0]
-    fedavg, without, with_local = (one_visit(s, model, clients[0]) for s in (plain, none, some))
+    both = setting("method=feddpa_t")[0]
+    shared = replace(both, phases=both.phases[1:])
+    fedavg, without, with_local = (one_visit(s, model, clients[0]) for s in (plain, shared, both))
     alike(without.shared, fedavg.shared)
     assert without.train_loss == pytest.approx(fedavg.train_loss, abs=1e-12)
     assert without.kept == {}
-    fresh = received(model, some, {})
+    fresh = received(model, both, {})
     assert with_local.shared.keys() == fedavg.shared.keys()
     moved = [(with_local.kept[n] - fresh[n]).abs().max() for n in with_local.kept]
     assert len(moved) == 2 * 2 * 3
     assert min(moved) > 0
+
+
+def test_feddpa_ts_newcomer_answers_by_the_head_that_it_was_sent(config, world, in_float64):
+    """log softmax(H z), z through the received expert under 1 - w cos: the local B is still 0."""
+    settings = config(in_float64, "method=feddpa_t", "task.head=linear")
+    model, (stage, _) = load_model(settings, world.federation), stages_of(settings)
+    model.slots.set_awake((2, 3))
+    model.prefix.keep([2])
+    sent = {n: torch.randn_like(t) for n, t in received(model, stage, {}).items()}
+    sent, newcomer = select(sent, ("global.*",)), world.federation.unseen[0]
+    start = stage.start(received(model, stage, sent), {})
+    model.slots.load([start])
+    view = View(model, [newcomer.test], class_counts(model, [newcomer]), own=[newcomer.own])
+    weights = stage.predict.weights(view)
+    z = view.features("global", gates=weights[:, :1])
+    wanted = (z @ sent["global.head.weight"].T).log_softmax(-1)
+    assert wanted.exp().max() > 0.5  # no chance
+    torch.testing.assert_close(stage.predict(view), wanted)
+    own = {"local.head.weight": torch.ones_like(start["local.head.weight"])}
+    alike(select(stage.start(received(model, stage, sent), own), ("local.head.*",)), own)
 
 
 def test_feddpa_t_trains_the_local_expert_in_the_mixture(setting):
