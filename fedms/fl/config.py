@@ -139,6 +139,25 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _has_heads_to_fit(self) -> Self:
+        methods, linear = (self.method, *self.rivals), self.task.head == "linear"
+        stages = [s for method in methods for s in stages_of(self, method) if s.phases]
+        for name, settings in (("stage1", self.stage1), ("stage2", self.stage2)):
+            trained = [
+                bool(stage.heads_of(phase, linear))
+                for stage in stages
+                for phase in stage.phases
+                if stage.name == name
+            ]
+            if trained and not any(trained) and (settings.head_steps or settings.head_lr):
+                raise ValueError(
+                    f"{name}.head_steps and {name}.head_lr are for heads that are trained, and "
+                    f"{', '.join(methods)} train none in {name}: leave them at 0, or set "
+                    'task.head = "linear"'
+                )
+        return self
+
+    @model_validator(mode="after")
     def _has_budgets_where_they_can_be(self) -> Self:
         for method in (self.method, *self.rivals):
             if self.sal.scope == "client" and not all(s.budgets for s in stages_of(self, method)):

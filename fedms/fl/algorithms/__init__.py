@@ -77,13 +77,14 @@ def title(method: str) -> str:
 def stages_of(config: Any, method: str | None = None) -> tuple[Stage, ...]:
     """The stages of ``method`` (default: ``config.method``) that have rounds.
 
-    ``config`` has ``method``, ``prior``, ``eval``, ``stage1``, ``stage2`` and the sections named in
-    :data:`ALGORITHMS`.
+    ``config`` has ``method``, ``prior``, ``eval``, ``task``, ``stage1``, ``stage2`` and the
+    sections named in :data:`ALGORITHMS`.
     """
     module, section = ALGORITHMS[method or config.method]
     rounds = (("stage1", config.stage1), ("stage2", config.stage2))
     build: Callable[..., tuple[Stage, ...]] = module.stages
     stages = build(rounds) if section is None else build(getattr(config, section), rounds)
     knob = {"prior": config.prior, "priors": config.eval.priors}
-    stages = tuple(stage.with_fitted_heads() for stage in stages if stage.settings.rounds)
-    return tuple(replace(stage, **knob) for stage in stages)
+    linear = config.task.head == "linear"
+    fitted = (stage.with_fitted_heads(linear) for stage in stages if stage.settings.rounds)
+    return tuple(replace(stage, **knob) for stage in fitted)

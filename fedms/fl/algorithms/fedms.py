@@ -50,7 +50,9 @@ class Settings(Section):
     gate_input: Literal["experts", "base", "both"] = "experts"
     """What the gate reads: what the experts say, the frozen base's feature, or both."""
     gate_data: Literal["held_out", "train"] = "held_out"
-    """Whether the gate trains on ``data.gate``'s examples or on the experts' own."""
+    """Whether the gate trains on ``data.gate``'s examples or on the experts' own. Where ``combine``
+    is "layer" it trains with the local expert, by one loss, on all of a client's: what follows on
+    the gate's own steps, its anchor and the balance of its loss is without effect there."""
     gate: Literal["learned", "fixed"] = "learned"
     """"fixed": the local expert always weighs ``weight``."""
     weight: Share = 0.5
@@ -61,7 +63,8 @@ class Settings(Section):
     """What a local expert starts from; "residual": from zero, on top of the frozen global one."""
     local_loss: Literal["own", "mixture", "balanced", "not_true"] = "own"
     """What the local expert lowers: its own cross-entropy or the mixture's; its own with all
-    classes alike; or its own, distilled from the global expert over the wrong classes."""
+    classes alike; or its own, distilled from the global expert over the wrong classes. A layer
+    mixture has the mixture's."""
     distill: NotNegative = 1.0
     """Weight of the distillation of ``local_loss = "not_true"``."""
     head_steps: Natural = 0
@@ -117,6 +120,15 @@ class Settings(Section):
             raise ValueError(
                 'combine = "layer" weighs two experts in every linear, and with '
                 f"mofm.clusters = {self.clusters} there are three: choose another, or no clusters"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _is_no_layer_with_a_loss_of_its_own(self) -> Self:
+        if self.combine == "layer" and self.local_loss not in ("own", "mixture"):
+            raise ValueError(
+                'combine = "layer" trains gate and local expert together, by the mixture\'s '
+                f'cross-entropy: mofm.local_loss must not be "{self.local_loss}"'
             )
         return self
 
@@ -255,7 +267,8 @@ def stages(settings: Settings, rounds: Rounds) -> tuple[Stage, ...]:
     """ValueError: the clusters' experts are to be trained in more rounds than stage 1 has."""
     first, (name, second) = rounds
     learned, in_layers = settings.gate == "learned", settings.combine == "layer"
-    examples = "train" if learned and settings.gate_data == "held_out" else "own"
+    held_out = learned and not in_layers and settings.gate_data == "held_out"
+    examples = "train" if held_out else "own"
     expert = Phase(("local.*",), LocalLoss(settings), examples)
     if not learned:
         phases = (expert,)
@@ -266,7 +279,7 @@ def stages(settings: Settings, rounds: Rounds) -> tuple[Stage, ...]:
         gate = Phase(
             ("gate.*",),
             GateLoss(settings),
-            "gate" if examples == "train" else "own",
+            "gate" if held_out else "own",
             whole=True,
             steps=settings.gate_steps,
             lr=settings.gate_lr,

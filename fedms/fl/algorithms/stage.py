@@ -200,18 +200,22 @@ class Stage:
         """What the cohort is sent every round."""
         return self.shares if self.receives is None else self.receives
 
-    def with_fitted_heads(self) -> Stage:
+    def heads_of(self, phase: Phase, of_task: bool) -> Patterns:
+        """The heads that a phase trains. of_task: the task has a trained one in every expert."""
+        return tuple(
+            f"{expert}.head.*"
+            for expert in self.experts
+            if (of_task or expert in self.heads) and matches(f"{expert}.head.weight", phase.trains)
+        )
+
+    def with_fitted_heads(self, of_task: bool) -> Stage:
         """The stage whose visits begin with ``settings.head_steps``, if it trains heads.
 
         A phase under a head that the one before it has fitted is left as it is.
         """
         steps, phases = self.settings.head_steps, list[Phase]()
         for phase in self.phases:
-            heads = tuple(
-                f"{expert}.head.*"
-                for expert in self.experts
-                if matches(f"{expert}.head.weight", phase.trains)
-            )
+            heads = self.heads_of(phase, of_task)
             fitted = phase.whole or any(before.whole for before in phases[-1:])
             if steps and heads and not fitted:
                 phases.append(phase.fitting(heads, steps))

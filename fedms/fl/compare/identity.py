@@ -65,22 +65,41 @@ def identity_of(config: Config, content: Sequence[str] = ()) -> Identity:
 
 
 def _noticed(config: Config) -> Callable[[str], bool]:
-    """Which settings a method takes notice of: a rival has those of its run's method, too."""
+    """Which settings a method takes notice of: a rival has those of its run's method, too.
+
+    Not of numbers for what it has not switched on.
+    """
     stages = stages_of(config)
     trains, sends, wakes = (
         any(getattr(stage, name) for stage in stages) for name in ("phases", "shares", "wakes")
     )
     others = {section for _, section in ALGORITHMS.values()} - {ALGORITHMS[config.method][1]}
 
+    channel, wakes_by_scores = config.channel, wakes and config.sal.enabled
+    switched_on = {
+        "channel.topk_share": channel.codec == "topk",
+        "channel.hostile": channel.aggregate != "mean",
+        "channel.privacy.clip": True,
+        "sal.max_blocks": True,
+        "sal.order": True,
+        "sal.scope": True,
+        "sal.min_budget": config.sal.scope == "client",
+        "sal.enabled": wakes,
+        "eval.val_examples": wakes_by_scores,
+    }
+
     def noticed(key: str) -> bool:
         section = key.partition(".")[0]
         if not trains:
             return key == "prior"
-        if section == "channel":
-            return sends
+        if section == "channel" and not sends:
+            return False
+        if key in switched_on:
+            return switched_on[key]
+        if key.startswith("channel.privacy."):
+            return channel.privacy.clip > 0.0
         if section == "sal":
-            of_budgets = key in ("sal.max_blocks", "sal.scope", "sal.min_budget")
-            return of_budgets or (wakes and (config.sal.enabled or key == "sal.enabled"))
+            return wakes_by_scores
         return section not in others
 
     return noticed

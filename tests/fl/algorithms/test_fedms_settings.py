@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from visits import a_view, one_visit
 
+from fedms.fl.algorithms import stages_of
 from fedms.fl.algorithms.fedms import overlap
 from fedms.fl.algorithms.losses import BalancedSoftmax, CrossEntropy, NotTrue
 from fedms.fl.client import received
@@ -126,3 +127,20 @@ def test_no_residual_within_a_layer():
         load_config(
             None, ["mofm.combine=layer", "mofm.gate_input=base", "mofm.local_from=residual"]
         )
+
+
+LAYER = ("mofm.combine=layer", "mofm.gate_input=base")
+
+
+@pytest.mark.parametrize("loss", ["balanced", "not_true"])
+def test_a_layer_mixture_has_no_loss_of_another(loss):
+    with pytest.raises(ConfigError, match=f'local_loss must not be "{loss}"'):
+        load_config(None, [*LAYER, f"mofm.local_loss={loss}"])
+    load_config(None, [*LAYER, "mofm.local_loss=mixture"])
+
+
+def test_a_layer_mixture_trains_on_all_of_a_clients_examples(config):
+    stages = stages_of(config(*LAYER))
+    assert [phase.examples for stage in stages for phase in stage.phases] == ["own", "own"]
+    apart = stages_of(config())
+    assert [p.examples for stage in apart for p in stage.phases] == ["train", "train", "gate"]

@@ -15,7 +15,7 @@ from fedms.fl.algorithms.losses import BalancedSoftmax, CrossEntropy
 from fedms.fl.client import learning, received
 from fedms.fl.engines.world import load_model
 from fedms.fl.model.view import View
-from fedms.fl.types import select
+from fedms.fl.types import ConfigError, select
 
 HEAD, OWN = "global.head.weight", "personal.weight"
 
@@ -85,15 +85,16 @@ def test_heads_are_fitted_before_the_rest_of_a_visit(setting):
     ("method", "steps"), [("fedavg", [6, None]), ("ditto", [6, None, 6, None]), ("zero_shot", [])]
 )
 def test_steps_of_heads_in_every_method(config, method, steps):
-    stage = stages_of(config(f"method={method}", "stage1.head_steps=6"))[0]
+    stage = stages_of(config(f"method={method}", "stage1.head_steps=6", "task.head=linear"))[0]
     assert [phase.steps for phase in stage.phases] == steps
 
 
-def test_a_frozen_head_takes_no_steps(setting):
-    stage, model, clients = setting("method=fedavg", "stage1.head_steps=6")
-    alone = one_visit(replace(stage, phases=stage.phases[:1]), model, clients[0])
-    assert alone.shared == alone.kept == {}
-    assert len(one_visit(stage, model, clients[0]).shared) == 2 * 2 * 3
+@pytest.mark.parametrize("asked", ["stage1.head_steps=6", "stage2.head_lr=0.01"])
+def test_a_frozen_head_has_no_steps_and_no_rate(config, asked):
+    with pytest.raises(ConfigError, match=rf"{asked[:6]}\.head_steps .* fedavg train none in"):
+        config("method=fedavg", asked)
+    config("method=fedavg", asked, "rivals=['fedper']")  # trains one of its own
+    config("method=zero_shot", asked)  # trains nothing at all
 
 
 def test_fedrep_trains_the_features_under_the_head_that_it_has_fitted(setting):

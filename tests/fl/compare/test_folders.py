@@ -102,6 +102,23 @@ def test_who_sends_nothing_takes_no_notice_of_the_channel(tmp_path):
     assert len(read_runs([tmp_path]).left_out) == 1
 
 
+@pytest.mark.parametrize(
+    ("number", "switch"),
+    [
+        ("channel.topk_share=0.1", "channel.codec=topk"),
+        ("channel.hostile=0.1", "channel.aggregate=median"),
+        ("channel.privacy.epsilon=2.0", "channel.privacy.clip=0.1"),
+        ("sal.min_budget=2", "sal.scope=client"),
+        ("eval.val_examples=500", "method=fedms"),
+        ("sal.queue_length=3", "method=fedms"),
+    ],
+)
+def test_numbers_for_what_is_off_make_no_other_method(number, switch, tmp_path):
+    for name, settings in {"a": [], "b": [number], "c": [switch], "d": [switch, number]}.items():
+        write_run(tmp_path / name, "method=fedavg", *settings)
+    assert list(read_runs([tmp_path]).left_out) == [tmp_path / "b"]
+
+
 def test_files_of_one_name_are_told_apart_and_changed_ones_too(tmp_path):
     write_run(tmp_path / "a", "data.source=/x/notes.csv")
     write_run(tmp_path / "b", "data.source=/y/notes.csv")
