@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -18,6 +19,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fedms.peft import layer as fused_layer
 
 IN, HIDDEN, OUT = 24, 32, 20
+
+# torch 2.11 closes nested checkpoints in the wrong order when one raises, of plain linears too
+nested_may_raise = pytest.mark.filterwarnings(
+    "ignore:.*_checkpoint_without_reentrant_generator:pytest.PytestUnraisableExceptionWarning"
+)
 
 
 class Mlp(nn.Module):

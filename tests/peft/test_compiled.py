@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from peft_models import IN, mlp
+from peft_models import IN, mlp, nested_may_raise
 from test_binding import CHECKPOINTS, WAYS
 from torch._dynamo.utils import counters
 
@@ -120,10 +120,7 @@ def test_an_adapter_deleted_before_it_is_computed_again(models, kind):
         loss.backward()
 
 
-# torch 2.11 closes nested checkpoints in the wrong order when one of plain linears raises, too
-@pytest.mark.filterwarnings(
-    "ignore:.*_checkpoint_without_reentrant_generator:pytest.PytestUnraisableExceptionWarning"
-)
+@nested_may_raise
 def test_where_gates_cannot_follow_is_an_error(models):
     """In a checkpoint of a library's own, and where the forward was not gated."""
     _, model = models
