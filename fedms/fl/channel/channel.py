@@ -102,30 +102,31 @@ def _check_cohort(method: str, stages: tuple[Stage, ...], drawn: int) -> None:
 
 
 def _check_privacy(method: str, stages: tuple[Stage, ...], sal: SalConfig) -> None:
-    """Refuse what would release something else than clipped, noised means."""
+    """Refuse what would release something else than clipped, noised means of drawn clients."""
+    _check_apart(method, stages, "none is drawn and clipped by itself, so no epsilon holds")
     _check_mean(method, stages, "has no bound on what one client moves, so no epsilon holds")
     if method == "fedavg_prior" or any(stage.prior or stage.priors for stage in stages):
         raise ConfigError(
             "prior, eval.priors and fedavg_prior tell clients everyone's label frequencies without "
             "noise: with channel.privacy leave them out"
         )
-    if sal.enabled and any(stage.wakes for stage in stages):
-        if sal.trigger == "capability_queue":
-            raise ConfigError(
-                'sal.trigger = "capability_queue" lets scores on the clients\' data decide what is '
-                'trained, without noise: with channel.privacy set sal.trigger to "every" or '
-                '"all_at_once", or sal.enabled to false'
-            )
-        if sal.order == "importance":
-            raise ConfigError(
-                'sal.order = "importance" reads gradients of the clients\' data, without noise: '
-                "with channel.privacy choose another order"
-            )
+    if sal.order == "importance":  # it is asked for whatever the method, with SAL or without
+        raise ConfigError(
+            'sal.order = "importance" reads gradients of the clients\' data, without noise: '
+            "with channel.privacy choose another order"
+        )
+    if sal.enabled and sal.trigger == "capability_queue" and any(stage.wakes for stage in stages):
+        raise ConfigError(
+            'sal.trigger = "capability_queue" lets scores on the clients\' data decide what is '
+            'trained, without noise: with channel.privacy set sal.trigger to "every" or '
+            '"all_at_once", or sal.enabled to false'
+        )
 
 
 def _check_robust(method: str, channel: Channel, sal: SalConfig) -> None:
     """Refuse what cannot be compared client by client, and cohorts that are too small."""
     rule, drawn = channel.settings.aggregate, cohort_size(channel.clients, channel.fraction)
+    _check_apart(method, channel.stages, f"there are no updates for a {rule}")
     _check_mean(method, channel.stages, f"has no {rule}")
     if sal.scope == "client":
         raise ConfigError(
@@ -137,6 +138,11 @@ def _check_robust(method: str, channel: Channel, sal: SalConfig) -> None:
             f'channel.aggregate = "{rule}" against {channel.hostile} hostile clients needs a '
             f"cohort of {least(rule, channel.hostile)}, got {drawn}: lower channel.hostile"
         )
+
+
+def _check_apart(method: str, stages: tuple[Stage, ...], why: str) -> None:
+    if any(stage.pooled for stage in stages):
+        raise ConfigError(f"{method} trains on all clients' examples in one place: {why}")
 
 
 def _check_mean(method: str, stages: tuple[Stage, ...], why: str) -> None:

@@ -29,6 +29,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
+from fedms.fl.algorithms import stages_of
 from fedms.fl.config import Config, load_config
 from fedms.fl.engines.answers import EVALUATE, HELLO, IMPORTANCE, TRAIN, VALIDATE, say_why_not
 from fedms.fl.engines.engine import Engine
@@ -185,6 +186,9 @@ def serve(config: Config, out: Path, grid: Grid, wait: float, progress: Progress
     Args:
         wait: seconds in which ``data.num_clients`` sites and ``data.unseen_clients`` others come.
             A run that goes on waits as long for those that it has, and then for nobody.
+
+    Raises:
+        ConfigError: the method or a rival needs what real sites do not tell.
     """
     _refuse_what_needs_everyone(config)
     sites = Sites(grid, config.engine.deadline, progress)
@@ -217,11 +221,22 @@ def serve(config: Config, out: Path, grid: Grid, wait: float, progress: Progress
 
 
 def _refuse_what_needs_everyone(config: Config) -> None:
-    if config.prior or config.eval.priors or config.method == "fedavg_prior":
+    methods = (config.method, *config.rivals)
+    if config.prior or config.eval.priors or "fedavg_prior" in methods:
         raise ConfigError(
             "prior, eval.priors and fedavg_prior read everyone's label frequencies, which real "
             "sites do not tell; they can be simulated"
         )
+    _refuse_what_is_pooled(config)
+
+
+def _refuse_what_is_pooled(config: Config) -> None:
+    for method in (config.method, *config.rivals):
+        if any(stage.pooled for stage in stages_of(config, method)):
+            raise ConfigError(
+                f"{method} trains on all clients' examples in one place, and Flower's clients keep "
+                'theirs: leave it out, or run it with engine.kind = "local"'
+            )
 
 
 def _gather(config: Config, sites: Sites, wait: float, progress: Progress) -> Members:
@@ -252,7 +267,11 @@ def simulate(
     Args:
         folder: of the run; the clients write there, too.
         carry_on: starts or resumes it, given ``source`` and ``engine``.
+
+    Raises:
+        ConfigError: a method trains on all clients' examples in one place.
     """
+    _refuse_what_is_pooled(config)
     logging.getLogger("flwr").setLevel(logging.ERROR)  # of rounds our own progress tells
     with progress.phase("clients"):
         federation = load_federation(config)

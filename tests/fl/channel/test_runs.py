@@ -168,7 +168,10 @@ def test_an_infinite_budget_is_no_epsilon_and_valid_json(metrics, tmp_path):
         (["eval.priors=[1.0]"], "tell clients everyone's label frequencies without noise"),
         (["method=fedavg_prior"], "tell clients everyone's label frequencies without noise"),
         (["sal.trigger=capability_queue"], "lets scores on the clients' data decide"),
-        (["sal.trigger=every", "sal.order=importance"], "reads gradients of the clients' data"),
+        (["sal.order=importance"], "reads gradients of the clients' data"),
+        (["sal.order=importance", "method=fedavg"], "reads gradients of the clients' data"),
+        (["sal.order=importance", "sal.enabled=false"], "reads gradients of the clients' data"),
+        (["method=centralised"], "centralised trains on all clients' examples in one place: none"),
         (["channel.privacy.delta=0.25"], "must be less than 1 / 4 clients"),
     ],
 )
@@ -183,6 +186,8 @@ def test_what_a_robust_rule_cannot_do_is_refused(config):
     rule = "channel.aggregate=multi_krum"
     with pytest.raises(ConfigError, match="fedex_lora aggregates by a rule of its own, which has"):
         Channel.of(config(rule, "method=fedex_lora"), 4)
+    with pytest.raises(ConfigError, match="centralised trains on all clients' examples in one pla"):
+        Channel.of(config(rule, "method=centralised"), 20)
     with pytest.raises(ConfigError, match=r"1 hostile clients needs a cohort of 5, got 4"):
         Channel.of(config(rule), 4)
     with pytest.raises(ConfigError, match=r'with sal.scope = "client" they hold different blocks'):

@@ -19,7 +19,7 @@ from flwr.app import Message
 from post import Post, app_of
 
 from fedms.fl.engines.flower import RECORD
-from fedms.fl.runs.flower import serve
+from fedms.fl.runs.flower import serve, simulate
 from fedms.fl.types import ConfigError, FedMSError
 from fedms.fl.wire import unpack
 
@@ -220,7 +220,28 @@ def test_other_settings_do_not_go_on_with_a_run(federation):
         carry()
 
 
-def test_what_needs_everyones_labels_is_refused(federation):
-    _, carry = federation(*SHORT, "prior=0.5")
-    with pytest.raises(ConfigError, match="everyone's label frequencies"):
+@pytest.mark.parametrize(
+    ("override", "why"),
+    [
+        ("prior=0.5", "everyone's label frequencies"),
+        ("method=fedavg_prior", "everyone's label frequencies"),
+        ('rivals=["fedavg_prior"]', "everyone's label frequencies"),
+        ("method=centralised", "centralised trains on all clients' examples in one place"),
+        ('rivals=["centralised"]', "centralised trains on all clients' examples in one place"),
+    ],
+)
+def test_what_needs_everyone_is_refused(federation, tmp_path, override, why):
+    _, carry = federation(*SHORT, override, unseen="")
+    with pytest.raises(ConfigError, match=why):
         carry()
+    assert not (tmp_path / "server").exists()
+
+
+@pytest.mark.parametrize("override", ["method=centralised", 'rivals=["centralised"]'])
+def test_a_simulation_has_no_place_for_everybodys_examples(wards, tmp_path, quiet, override):
+    def never(**_) -> None:
+        raise AssertionError("nothing is to be run")
+
+    config = load_config(None, [*wards.settings, *SHORT, override])
+    with pytest.raises(ConfigError, match=r'run it with engine\.kind = "local"'):
+        simulate(config, tmp_path, quiet, never)
