@@ -152,9 +152,38 @@ class Config(Section):
             if trained and not any(trained) and (settings.head_steps or settings.head_lr):
                 raise ValueError(
                     f"{name}.head_steps and {name}.head_lr are for heads that are trained, and "
-                    f"{', '.join(methods)} train none in {name}: leave them at 0, or set "
-                    'task.head = "linear"'
+                    f"{', '.join(methods)} train none in {name}: leave them at 0"
+                    + ("" if self.task.kind == "causal_lm" else ', or set task.head = "linear"')
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _has_the_examples_that_are_asked_for(self) -> Self:
+        sal, data = self.sal, self.data
+        queue = sal.enabled and sal.trigger == "capability_queue"
+        for method in (self.method, *self.rivals):
+            stages = stages_of(self, method)
+            gated = any(p.examples == "gate" for stage in stages for p in stage.phases)
+            if gated and not data.gate:
+                raise ValueError(
+                    f"{method} trains its gate on the examples of data.gate, which is 0: set "
+                    "mofm.gate_data=train, or data.gate above 0"
+                )
+            wakes = queue and sal.start_blocks < sal.max_blocks and any(s.wakes for s in stages)
+            if wakes and not data.val:
+                raise ValueError(
+                    'sal.trigger = "capability_queue" watches scores on the examples of data.val, '
+                    "which is 0: choose another sal.trigger, or data.val above 0"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _has_clusters_to_choose_from(self) -> Self:
+        if self.mofm.eigengap and self.mofm.clusters < 3:
+            raise ValueError(
+                "mofm.eigengap chooses between two and mofm.clusters clusters: mofm.clusters must "
+                f"be at least 3, got {self.mofm.clusters}"
+            )
         return self
 
     @model_validator(mode="after")

@@ -61,6 +61,15 @@ class SalConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _has_budgets_between_its_limits(self) -> Self:
+        if self.scope == "client" and self.min_budget > self.max_blocks:
+            raise ValueError(
+                f"min_budget must be at most sal.max_blocks = {self.max_blocks}, "
+                f"got {self.min_budget}"
+            )
+        return self
+
 
 PROBE_CLIENTS = 8
 """Clients whose gradients make a block's importance."""

@@ -88,7 +88,8 @@ def test_no_table(refused, tmp_path):
 
 def test_a_missing_column_and_a_second_try_in_the_same_folder(refused, settings, tmp_path):
     refused("data.label_column=lable", names=["'lable'", "did you mean 'label'?", "notes.csv"])
-    refused("data.client_column=hospital", names=["'hospital'", "ward"])
+    by_hospital = ("data.partitioner=column", "data.client_column=hospital")
+    refused(*by_hospital, names=["'hospital'", "ward"])
     assert list((tmp_path / "run").iterdir()) == []
     right = ["run", *settings, "method=zero_shot", "--out", str(tmp_path / "run"), "--quiet"]
     assert main(right) == 0

@@ -116,9 +116,10 @@ def test_a_settings_file_comes_first(settings, tmp_path):
 
 def test_the_printed_settings_are_a_settings_file(tmp_path, capsys):
     path = tmp_path / "my.toml"
-    assert main(["run", "--settings", "stage1.rounds=3", "data.client_column=ward"]) == 0
+    asked = ["stage1.rounds=3", "data.client_column=ward", "data.partitioner=column"]
+    assert main(["run", "--settings", *asked]) == 0
     path.write_text(capsys.readouterr().out, encoding="utf-8")
-    assert load_config(path) == load_config(None, ["stage1.rounds=3", "data.client_column=ward"])
+    assert load_config(path) == load_config(None, asked)
     assert main(["run", "--settings", str(path), "sal.max_blocks=0"]) == 2
     assert capsys.readouterr().err == "fedms: sal.max_blocks must be at least 1, got 0\n"
 

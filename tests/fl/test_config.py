@@ -26,6 +26,7 @@ def test_no_file_and_no_overrides_give_the_defaults():
             'rivals=["local_only"]',
             "seed=7",
             "data.alpha=0.1",
+            "data.partitioner=column",
             "data.client_column=ward",
             'data.source=über "quoted".csv',
             "model.prompt=a note about {}",
@@ -288,6 +289,53 @@ def test_dropout_leaves_something():
     for value in ("1", "-0.1", "nan"):
         with pytest.raises(ConfigError, match=r"lora\.dropout must be in \[0, 1\), got"):
             load_config(None, [f"lora.dropout={value}"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("task.kind=causal_lm task.head=linear", 'task.head = "linear" is for classes'),
+        ("data.client_column=ward", r"data.client_column = \"ward\" .* data.partitioner=column"),
+        ("sal.scope=client sal.min_budget=4", "sal.min_budget must be at most .* = 3, got 4"),
+        ("mofm.eigengap=true", "mofm.clusters must be at least 3, got 0"),
+        ("mofm.eigengap=true mofm.clusters=2", "mofm.clusters must be at least 3, got 2"),
+        ("data.gate=0 data.train=0.72", "fedms trains its gate .* mofm.gate_data=train"),
+        ("data.val=0 data.train=0.74", '"capability_queue" watches scores on .* data.val'),
+        (
+            "channel.privacy.epsilon=2",
+            "channel.privacy.epsilon = 2 promises nothing .* channel.privacy.clip",
+        ),
+    ],
+)
+def test_what_would_do_nothing_is_refused(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, overrides.split())
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "data.client_column=ward data.partitioner=column",
+        "sal.scope=client sal.min_budget=3",
+        "mofm.eigengap=true mofm.clusters=3",
+        "data.gate=0 data.train=0.72 mofm.gate_data=train",
+        "data.gate=0 data.train=0.72 mofm.gate=fixed",
+        "data.gate=0 data.train=0.72 mofm.combine=layer mofm.gate_input=base",
+        "data.gate=0 data.train=0.72 stage2.rounds=0",
+        "data.gate=0 data.train=0.72 method=fedavg",
+        "data.val=0 data.train=0.74 sal.trigger=every",
+        "data.val=0 data.train=0.74 sal.max_blocks=1",
+        "channel.privacy.epsilon=2 channel.privacy.clip=1",
+    ],
+)
+def test_the_same_settings_where_they_do_something(overrides):
+    load_config(None, overrides.split())
+
+
+def test_a_rival_has_the_examples_that_it_asks_for():
+    asked = ["method=fedavg", 'rivals=["fedms"]', "data.gate=0", "data.train=0.72"]
+    with pytest.raises(ConfigError, match="fedms trains its gate on the examples"):
+        load_config(None, asked)
 
 
 def test_no_targets_and_no_rounds():

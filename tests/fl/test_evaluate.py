@@ -85,7 +85,7 @@ def test_while_settings_are_chosen_no_test_example_is_scored(config, execute, tm
 
 
 def test_a_client_without_validation_examples_is_named(config):
-    none = ("data.val=0.0", "data.train=0.6")
+    none = ("data.val=0.0", "data.train=0.6", "sal.enabled=false")
     load_federation(config(*none))
     with pytest.raises(DataError, match="got none of client-0"):
         load_federation(config(*none, "eval.split=val"))

@@ -186,7 +186,6 @@ def test_every_order(metrics, order):
         (["sal.trigger=every", "sal.every=2"], [[3], [3], [2, 3]]),
         (["sal.threshold=-2"], [[3], [3], [3]]),
         (["sal.threshold=2"], [[3], [3], [2, 3]]),
-        (["data.train=0.6", "data.val=0", "sal.threshold=2"], [[3], [3], [3]]),  # nothing to score
         (  # in stage 2 nobody wakes
             ["sal.trigger=every", "sal.every=1", "sal.max_blocks=4", "stage2.rounds=2"],
             [[3], [2, 3], [1, 2, 3], [1, 2, 3]],

@@ -20,6 +20,15 @@ class PrivacyConfig(Section):
     delta: Annotated[float, Field(gt=0.0, lt=1.0)] = 1e-5
     """Probability that epsilon does not hold; less than 1 / clients."""
 
+    @model_validator(mode="after")
+    def _has_a_bound_for_its_budget(self) -> Self:
+        if not self.clip and self.epsilon != type(self).model_fields["epsilon"].default:
+            raise ValueError(
+                f"epsilon = {self.epsilon:g} promises nothing without a clip: set "
+                "channel.privacy.clip, the largest norm of a client's change, above 0"
+            )
+        return self
+
 
 class ChannelConfig(Section):
     """What happens to an update between a client and the server."""

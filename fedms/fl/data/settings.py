@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fedms.fl.settings import Count, Natural, Positive, Section, Share
 
@@ -50,3 +50,13 @@ class DataConfig(Section):
     """Share of the examples that score the global expert for SAL."""
     test: Share = 0.20
     """Share of the examples that clients are scored on."""
+
+    @model_validator(mode="after")
+    def _shares_out_by_the_column_that_it_names(self) -> Self:
+        if self.client_column is not None and self.partitioner != "column":
+            raise ValueError(
+                f'client_column = "{self.client_column}" says who owns a row, and partitioner = '
+                f'"{self.partitioner}" shares rows out anew: set data.partitioner=column, or leave '
+                "the column out"
+            )
+        return self

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, Self
 
 import numpy as np
 import torch
+from pydantic import model_validator
 from torch import Tensor
 
 from fedms.fl.settings import Section
@@ -25,6 +26,15 @@ class TaskConfig(Section):
     """What classifies: the class names in words, or a linear layer that is trained."""
     text_model: str = "minilm"
     """Reads the class names where images are seen by a model that has no text tower."""
+
+    @model_validator(mode="after")
+    def _has_no_head_of_its_own_for_tokens(self) -> Self:
+        if self.kind == "causal_lm" and self.head == "linear":
+            raise ValueError(
+                'head = "linear" is for classes; the head of kind = "causal_lm" is the model\'s '
+                "output embedding: leave task.head out"
+            )
+        return self
 
 
 @dataclass(frozen=True)
