@@ -43,6 +43,10 @@ class Adapters(NamedTuple):
         parts = [[part[i] for i in keep] for part in self[:5]]
         return Adapters(*parts, biases=[])  # type: ignore[arg-type]
 
+    def factors(self) -> Adapters:
+        """Without their dropouts and biases."""
+        return self._replace(dropouts=[0.0] * len(self.names), biases=[])
+
 
 class Undecided(str):
     """A reason that says nothing about the calls to come."""
@@ -83,6 +87,8 @@ def read(
     found = read_adapters(layer, names, called=x is not None)
     if isinstance(found, str) or x is None:
         return found
+    if routing is not None and routing.factors_only:
+        found = found.factors()
     return why_not_input(x) or found
 
 

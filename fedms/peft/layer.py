@@ -170,7 +170,7 @@ def _op(
     if any(map(torch.is_tensor, scaling)):
         # hot-swapping keeps scales in tensors, and reading their values would split a compiled
         # graph: they act as gates of the layer
-        scales = torch.stack([torch.as_tensor(scale, device=x.device) for scale in scaling])
+        scales = _stack([torch.as_tensor(scale, device=x.device) for scale in scaling])
         if expert_idxs is not None:
             scales = scales[expert_idxs]
         gates = scales if gates is None else gates * scales
@@ -197,12 +197,22 @@ def _add(y: Tensor, x: Tensor, routing: AdapterRouting | None, adapters: Adapter
 def _with_biases(
     y: Tensor, x: Tensor, routing: AdapterRouting | None, adapters: Adapters
 ) -> Tensor:
-    """y plus each adapter's lora_bias, scaled and gated as its product is."""
+    """y plus each adapter's lora_bias, scaled, and gated as its product is or by `bias_gate`."""
     held = [i for i, bias in enumerate(adapters.biases) if bias is not None]
-    biases = torch.stack([adapters.biases[i] * adapters.scaling[i] for i in held])  # type: ignore[operator]
-    weights = None if routing is None else routing.weights(x, adapters.names)
+    biases = _stack([adapters.biases[i] * adapters.scaling[i] for i in held])  # type: ignore[operator]
+    weights = None
+    if routing is not None and routing.bias_gate is not None:
+        biases = biases * routing.bias_gate
+    elif routing is not None:
+        weights = routing.weights(x, adapters.names)
     added = biases.sum(0) if weights is None else weights[..., held].to(biases.dtype) @ biases
     return (y + added).to(y.dtype)
+
+
+def _stack(parts: list[Tensor]) -> Tensor:
+    """torch.stack, under autocast too, where it takes no 16-bit type but autocast's own."""
+    with torch.autocast(parts[0].device.type, enabled=False):
+        return torch.stack(parts)
 
 
 def _plain_weight(base: nn.Module, x: Tensor) -> Tensor | None:

@@ -33,7 +33,11 @@ class FusedXLora(XLoraLinearLayer):
         routing = None
         if scalings is not None:
             gates, idxs = self._gates(scalings)
-            routing = AdapterRouting(tuple(target.active_adapters), gates, idxs)
+            # peft scales what enters A: a bias of B comes after that, also that of an adapter
+            # which the token does not pick
+            weight = self.config.global_scaling_weight
+            names = tuple(target.active_adapters)
+            routing = AdapterRouting(names, gates, idxs, bias_gate=weight)
         # the layer's own switch is off in X-LoRA's scaling pass, where this forward ignores it
         found = read(target, routing, x, args, kwargs, disabled=self.adapters_disabled)
         if isinstance(found, Adapters):
@@ -73,7 +77,8 @@ def _swap_xlora(layer: nn.Module, old: type, new: type) -> bool:
 def arrow_routing(layer: LoraLayer) -> AdapterRouting | None:
     """What Arrow's router means where it is the layer's one active adapter, else None.
 
-    Dropout, which Arrow applies to what the adapters add, leaves it to peft.
+    peft multiplies by the task adapters' factors alone, without their dropout and bias. Dropout of
+    the router's own, which it applies to what they add, leaves the call to peft.
     """
     if len(layer.active_adapters) != 1 or layer.disable_adapters:
         return None
@@ -93,4 +98,4 @@ def arrow_routing(layer: LoraLayer) -> AdapterRouting | None:
         best, idxs = similarity.topk(arrow.top_k, dim=-1)
         return (best / arrow.temperature).softmax(-1), idxs
 
-    return AdapterRouting(tuple(arrow.task_adapter_names), gates)
+    return AdapterRouting(tuple(arrow.task_adapter_names), gates, factors_only=True)

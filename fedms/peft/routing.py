@@ -41,6 +41,8 @@ class AdapterRouting:
         samples: None, or for each sample the adapters of its rows; it replaces gates.
         sample_idxs: the samples as int64 [B, W] of positions in `adapters`, -1 for none: what a
             compiled graph takes, so that another batch's names are no other graph.
+        bias_gate: None, or the gate that every adapter's `lora_bias` has in place of its own.
+        factors_only: the adapters' dropout and `lora_bias` are left out.
     """
 
     adapters: tuple[str, ...] = ()
@@ -48,6 +50,8 @@ class AdapterRouting:
     expert_idxs: Tensor | None = None
     samples: tuple[tuple[str, ...], ...] | None = None
     sample_idxs: Tensor | None = None
+    bias_gate: float | None = None
+    factors_only: bool = False
 
     def by_row(self) -> bool:
         """Whether it tells rows of x apart: by sample or token, not for a layer as a whole."""

@@ -16,15 +16,27 @@ from fedms.kernels import native
 TARGETS = ["q_proj", "down_proj"]
 IDS = torch.arange(12).reshape(2, 6)
 
+pytestmark = pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning")  # lora_bias
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Three adapters of one shape, saved."""
+    return _saved(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def uncommon(tmp_path_factory):
+    """Three with a dropout and biases."""
+    return _saved(tmp_path_factory, lora_dropout=0.5, lora_bias=True)
+
+
+def _saved(tmp_path_factory, **config):
     found = []
     for i in range(3):
         folder = tmp_path_factory.mktemp(f"adapter{i}")
         torch.manual_seed(i)
-        model = with_adapters(small_llama(), target_modules=TARGETS)
+        model = with_adapters(small_llama(), target_modules=TARGETS, **config)
         for name, p in model.named_parameters():
             if "lora_" in name:
                 torch.nn.init.normal_(p, std=0.3, generator=torch.Generator().manual_seed(i))
@@ -81,6 +93,19 @@ def test_xlora(folders, config):
     assert not calls
 
 
+@pytest.mark.parametrize("top_k", [None, 1])
+def test_xlora_leaves_biases_ungated(uncommon, top_k):
+    """peft's scalings enter before A: a bias of B is scaled alone, whoever is picked."""
+    model = _xlora(uncommon, top_k_lora=top_k, global_scaling_weight=0.3).eval()
+    want = _step(model)
+    fedms.accelerate(model)
+    with fused_calls() as calls:
+        got = _step(model)
+    assert len(calls) == 8
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.skipif(not native.available(), reason="the extension is not built")
 def test_xlora_computes_what_is_picked(folders):
     """NaN in an adapter that no token picks reaches nothing; peft's zero times NaN does."""
@@ -128,13 +153,31 @@ def test_arrow(folders, top_k, use_gks):
     torch.testing.assert_close(model(IDS).logits, stock(IDS).logits, rtol=1e-4, atol=1e-5)
 
 
+def test_arrow_leaves_out_the_task_adapters_dropout_and_biases(uncommon):
+    """peft routes over their factors alone, and its router has no dropout of its own."""
+    model = create_arrow_model(small_llama(), uncommon[:2], ArrowConfig(top_k=1, rng_seed=1))
+    stock = copy.deepcopy(model.train())
+    fedms.accelerate(model)
+    with fused_calls() as calls:
+        got = model(IDS).logits
+    assert [len(call["expert_idxs"][0, 0]) for call in calls] == [1] * 4
+    torch.testing.assert_close(got, stock(IDS).logits, rtol=1e-4, atol=1e-5)
+    assert not fedms.stats(model).fallback
+
+
 def test_arrow_with_dropout_is_pefts_own(folders):
     """peft drops out of what the adapters add, not of their input."""
     model = create_arrow_model(small_llama(), folders[:2], ArrowConfig(top_k=1, rng_seed=1))
     fedms.accelerate(model)
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     layer.lora_dropout["arrow_router"] = torch.nn.Dropout(0.5)
-    model.train()(IDS)
+    stock = copy.deepcopy(model.train())
+    fedms.restore(stock)
+    logits = []
+    for one in (model, stock):
+        torch.manual_seed(1)
+        logits.append(one(IDS).logits)
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
     why = "adapter 'arrow_router' is a variant (ArrowLinearVariant)"
     stats = fedms.stats(model)
     assert (stats.fused, stats.fallback) == (3, {why: 1})
