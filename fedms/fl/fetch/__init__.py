@@ -9,10 +9,11 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from fedms.fl.fetch import debian, dinov2, emoji, smollm2, sotu, wordnet
 from fedms.fl.fetch.cache import built_whole, cache_folder
-from fedms.fl.fetch.packages import Client, run_client
+from fedms.fl.fetch.packages import Client, Downloads, run_client
 from fedms.fl.fetch.parquet import FILE
 from fedms.fl.fetch.recipe import Recipe
 from fedms.fl.types import FedMSError
@@ -69,16 +70,19 @@ def bring(recipe: Recipe, tell: Tell, cache: Path, client: Client) -> Path:
             f"or {recipe.otherwise}"
         )
     files: dict[str, Path] = {}
-    for source in recipe.sources:
-        tell(f"{source.name}, {source.megabytes} MB", len(files), len(recipe.sources))
-        try:
-            files[source.name] = source.get(cache / "downloads", client)
-        except FedMSError as error:
-            raise FedMSError(f"{error}; or {recipe.otherwise}") from error
-    with built_whole(place) as folder:
-        recipe.convert(files, folder, lambda done, total: tell("convert", done, total))
+    shared = cache / "downloads"
+    shared.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{recipe.name}-", dir=shared) as own:
+        for source in recipe.sources:
+            tell(f"{source.name}, {source.megabytes} MB", len(files), len(recipe.sources))
+            try:
+                files[source.name] = source.get(Downloads(shared, Path(own)), client)
+            except FedMSError as error:
+                raise FedMSError(f"{error}; or {recipe.otherwise}") from error
+        with built_whole(place) as folder:
+            recipe.convert(files, folder, lambda done, total: tell("convert", done, total))
     for path in files.values():
-        path.unlink(missing_ok=True)
+        (shared / path.name).unlink(missing_ok=True)
     return place
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedms.fl.fetch.packages import Client, MissingClient
+from fedms.fl.fetch.packages import Client, Downloads, MissingClient
 from fedms.fl.fetch.parquet import write_table
 from fedms.fl.fetch.recipe import Recipe, Told
 from fedms.fl.types import FedMSError
@@ -33,12 +33,11 @@ class PackageIndex:
     name: str = "apt"
     megabytes: int = 50
 
-    def get(self, downloads: Path, client: Client) -> Path:
-        downloads.mkdir(parents=True, exist_ok=True)
-        path = downloads / "debian-index.txt"
+    def get(self, downloads: Downloads, client: Client) -> Path:
+        path = downloads.own / "debian-index.txt"
         try:
             client(["apt-cache", "dumpavail"], path)
-            client(["apt-cache", "policy"], downloads / "debian-release.txt")
+            client(["apt-cache", "policy"], downloads.own / "debian-release.txt")
         except MissingClient as error:
             raise MissingClient(
                 "the descriptions come by apt-cache, which is not installed here: Debian has it"

@@ -12,6 +12,7 @@ import sys
 import tarfile
 import zipfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -22,6 +23,19 @@ Client = Callable[[Sequence[str], Path | None], None]
 """Runs a command; what it prints goes to the file, if one is given."""
 
 
+@dataclass(frozen=True)
+class Downloads:
+    """Where downloads lie.
+
+    Attributes:
+        shared: what was put there by hand, and what a fetch had whole when it was stopped.
+        own: of one fetch alone, so that another one's end takes nothing away from it.
+    """
+
+    shared: Path
+    own: Path
+
+
 class Source(Protocol):
     """Something to download."""
 
@@ -30,8 +44,12 @@ class Source(Protocol):
     @property
     def megabytes(self) -> int: ...
 
-    def get(self, downloads: Path, client: Client) -> Path:
-        """The file in ``downloads``; FedMSError if it cannot be had or is not what it must be."""
+    def get(self, downloads: Downloads, client: Client) -> Path:
+        """The file in ``downloads.own``.
+
+        Raises:
+            FedMSError: it cannot be had or is not what it must be.
+        """
         ...
 
 
@@ -39,8 +57,8 @@ class Source(Protocol):
 class Package:
     """One release of a package.
 
-    A file that stands in the downloads folder already, put there by hand or by a fetch that was
-    stopped, is taken if its digest is right.
+    A file that stands in the shared downloads folder already, put there by hand or by a fetch that
+    was stopped, is taken if its digest is right.
 
     Attributes:
         client: who brings it: "pip" (a pure wheel) or "npm" (a tarball).
@@ -56,18 +74,20 @@ class Package:
     sha256: str
     megabytes: int
 
-    def get(self, downloads: Path, client: Client) -> Path:
-        path = downloads / self.file
-        if path.is_file() and _sha256(path) == self.sha256:
-            return path
-        path.unlink(missing_ok=True)
-        downloads.mkdir(parents=True, exist_ok=True)
+    def get(self, downloads: Downloads, client: Client) -> Path:
+        path, shared = downloads.own / self.file, downloads.shared / self.file
+        with suppress(FileNotFoundError):
+            _link(shared, path)
+            if _sha256(path) == self.sha256:
+                return path
+            path.unlink()
+            shared.unlink()
         by_hand = (
             f"or put {self.file} of {self.name} {self.version} (sha256 {self.sha256}) "
-            f"into {downloads}"
+            f"into {downloads.shared}"
         )
         try:
-            client(self._command(downloads), None)
+            client(self._command(downloads.own), None)
         except MissingClient as error:
             raise MissingClient(
                 f"{self.name} comes by {self.client}, which is not installed here: "
@@ -82,6 +102,7 @@ class Package:
                 f"{self.file} has the sha256 {found}, expected {self.sha256}: it is not the file "
                 "that this release of fedms knows, and was deleted"
             )
+        _link(path, shared)
         return path
 
     def _command(self, downloads: Path) -> list[str]:
@@ -157,6 +178,16 @@ def read_members(archive: Path, pattern: str) -> list[bytes]:
                 if file is not None:
                     found[member.name] = file.read()
     return [found[name] for name in sorted(found)]
+
+
+def _link(path: Path, to: Path) -> None:
+    """A second name for a file, which outlives the first; what has the name already keeps it."""
+    try:
+        os.link(path.resolve(), to)
+    except FileExistsError:
+        pass
+    except OSError:  # the disk knows one name a file, or there is no such file
+        shutil.copyfile(path, to)
 
 
 def _sha256(path: Path) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ from fedms.fl.config import load_config
 from fedms.fl.data.dataset import load_dataset
 from fedms.fl.fetch import RECIPES, bring, fetch
 from fedms.fl.fetch.cache import built_whole, cache_folder
-from fedms.fl.fetch.packages import MissingClient, Package, run_client
+from fedms.fl.fetch.packages import Downloads, MissingClient, Package, run_client
 from fedms.fl.fetch.parquet import FILE, write_table
 from fedms.fl.fetch.recipe import Recipe
 from fedms.fl.types import FedMSError
@@ -121,6 +124,42 @@ def test_a_conversion_that_fails_leaves_no_name(tmp_path):
     assert bring(recipe(), quiet, tmp_path, nobody).is_dir()  # the download is not lost
 
 
+def test_a_fetch_that_ends_takes_nothing_from_another(tmp_path):
+    """While one converts, a second begins, with what the first has downloaded, and ends."""
+
+    def copy_last(files, out, told):
+        other = bring(recipe(name="other"), quiet, tmp_path, nobody)
+        assert (other / "copy").read_bytes() == CONTENT
+        (out / "copy").write_bytes(files["@some/thing"].read_bytes())
+
+    place = bring(recipe(copy_last), quiet, tmp_path, Registry())
+    assert (place / "copy").read_bytes() == CONTENT
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"copy"}
+
+
+def test_a_disk_that_knows_one_name_a_file(tmp_path, monkeypatch):
+    def no_links(*_) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", no_links)
+    test_a_name_is_fetched_once_and_leaves_nothing_behind(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    test_a_file_that_was_put_there_by_hand(tmp_path / "b")
+
+
+def test_an_index_leaves_nothing_behind_either(tmp_path):
+    """Whether its conversion ends or fails: a second try reads a new one."""
+
+    def apt_cache(command, output):
+        output.write_text("")
+
+    with pytest.raises(FedMSError, match="apt's index has no maintainer"):
+        bring(RECIPES["debian"], quiet, tmp_path, apt_cache)
+    converted = replace(RECIPES["debian"], convert=lambda files, out, told: None)
+    assert bring(converted, quiet, tmp_path, apt_cache).is_dir()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
 def test_two_fetches_at_once(tmp_path):
     place = tmp_path / "thing"
     with built_whole(place) as mine:
@@ -170,7 +209,9 @@ def test_pip_is_asked_for_one_wheel_and_nothing_that_it_needs(tmp_path):
         seen.append(list(command))
         (tmp_path / "thing.whl").write_bytes(CONTENT)
 
-    package(client="pip", name="thing", file="thing.whl").get(tmp_path, pip)
+    wheel = package(client="pip", name="thing", file="thing.whl")
+    (tmp_path / "shared").mkdir()
+    wheel.get(Downloads(tmp_path / "shared", tmp_path), pip)
     (command,) = seen
     assert command[-1] == "thing==1.2.3"
     assert "--no-deps" in command
