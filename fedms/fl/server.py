@@ -82,10 +82,15 @@ class Sent:
 
 
 def expected(model: Model, stage: Stage, sent: State) -> State:
-    """What an update may hold, by name and shape, of a client that was sent ``sent``."""
+    """What an update may hold, by name and shape, of a client that was sent ``sent``.
+
+    Values are those that a change is told from: what visits begin with, or zeros where the
+    aggregate adds.
+    """
     start = stage.start(received(model, stage, sent), {})
     shared = select(stage.leaves(start, start), stage.shares)
-    return {name: tensor for name, tensor in shared.items() if model.slots.is_awake(name)}
+    shared = {name: tensor for name, tensor in shared.items() if model.slots.is_awake(name)}
+    return {n: torch.zeros_like(t) for n, t in shared.items()} if stage.aggregate.adds else shared
 
 
 def owed(model: Model, expected: State, blocks: Sequence[int]) -> State:

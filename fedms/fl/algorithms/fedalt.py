@@ -68,7 +68,7 @@ def predict(view: View) -> Tensor:
 
 def stages(rounds: Rounds) -> tuple[Stage, ...]:
     both = {"phases": (Phase(OWN, Loss()),), "start": start, "end": end, "predict": predict}
-    sums = Aggregate(finish=add, weight="clients")
+    sums = Aggregate(finish=add, weight="clients", adds=True)
     sent = {"shares": ("sum.*", "members.sum"), "aggregate": sums, "common": None}
     # members are counted, not the blocks that each of them sends
     mixed = {"experts": ("own",), "routers": (("mixer", 2),), "budgets": False}

@@ -111,12 +111,15 @@ class Aggregate:
         weight: what an update weighs: its number of examples, or 1.
         each: nothing is summed, ``finish`` is given every client's statistics. They are held until
             the round ends: memory follows the cohort.
+        adds: what clients send is a change already, which ``finish`` adds to what the server holds.
+            A codec then sends it as it is, not by how much it differs from what was received.
     """
 
     statistics: Callable[[State], State] = mean_statistics
     finish: Callable[..., State] = mean_finish
     weight: Literal["examples", "clients"] = "examples"
     each: bool = False
+    adds: bool = False
 
 
 def of_group(server: State, group: str) -> State:

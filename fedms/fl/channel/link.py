@@ -6,7 +6,8 @@
     server   accept   bytes -> sent, or a refusal
 
 With a codec a client sends what it *changed*, and the server adds that to its own full-precision
-state: no sum holds what the way down has rounded.
+state: no sum holds what the way down has rounded. Both tell a change from the values of
+:func:`fedms.fl.server.expected`.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ class Link:
         """A client's message.
 
         Args:
-            began: what the shared names had when the visit began.
+            began: the shared names, with the values that a change is told from.
             late: what it could not say yet.
 
         Returns:
@@ -121,7 +122,7 @@ class Link:
         """A client's update, as the server reads it. Its values may still be anything.
 
         Args:
-            reference: what the client is to send, with the values that the server sent.
+            reference: what the client is to send, with the values that a change is told from.
 
         Raises:
             MessageError: it is not this client's message of this round.

@@ -22,7 +22,7 @@ class Intake:
         order: what was asked.
         aggregate: how updates become one.
         link: reads messages.
-        owed: (client's id) -> what its update is to hold, with the values that the server sent.
+        owed: (client's id) -> what its update is to hold, see :func:`fedms.fl.server.expected`.
         warn: hears of every client that is dropped.
     """
 

@@ -1,0 +1,48 @@
+"""FedALT's server holds what its clients do, whatever becomes of a message."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from spy import servers
+
+from fedms.fl.channel.link import split_late
+
+SHORT = ("method=fedalt", "stage1.rounds=3", "stage2.rounds=0")
+
+
+def assert_in_step(run, atol):
+    """The sum and all that clients have not sent yet are what clients last had, added up."""
+    states = [run.journal.states.read(client, run.done) or {} for client in run.clients]
+    kept, late = zip(*map(split_late, states), strict=True)
+    for name in run.server.state:
+        last = name.replace("sum.", "last.") if name != "members.sum" else "members.last"
+        said = run.server.state[name] + sum(each.get(name, 0) for each in late)
+        wanted = sum(each.get(last, torch.zeros_like(said)) for each in kept)
+        torch.testing.assert_close(said, wanted, rtol=0, atol=atol, check_dtype=False)
+
+
+@pytest.mark.parametrize(
+    ("codec", "atol"), [("none", 1e-12), ("fp16", 1e-3), ("int8", 1e-6), ("topk", 1e-6)]
+)
+def test_what_is_not_in_the_sum_yet_is_on_its_way(
+    config, execute, tmp_path, in_float64, codec, atol
+):
+    """fp16 alone remembers nothing of what it loses."""
+    overrides = (*SHORT, f"channel.codec={codec}", "server.fraction_train=0.75")
+    run = execute(config(in_float64, *overrides), tmp_path)
+    assert len(run.server.state) == 2 * 2 * 3 + 1
+    assert_in_step(run, atol)
+
+
+def test_what_is_not_sent_moves_nothing(config, execute, tmp_path):
+    """Of three clients' changes a tenth each: the sum moves in no more places, ever."""
+    tenth = ("channel.codec=topk", "channel.topk_share=0.1", "server.fraction_train=0.75")
+    execute(config(*SHORT, *tenth, "engine.keep_checkpoints=99"), tmp_path)
+    held = servers(tmp_path)
+    size = sum(t.numel() for t in held[0].values())
+    for now, before in zip(held, [{}, *held], strict=False):
+        moved = sum(int((t != before.get(name, 0)).sum()) for name, t in now.items())
+        assert 0 < moved <= 3 * math.ceil(size / 10)
