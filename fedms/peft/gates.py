@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from fedms.peft.binding import Binding, Gateable, bound_on, set_on
 from fedms.peft.layer import FusedLayer, why_not_taken
+from fedms.peft.mixtures import gated_by_xlora
 from fedms.peft.routing import AdapterRouting, Gates, of_samples, split_gates
 
 LayerGates = Gates | Callable[[Tensor], Gates]
@@ -42,12 +43,13 @@ def set_gates(
     gates: a floating tensor, differentiable: [E], one row a sample [B, E] or a token [B, T, E]. A
         pair (gates, expert_idxs), each [B, k] or [B, T, k], computes only the listed adapters. A
         function of a layer's input gives either. A mapping from layer names (as `accelerate`
-        reports them, or their endings) gates those layers one by one and no other. None with
+        reports them, or endings of names) gates those layers one by one and no other. None with
         adapters: these take part, ungated (an empty list: none).
     adapters: the E names that the gates count; None: the model's active adapters, in order.
 
     Raises TypeError or ValueError when the model is not accelerated, an adapter is on no layer, the
-    number of gates is not E, or an adapter also sits on a layer that cannot be gated.
+    number of gates is not E, an adapter also sits on a layer that cannot be gated, or X-LoRA gates
+    the model.
     """
     set_on(model, gate_bindings(model, gates, adapters))
 
@@ -75,7 +77,8 @@ def set_adapter_names(model: nn.Module, names: Sequence[str | Sequence[str]] | N
         these are computed on the sample's rows, and an adapter without samples gets no gradient.
         Samples of one adapter are best put side by side: they are one segment then.
 
-    Raises ValueError when the model is not accelerated or an adapter is on no layer.
+    Raises ValueError when the model is not accelerated, an adapter is on no layer or on one that
+    cannot be gated, or X-LoRA gates the model.
     """
     set_on(model, _name_bindings(model, names))
 
@@ -119,6 +122,11 @@ def _bound(routings: Mapping[FusedLayer, AdapterRouting]) -> dict[Gateable, Bind
     shared: dict[tuple[AdapterRouting, tuple[str, ...]], Binding] = {}
     bindings: dict[Gateable, Binding] = {}
     for layer, routing in routings.items():
+        if gated_by_xlora(layer):
+            raise ValueError(
+                "gates and adapter names must be for layers that nothing else gates, got a model "
+                "whose X-LoRA classifier gates them in each forward"
+            )
         held = tuple(routing.named(layer.lora_A))
         if (routing, held) not in shared:
             shared[routing, held] = Binding(routing, held=held)
@@ -241,9 +249,12 @@ def _check_all_gateable(model: nn.Module, names: Sequence[str]) -> None:
 def _by_layer(
     layers: Mapping[str, FusedLayer], gates: Mapping[str, LayerGates]
 ) -> dict[str, LayerGates]:
+    if not gates:
+        raise ValueError(f"gates must name at least one layer ({_some(layers)}), got {dict(gates)}")
     chosen: dict[str, LayerGates] = {}
     for key, value in gates.items():
-        found = [name for name in layers if name == key or name.endswith(f".{key}")]
+        # a name is that layer alone, even where it is the ending of another's
+        found = [key] if key in layers else [n for n in layers if n.endswith(f".{key}")]
         if not found:
             raise ValueError(f"gates must name fused layers ({_some(layers)}), got {key!r}")
         for name in found:

@@ -18,7 +18,7 @@ from fedms.kernels import gated_lora_linear
 from fedms.peft.adapters import Adapters, held, plain, read, unobserved
 from fedms.peft.binding import Gateable, routing_of
 from fedms.peft.compiled import watched
-from fedms.peft.mixtures import FusedXLora, arrow_routing
+from fedms.peft.mixtures import arrow_routing, gated_by_xlora
 from fedms.peft.routing import AdapterRouting, of_samples
 
 FUSED = ""  # among reasons in a layer's counts: none
@@ -153,8 +153,7 @@ def why_not_taken(layer: LoraLayer) -> str | None:
     """Why calls of a LoRA layer do not reach a fused forward, whatever its adapters are."""
     if not isinstance(layer, FusedLayer | Linear):
         return f"{type(layer).__module__}.{type(layer).__qualname__} has no fused form"
-    forward = vars(layer).get("forward")
-    if forward is not None and not isinstance(getattr(forward, "__self__", None), FusedXLora):
+    if "forward" in vars(layer) and not gated_by_xlora(layer):
         return "its forward was replaced on the instance (X-LoRA, hooks of accelerate)"
     return None
 
@@ -172,7 +171,7 @@ def _op(
         # graph: they act as gates of the layer
         scales = _stack([torch.as_tensor(scale, device=x.device) for scale in scaling])
         if expert_idxs is not None:
-            scales = scales[expert_idxs]
+            scales = scales[expert_idxs.clamp(0, len(names) - 1)]  # the op refuses others
         gates = scales if gates is None else gates * scales
         scaling = None
     return gated_lora_linear(

@@ -66,6 +66,11 @@ def restore_xlora(layer: nn.Module) -> None:
     _swap_xlora(layer, FusedXLora, XLoraLinearLayer)
 
 
+def gated_by_xlora(layer: nn.Module) -> bool:
+    """Whether X-LoRA's forward on this layer runs fused."""
+    return isinstance(getattr(vars(layer).get("forward"), "__self__", None), FusedXLora)
+
+
 def _swap_xlora(layer: nn.Module, old: type, new: type) -> bool:
     stand_in: Any = getattr(vars(layer).get("forward"), "__self__", None)
     if type(stand_in) is old:

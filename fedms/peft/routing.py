@@ -87,9 +87,12 @@ class AdapterRouting:
         if idxs is not None:
             gates, idxs = _to_rows("gates", gates, x), _to_rows("expert_idxs", idxs, x)
             if len(names) != len(self.adapters):
-                # pairs with an adapter that the layer, or the call, lacks add nothing
-                there = self._positions(names).to(x.device)[idxs]
-                gates, idxs = gates * (there >= 0), there.clamp(min=0)
+                # pairs with an adapter that the layer, or the call, lacks add nothing; an index of
+                # no adapter stays as it is, out of the op's range too, which refuses it
+                last = len(self.adapters) - 1
+                there = self._positions(names, x.device)[idxs.clamp(0, last)]
+                gates = gates.masked_fill(there < 0, 0.0)
+                idxs = torch.where((idxs < 0) | (idxs > last), idxs, there.clamp(min=0))
             return Experts(gates, idxs)
         if gates.shape[-1] != len(self.adapters):
             raise ValueError(
@@ -104,8 +107,9 @@ class AdapterRouting:
         """How much of each of the adapters a row of x gets: None (ones), [E] or [..., E]."""
         held = None
         if self.sample_idxs is not None and torch.compiler.is_compiling():  # as `fit`
-            columns = torch.tensor([self.adapters.index(name) for name in names])
-            held = (self.sample_idxs.unsqueeze(-1) == columns).any(1).float().to(x.device)
+            idxs = self.sample_idxs.unsqueeze(-1)
+            columns = torch.tensor([*map(self.adapters.index, names)], device=idxs.device)
+            held = (idxs == columns).any(1).float().to(x.device)
         elif self.samples is not None:
             listed = [[float(name in sample) for name in names] for sample in self.samples]
             held = torch.tensor(listed, device=x.device)
@@ -116,9 +120,10 @@ class AdapterRouting:
             return gates
         return gates.new_zeros(*gates.shape[:-1], len(names)).scatter_add(-1, idxs, gates)
 
-    def _positions(self, names: list[str]) -> Tensor:
+    def _positions(self, names: list[str], device: torch.device) -> Tensor:
         """For each of `adapters` its position in `names`, -1 where it is not there; [E] int64."""
-        return torch.tensor([names.index(n) if n in names else -1 for n in self.adapters])
+        positions = [names.index(n) if n in names else -1 for n in self.adapters]
+        return torch.tensor(positions, device=device)
 
     def _traced_segments(self, x: Tensor, names: list[str]) -> Segments:
         """A segment a sample, as tensors."""
@@ -127,21 +132,26 @@ class AdapterRouting:
         if x.dim() < 2 or x.shape[0] != idxs.shape[0]:
             raise _wrong_samples(x, idxs.shape[0])
         if len(names) != len(self.adapters):
-            idxs = torch.where(idxs < 0, idxs, self._positions(names)[idxs])
-        offsets = torch.arange(idxs.shape[0] + 1) * math.prod(x.shape[1:-1])
+            idxs = torch.where(idxs < 0, idxs, self._positions(names, idxs.device)[idxs])
+        offsets = torch.arange(idxs.shape[0] + 1, device=idxs.device) * math.prod(x.shape[1:-1])
         return Segments(offsets, idxs)
 
 
 def split_gates(gates: Any) -> tuple[Tensor, Tensor | None]:
     """Gates and the indices beside them, if there are any.
 
-    Raises TypeError when they are neither a floating tensor nor a pair of one and indices.
+    Raises TypeError when they are neither a floating tensor nor a pair of one and int64 indices.
     """
     values, idxs = gates if isinstance(gates, tuple) and len(gates) == 2 else (gates, None)
     if not isinstance(values, Tensor) or not values.is_floating_point():
         raise TypeError(
             "gates must be a floating point Tensor, or a pair (gates, expert_idxs) with one, got "
             f"{getattr(values, 'dtype', type(values).__name__)}"
+        )
+    if idxs is not None and (not isinstance(idxs, Tensor) or idxs.dtype != torch.int64):
+        raise TypeError(
+            "expert_idxs must be an int64 Tensor, got "
+            f"{getattr(idxs, 'dtype', type(idxs).__name__)}"
         )
     return values, idxs
 
@@ -164,7 +174,8 @@ def of_samples(
     adapters = tuple(name for name in order if name in listed)
     width = max(1, *(len(sample) for sample in samples)) if samples else 1
     idxs = [[*map(adapters.index, s), *[-1] * (width - len(s))] for s in samples]
-    return AdapterRouting(adapters, samples=samples, sample_idxs=torch.tensor(idxs))
+    held = torch.tensor(idxs, device="cpu")  # whatever torch's default device is
+    return AdapterRouting(adapters, samples=samples, sample_idxs=held)
 
 
 def _to_rows(what: str, values: Tensor, x: Tensor) -> Tensor:

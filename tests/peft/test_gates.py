@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from peft_models import IN, OUT, assert_same, fused_calls, mlp, step, with_adapters
 from torch import nn
 from torch.nn import functional as F
@@ -142,6 +142,91 @@ def test_a_layer_without_an_adapter_takes_the_other_columns():
         torch.testing.assert_close(model(x), stock(x))
 
 
+def _two_layers():
+    """One adapter on both layers, and one on `b` alone."""
+    model = mlp("one", dtype=DOUBLE)
+    model.add_adapter("two", LoraConfig(r=4, target_modules=["b"], init_lora_weights=False))
+    model.set_requires_grad("two", True)
+    fedms.accelerate(model.to(DOUBLE))
+    return model.eval()
+
+
+@pytest.mark.parametrize("wrong", [-1, 2])
+@pytest.mark.parametrize("where", ["lacks an adapter", "own dropouts", "scales in tensors"])
+def test_an_index_of_no_adapter_is_an_error_everywhere(where, wrong):
+    """Also where the call's adapters are not those that the indices count: none is wrapped."""
+    model = _two_layers()
+    target, b = "b", model.base_model.model.b
+    if where == "lacks an adapter":
+        target = "a"
+    elif where == "own dropouts":
+        b.lora_dropout["two"] = nn.Dropout(0.5)
+        model.train()
+    else:
+        b.scaling = {name: torch.tensor(scale) for name, scale in b.scaling.items()}
+    pairs = torch.ones(6, 1, dtype=DOUBLE), torch.full((6, 1), wrong)
+    with (
+        fedms.gated(model, {target: pairs}, adapters=["one", "two"]),
+        pytest.raises(ValueError, match=rf"expert_idxs must be in \[0, .* {wrong}"),
+    ):
+        model(torch.randn(6, IN, dtype=DOUBLE))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_the_gate_of_an_absent_adapter_reaches_no_other(value):
+    model, x = _two_layers(), torch.randn(6, IN, dtype=DOUBLE)
+    gates = torch.tensor([2.0, value], dtype=DOUBLE).expand(6, 2).clone().requires_grad_()
+    both = torch.tensor([0, 1]).expand(6, 2)
+    with fedms.gated(model, {"a": gates[:, :1]}, adapters=["one"]):
+        want = model(x)
+    with fedms.gated(model, {"a": (gates, both)}, adapters=["one", "two"]):
+        got = model(x)
+    torch.testing.assert_close(got, want)
+    (grad,) = torch.autograd.grad(got.sum(), gates)
+    torch.testing.assert_close(grad, torch.autograd.grad(want.sum(), gates)[0])
+
+
+def test_a_name_is_that_layer_alone_where_it_ends_anothers():
+    def stage():
+        return nn.ModuleDict({"linear": nn.Linear(4, 4, dtype=DOUBLE)})
+
+    net = nn.ModuleDict({"stage": stage(), "outer": nn.ModuleDict({"stage": stage()})})
+    config = LoraConfig(r=2, target_modules=["linear"], init_lora_weights=False)
+    model = inject_adapter_in_model(config, net)
+    fedms.accelerate(model)
+    inner, outer = model["stage"]["linear"], model["outer"]["stage"]["linear"]
+    x = torch.randn(3, 4, dtype=DOUBLE)
+    ungated = [layer(x) for layer in (inner, outer)]
+    with fedms.gated(model, {"stage.linear": torch.zeros(1, dtype=DOUBLE)}):
+        torch.testing.assert_close(inner(x), inner.base_layer(x))
+        torch.testing.assert_close(outer(x), ungated[1])
+    routers = fedms.LayerRouters(model, ["default"])  # softmax over one: ones
+    with fedms.gated(model, routers.gates(), adapters=["default"]):
+        torch.testing.assert_close([layer(x) for layer in (inner, outer)], ungated)
+
+
+@pytest.mark.parametrize(
+    ("form", "compiled"), [("listed", False), ("listed", True), ("names", True)]
+)
+def test_under_a_default_device(form, compiled, recorder):
+    """Such as "meta", which transformers sets while it loads: indices stay where they are read."""
+    model, x = _two_layers(), torch.randn(6, IN, dtype=DOUBLE)
+    for layer in (model.base_model.model.a, model.base_model.model.b):
+        layer.lora_B["one"].bias = nn.Parameter(torch.randn(layer.out_features, dtype=DOUBLE))
+    call = torch.compile(model, backend=recorder) if compiled else model
+    pairs = torch.ones(6, 2, dtype=DOUBLE), torch.tensor([0, 1]).expand(6, 2)
+
+    def block():
+        if form == "names":
+            return fedms.mixed_adapters(model, ["one", "two", "__base__"] * 2)
+        return fedms.gated(model, pairs, adapters=["one", "two"])
+
+    with block():
+        want = model(x)
+    with torch.device("meta"), block():
+        torch.testing.assert_close(call(x), want)
+
+
 FORMS = ["none", "adapter", "sample", "token", "listed", "function", "names"]
 
 
@@ -270,6 +355,8 @@ def test_bad_gates_are_errors(model):
         (lambda: fedms.set_gates(model, three, adapters=["x", "y", "z"]), ValueError, r"among"),
         (lambda: fedms.set_gates(model, three, adapters=["one"] * 3), ValueError, r"distinct"),
         (lambda: fedms.set_gates(model, {"nowhere": three}), ValueError, r"name fused layers"),
+        (lambda: fedms.set_gates(model, {}), ValueError, r"name at least one layer"),
+        (lambda: fedms.set_gates(model, (three, three)), TypeError, r"int64 Tensor, got .*float32"),
         (lambda: fedms.set_adapter_names(model, ["four"]), ValueError, r"among.*'four'"),
         (lambda: fedms.set_gates(mlp(), three), ValueError, r"must have fused layers"),
     ]

@@ -118,6 +118,30 @@ def test_xlora_computes_what_is_picked(folders):
     torch.testing.assert_close(layer(x, scalings=scalings), want)
 
 
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda m: fedms.set_gates(m, torch.zeros(3), adapters=["0", "1", "2"]),
+        lambda m: fedms.set_gates(m, None, adapters=[]),
+        lambda m: fedms.set_gates(m, {"q_proj": torch.zeros(3)}),
+        lambda m: fedms.gated(m, torch.zeros(3)).__enter__(),
+        lambda m: fedms.set_adapter_names(m, ["__base__", "0"]),
+        lambda m: fedms.mixed_adapters(m, ["__base__", "0"]).__enter__(),
+        lambda m: fedms.RoutedModel(m, fedms.Router(32, 3), ["0", "1", "2"])(input_ids=IDS),
+    ],
+    ids=["gates", "no adapter", "by layer", "block", "names", "block of names", "routed"],
+)
+def test_xlora_takes_no_other_gates(folders, ask):
+    """Its own classifier gates: others would be left out in silence."""
+    model = _xlora(folders)
+    fedms.accelerate(model)
+    with pytest.raises(ValueError, match="got a model whose X-LoRA classifier gates"):
+        ask(model)
+    fedms.set_gates(model, None)
+    with fedms.gated(model, None):
+        model(input_ids=IDS)
+
+
 def test_xlora_generates_and_is_switched_off(folders):
     model, asked = _xlora(folders), {"max_new_tokens": 2, "pad_token_id": 0, "do_sample": False}
     want = model.generate(input_ids=IDS, **asked)
