@@ -297,6 +297,7 @@ def test_dropout_leaves_something():
         ("task.kind=causal_lm task.head=linear", 'task.head = "linear" is for classes'),
         ("data.client_column=ward", r"data.client_column = \"ward\" .* data.partitioner=column"),
         ("sal.scope=client sal.min_budget=4", "sal.min_budget must be at most .* = 3, got 4"),
+        ("method=centralised sal.scope=client", "centralised needs every block of every client"),
         ("mofm.eigengap=true", "mofm.clusters must be at least 3, got 0"),
         ("mofm.eigengap=true mofm.clusters=2", "mofm.clusters must be at least 3, got 2"),
         ("data.gate=0 data.train=0.72", "fedms trains its gate .* mofm.gate_data=train"),

@@ -27,6 +27,7 @@ class Settings(Section):
 def stages(settings: Settings, rounds: Rounds) -> tuple[Stage, ...]:
     def together(stage: Stage) -> Stage:
         steps = stage.settings.local_steps * settings.clients
-        return replace(stage, settings=stage.settings.replace(local_steps=steps), pooled=True)
+        settings_of_all = stage.settings.replace(local_steps=steps)
+        return replace(stage, settings=settings_of_all, pooled=True, budgets=False)
 
     return tuple(together(global_expert(*each)) for each in rounds)

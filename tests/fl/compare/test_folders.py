@@ -107,7 +107,7 @@ def test_who_sends_nothing_takes_no_notice_of_the_channel(tmp_path):
     [
         ("channel.topk_share=0.1", "channel.codec=topk"),
         ("channel.hostile=0.1", "channel.aggregate=median"),
-        ("channel.privacy.epsilon=2.0", "channel.privacy.clip=0.1"),
+        ("channel.privacy.delta=0.001", "channel.privacy.clip=0.1"),
         ("sal.min_budget=2", "sal.scope=client"),
         ("eval.val_examples=500", "method=fedms"),
         ("sal.queue_length=3", "method=fedms"),
