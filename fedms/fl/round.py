@@ -22,7 +22,7 @@ from fedms.fl.data.federation import EVERYONE
 from fedms.fl.engines.engine import Engine, Order, Reply
 from fedms.fl.evaluate import Scores, scored_sample, spread
 from fedms.fl.journal.checkpoint import Checkpoint
-from fedms.fl.journal.journal import Journal
+from fedms.fl.journal.journal import Journal, last_counted
 from fedms.fl.journal.progress import Progress
 from fedms.fl.journal.records import RoundRecord, peak_memory_mb
 from fedms.fl.sal import PROBE_CLIENTS, Activation, SalConfig, wake_order
@@ -64,11 +64,14 @@ class Run:
         self._scored = scored_sample(clients, unseen, config.eval.clients, config.seed)
         self._visited: set[str] = set()
         """Who took part in the current stage."""
+        self._counted: dict[str, int] = {}
+        """The round in which a client's answer last counted."""
         self.done = 0
         sal = sal_of(config)
         found = journal.newest
         if found is not None:
             self.done, self.server.state = found.round, found.server
+            self._counted = last_counted(journal.folder, self.done)
             self._activation = Activation(sal, found.sal["order"])
             self._activation.restore(found.sal)
         else:
@@ -110,6 +113,7 @@ class Run:
         require_quorum(len(cohort), reply.failed, self.config.server.quorum)  # 3
         self.server.state = reply.totals.finish(self.server.state)
         self._visited.update(cohort)
+        self._counted |= dict.fromkeys((each.client_id for each in reply.visited), round)
 
         watched = Scores.merged([], [])
         if stage.wakes:  # 4
@@ -155,6 +159,9 @@ class Run:
             sent=sent,
             frozen=frozen,
             lacking=frozenset(clients) - self._visited,
+            counted={
+                client: self._counted[client] for client in clients if client in self._counted
+            },
         )
 
     def _announce(self, stage: Stage, round: int, units: int) -> None:

@@ -12,7 +12,7 @@ What a client keeps stands in none of them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Protocol, Self
 
 import torch
@@ -38,6 +38,8 @@ class Order:
         sent: what all of them are sent.
         frozen: what stays the same for the whole stage and only those are sent who lack it.
         lacking: who does.
+        counted: the round in which a client's answer last counted; nothing of whom none did. What
+            it held then is what it goes on from: a visit whose answer was lost has not happened.
     """
 
     method: str
@@ -49,6 +51,7 @@ class Order:
     sent: State
     frozen: State
     lacking: frozenset[str] = frozenset()
+    counted: dict[str, int] = field(default_factory=dict)
 
     @property
     def received(self) -> State:
@@ -58,12 +61,14 @@ class Order:
     def share(self, clients: Iterable[str]) -> Self:
         """The same for some of its clients."""
         some = {client: self.clients[client] for client in clients}
-        return replace(self, clients=some, lacking=self.lacking.intersection(some))
+        counted = {client: round for client, round in self.counted.items() if client in some}
+        return replace(self, clients=some, lacking=self.lacking.intersection(some), counted=counted)
 
     def to_bytes(self) -> bytes:
         record = {
             "method": self.method, "stage": self.stage, "round": self.round, "awake": self.awake,
             "depths": self.depths, "clients": self.clients, "lacking": sorted(self.lacking),
+            "counted": self.counted,
         }  # fmt: skip
         return pack(record, sent=self.sent, frozen=self.frozen)
 
@@ -82,6 +87,7 @@ class Order:
                 sent=states.get("sent", {}),
                 frozen=states.get("frozen", {}),
                 lacking=frozenset(record["lacking"]),
+                counted={client: int(round) for client, round in record["counted"].items()},
             )
         except (LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"no order: {error}") from error

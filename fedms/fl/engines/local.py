@@ -77,7 +77,7 @@ class LocalEngine:
         size = self._side_by_side(stage)
         for start in range(0, len(clients), size):
             some = clients[start : start + size]
-            held = [self._held(client_id, order.round - 1) for client_id in some]
+            held = [self._held(client_id, order) for client_id in some]
             visits = [
                 Visit(self._federation.client(client_id), kept, order.clients[client_id])
                 for client_id, (kept, _) in zip(some, held, strict=True)
@@ -113,7 +113,7 @@ class LocalEngine:
                 self._model,
                 stage,
                 received,
-                lambda client_id: self._kept(client_id, order.round),
+                lambda client_id: self._held(client_id, order)[0],
                 self._federation,
                 some,
                 pooled,
@@ -187,14 +187,13 @@ class LocalEngine:
         self._model.outputs.keep([(), *frozen], (self, order.stage))
         return stage
 
-    def _kept(self, client_id: str, round: int) -> State:
-        """What a client's algorithm keeps after a round; nothing before its first visit."""
-        return self._held(client_id, round)[0]
+    def _held(self, client_id: str, order: Order) -> tuple[State, State]:
+        """What a client's algorithm keeps, and what its codec has not sent yet.
 
-    def _held(self, client_id: str, round: int) -> tuple[State, State]:
-        """What a client's algorithm keeps, and what its codec has not sent yet."""
+        After its last visit that counted; nothing before the first.
+        """
         try:
-            return split_late(self._states.read(client_id, round) or {})
+            return split_late(self._states.read(client_id, order.counted.get(client_id, 0)) or {})
         except CheckpointError as error:  # one damaged file must not stop everybody
             self._progress.warn(f"{error}; the client begins anew")
             return {}, {}

@@ -21,6 +21,18 @@ from fedms.fl.journal.tensorboard import Events
 METRICS, CLIENTS = "metrics.jsonl", "clients.jsonl"
 
 
+def last_counted(folder: Path, round: int) -> dict[str, int]:
+    """The round, up to this one, in which each client's answer last counted; a run's folder."""
+    found: dict[str, int] = {}
+    path = folder / METRICS
+    for line in path.read_text(encoding="utf-8").splitlines() if round else ():
+        record = json.loads(line)
+        found |= dict.fromkeys(record["participants"], record["round"])
+        if record["round"] == round:  # later lines may be of a round that is not over
+            break
+    return found
+
+
 @dataclass(frozen=True)
 class Outcome:
     """A first stage's end, its checkpoint and lines, for a method that begins with the same."""

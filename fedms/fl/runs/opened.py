@@ -20,6 +20,7 @@ from fedms.fl.engines.texts import windows_of
 from fedms.fl.engines.world import load_model
 from fedms.fl.journal.checkpoint import load_checkpoint
 from fedms.fl.journal.files import read_record
+from fedms.fl.journal.journal import last_counted
 from fedms.fl.journal.progress import Progress
 from fedms.fl.journal.states import ClientStates
 from fedms.fl.model.model import Model
@@ -49,7 +50,7 @@ class Opened:
     took_part: tuple[str, ...]
     _received: Callable[[str], State]
     _states: ClientStates
-    _round: int
+    _counted: dict[str, int]
 
     def client(self, client_id: str) -> State:
         """Everything that a client's model is made of, also where it was never visited.
@@ -57,7 +58,7 @@ class Opened:
         Raises:
             CheckpointError: its file is damaged.
         """
-        kept, _ = split_late(self._states.read(client_id, self._round) or {})
+        kept, _ = split_late(self._states.read(client_id, self._counted.get(client_id, 0)) or {})
         return self.stage.start(self._received(client_id), kept)
 
 
@@ -108,7 +109,7 @@ def open_run(
         took_part,
         lambda client_id: at(server.group(stage, client_id)),
         states,
-        checkpoint.round,
+        last_counted(folder, checkpoint.round),
     )
 
 

@@ -101,7 +101,8 @@ class Site:
         self, engine: LocalEngine, states: ClientStates, client_id: str, order: Order
     ) -> bytes:
         if self._alone:
-            states.forget_after(order.round - 1)  # of a server that goes on from an earlier round
+            # of visits whose answers were lost, and of a server that goes on from an earlier round
+            states.forget_after(order.counted.get(client_id, 0))
         self._progress.say(f"round {order.round}: {client_id} trains")
         (found,) = engine.visits(order)
         if isinstance(found, Failure):
@@ -119,7 +120,7 @@ class Site:
         stages = stages_of(self._method(order.method))
         if self._alone and order.round == sum(stage.settings.rounds for stage in stages):
             stage, model = stages[order.stage], self._world.model
-            kept, _ = split_late(states.read(client_id, order.round) or {})
+            kept, _ = split_late(states.read(client_id, order.counted.get(client_id, 0)) or {})
             state = stage.start(received(model, stage, engine.received(order)), kept)
             write_client(model, state, stage.experts, place / "adapters", self._config.model.path)
         return say(scores)

@@ -9,13 +9,17 @@ import torch
 from spy import servers
 
 from fedms.fl.channel.link import split_late
+from fedms.fl.engines.local import LocalEngine
+from fedms.fl.journal.journal import last_counted
+from fedms.fl.types import Failure
 
 SHORT = ("method=fedalt", "stage1.rounds=3", "stage2.rounds=0")
 
 
 def assert_in_step(run, atol):
     """The sum and all that clients have not sent yet are what clients last had, added up."""
-    states = [run.journal.states.read(client, run.done) or {} for client in run.clients]
+    rounds = last_counted(run.journal.folder, run.done)
+    states = [run.journal.states.read(c, rounds.get(c, 0)) or {} for c in run.clients]
     kept, late = zip(*map(split_late, states), strict=True)
     for name in run.server.state:
         last = name.replace("sum.", "last.") if name != "members.sum" else "members.last"
@@ -46,3 +50,22 @@ def test_what_is_not_sent_moves_nothing(config, execute, tmp_path):
     for now, before in zip(held, [{}, *held], strict=False):
         moved = sum(int((t != before.get(name, 0)).sum()) for name, t in now.items())
         assert 0 < moved <= 3 * math.ceil(size / 10)
+
+
+@pytest.mark.parametrize("codec", ["none", "topk"])
+def test_a_visit_whose_answer_is_lost_has_not_happened(
+    config, execute, tmp_path, in_float64, codec
+):
+    """Lost after the client has written what it keeps: at first, later, and at the end."""
+
+    class Loses(LocalEngine):
+        def visits(self, order):
+            for found in super().visits(order):
+                lost = order.round in (1, 3, 5) and found.client_id == "client-01"
+                yield Failure(found.client_id, "it did not answer") if lost else found
+
+    rounds = ("stage1.rounds=5", f"channel.codec={codec}")
+    run = execute(config(in_float64, *SHORT, *rounds), tmp_path, engine=Loses)
+    assert last_counted(tmp_path, 5) == dict.fromkeys(run.clients, 5) | {"client-01": 4}
+    assert run.server.state["members.sum"] == 4
+    assert_in_step(run, 1e-6)

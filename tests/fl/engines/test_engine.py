@@ -40,6 +40,7 @@ def order(clients: str = "abc", **changes) -> Order:
             sent={"gate.weight": torch.randn(2, 3, dtype=torch.float64)},
             frozen={"global.q.lora_A": torch.randn(4).bfloat16(), "global.q.lora_B": torch.ones(1)},
             lacking=frozenset("a"),
+            counted={"a": 3, "c": 6},
         ),
         **changes,
     )
@@ -54,6 +55,7 @@ def test_an_order_comes_back_as_it_was():
     for one in (order(), order("", sent={}, frozen={}, lacking=frozenset()), order("/ä\n\0'")):
         found = Order.from_bytes(one.to_bytes())
         assert (found.clients, found.lacking) == (one.clients, one.lacking)
+        assert found.counted == one.counted
         assert (found.method, found.stage, found.round) == (one.method, one.stage, one.round)
         assert (found.awake, found.depths) == (one.awake, one.depths)
         for ours, theirs in ((found.sent, one.sent), (found.frozen, one.frozen)):

@@ -12,8 +12,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from heard import Heard
+from spy import servers
 
 from fedms.fl.config import load_config
+from fedms.fl.journal.states import ClientStates
 from fedms.fl.types import QuorumError
 
 pytest.importorskip("flwr")
@@ -216,6 +218,23 @@ def test_an_answer_that_comes_twice_counts_once(carry):
         "twice", "stage1.rounds=2", "stage2.rounds=0", spoil=lambda _, __, reply: [reply, reply]
     )
     assert [untimed(line) for line in twice] == [untimed(line) for line in lines]
+
+
+def test_an_answer_that_is_lost_counts_at_neither_end(carry, tmp_path):
+    """FedALT's server holds the sum of what its sites last sent, though two answers were lost."""
+
+    def passed(order: Message, reply: Message) -> list[Message]:
+        return [reply]
+
+    spoil = of_bad("train", nothing, passed, nothing, passed)
+    carry("lost", "method=fedalt", "stage1.rounds=4", "stage2.rounds=0", spoil=spoil)
+    held = servers(tmp_path / "lost" / "server")[-1]
+    sites = sorted(tmp_path.glob("lost/sites/*/*/clients"))
+    kept = [ClientStates(site).read(site.parts[-3], 4) or {} for site in sites]
+    assert held["members.sum"] == len(kept) == 4
+    for name in held.keys() - {"members.sum"}:
+        total = sum(own[name.replace("sum.", "last.", 1)] for own in kept)
+        torch.testing.assert_close(held[name], total)
 
 
 def test_a_third_of_the_clients_fails_at_random_for_fifty_rounds(carry):
