@@ -194,20 +194,42 @@ def _call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> C
     if not given:
         return None
     rows, columns = given[0].shape[:2]
-    cache = next((v for v in kwargs.values() if hasattr(v, "get_seq_length")), None)
+    first = _first_column(module, kwargs, config)
     reason = None
     if module.config.is_encoder_decoder:  # type: ignore[union-attr]
         reason = "the encoder's tokens are not the decoder's; use a function of the layer's input"
     elif config.guidance_scale not in (None, 1):
         reason = "guidance_scale runs a second, unconditional sequence, which has other tokens"
+    elif first is None:
+        reason = (
+            "the model's cache does not say how many tokens it has seen; generate with "
+            "use_cache=False, or use a function of the layer's input"
+        )
     return Call(
         config=config,
         rows=rows,
         columns=columns,
-        first=0 if cache is None else int(cache.get_seq_length()),
+        first=first or 0,
         repeats=max(config.num_beams or 1, config.num_return_sequences or 1),
         not_by_token=reason,
     )
+
+
+def _first_column(module: Any, kwargs: dict[str, Any], config: Any) -> int | None:
+    """The column of the sequence that a call begins at, None where its cache cannot say."""
+    cache = next((v for v in kwargs.values() if hasattr(v, "get_seq_length")), None)
+    if cache is not None:
+        return tokens_held(cache)
+    elsewhere = module._is_stateful and config.use_cache is not False  # RWKV's state, say
+    return None if elsewhere else 0
+
+
+def tokens_held(cache: Any) -> int | None:
+    """How many tokens a cache holds, None where all of its layers hold a state of fixed size."""
+    try:
+        return int(cache.get_seq_length())
+    except ValueError:  # transformers' word for it
+        return None
 
 
 def _generation_configs(module: nn.Module | None) -> Iterator[Any]:

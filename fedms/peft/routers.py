@@ -26,6 +26,7 @@ from transformers import Cache, EncoderDecoderCache
 
 from fedms.peft.binding import Binding, Gateable, bound_on
 from fedms.peft.gates import gate_bindings, gated
+from fedms.peft.generation import tokens_held
 from fedms.peft.layer import FusedLayer
 from fedms.peft.routing import Gates
 
@@ -208,7 +209,8 @@ def _second(cache: Cache) -> Cache:
         second = copy.copy(cache)
         second.layers = cache.layers[behind:]
         return second
-    if cache.get_seq_length():
+    held = tokens_held(cache)
+    if cache.has_previous_state() if held is None else held:
         raise ValueError(
             "the cache must be empty or come from a RoutedModel: it lacks the states of the pass "
             "without adapters"

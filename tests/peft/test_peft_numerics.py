@@ -63,6 +63,22 @@ def test_autocast(active):
     assert max(closeness.values()) < 2e-2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("scaling", ["float", "tensor"])
+def test_autocast_to_another_type_than_the_biases(dtype, scaling):
+    """autocast's list of ops to run in the widest type takes no other 16-bit type than its own."""
+    model = mlp("one", "two", lora_bias=True).to(dtype)
+    model.base_model.set_adapter(["one", "two"])
+    if scaling == "tensor":
+        for layer in (model.base_model.model.a, model.base_model.model.b):
+            layer.scaling = {k: torch.tensor(v, dtype=dtype) for k, v in layer.scaling.items()}
+    stock, fused, closeness = _both(
+        model, torch.randn(64, IN, dtype=dtype), lambda: torch.autocast("cpu", dtype=BF16)
+    )
+    assert fused["y"] <= stock["y"]
+    assert max(closeness.values()) < 4e-2
+
+
 @pytest.mark.parametrize("scaling", ["float", "tensor"])
 def test_float64_agrees(scaling):
     model, x = mlp("one", "two", dtype=torch.float64), torch.randn(3, 5, IN, dtype=torch.float64)
