@@ -93,7 +93,7 @@ struct Call {
             problem.gate_col = g.strides[g.ndim - 1];
         }
         problem.idxs = pairs.at<const int64_t>();
-        problem.top_k = pairs.ndim == 2 ? pairs.shape[1] : 0;
+        problem.top_k = pairs.shape == nullptr ? -1 : pairs.shape[1];
         problem.num_runs = -1;
         problem.dropout_p = p;
         problem.seed = seed.data == nullptr ? 0 : *seed.at<const std::uint64_t>();

@@ -71,7 +71,7 @@ void prepare(Chunks& chunks, const Problem& p, const RowKernels& rows, int64_t t
     chunks.m = p.m;
     chunks.count = std::clamp<int64_t>(parts_for(work, threads), 1, std::max<int64_t>(p.m, 1));
     const int64_t block = std::min(kBlock, std::max<int64_t>(p.m, 1));
-    const int64_t pairs = p.idxs != nullptr ? block * p.top_k : 0;
+    const int64_t pairs = block * std::max<int64_t>(p.top_k, 0);
     const int64_t ld = round_up(ranks, rows.width);
     const int64_t k = round_up(p.k, rows.tile), n = round_up(p.n, rows.tile);
     const bool dropout = p.dropout_p > 0.0;
@@ -193,7 +193,7 @@ void outer_sum(const Chunks& chunks, const Problem& p, int64_t tile, int64_t e, 
 
 // A compiled graph runs no Python check, and an index out of range would write anywhere.
 void check_indices(const Problem& p) {
-    for (int64_t i = 0; p.idxs != nullptr && i < p.m * p.top_k; ++i) {
+    for (int64_t i = 0; i < p.m * p.top_k; ++i) {
         if (p.idxs[i] < 0 || p.idxs[i] >= p.num_experts) {
             throw std::out_of_range("expert_idxs must be in [0, " + std::to_string(p.num_experts) +
                                     "), got " + std::to_string(p.idxs[i]));

@@ -31,8 +31,8 @@ struct Problem {
     // gate of (m, e) at gates[m * gate_row + e * gate_col]; with idxs, of (m, j) likewise
     const float* gates;  // null: ones
     std::int64_t gate_row, gate_col;
-    const std::int64_t* idxs;  // null or [M, top_k] expert indices
-    std::int64_t top_k;
+    const std::int64_t* idxs;  // [M, top_k] expert indices
+    std::int64_t top_k;        // -1: no lists
     const Run* runs;
     std::int64_t num_runs;  // -1: one run over all rows and experts
     double dropout_p;

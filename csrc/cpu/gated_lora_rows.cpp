@@ -141,7 +141,7 @@ void expand_rows(T* const* y, const T* const* from, const Problem& p, const Scra
 
 // True when one item writes all of a row of y; else items add to what the row starts from.
 bool writes_once(const Problem& p) {
-    return p.idxs == nullptr && p.num_runs < 0;
+    return p.top_k < 0 && p.num_runs < 0;
 }
 
 // Rows [begin, end) of y as they start, where their items come next.

@@ -46,7 +46,7 @@ void for_each_item(const fedms::Problem& p, const fedms::Scratch& s, int64_t beg
     for (int64_t row = begin; row < end; row += s.block) {
         const int64_t stop = row + s.block < end ? row + s.block : end;
         block(row, stop);
-        if (p.idxs != nullptr) {
+        if (p.top_k >= 0) {
             sort_pairs(p, s, row, stop);
             for (int64_t e = 0; e < p.num_experts; ++e) {
                 int64_t i = s.expert_begin[e];

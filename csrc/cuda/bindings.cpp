@@ -99,9 +99,9 @@ struct Call {
     int device;
     cudaStream_t stream;
 
-    // table: address of uploaded expert_words, 0 when they are few. routes: address and the counts
-    // of groups, members, group tiles, member tiles, or address 0. seed: the seeds' address, 0
-    // without dropout.
+    // table: address of uploaded expert_words, 0 when they are few. top_k: -1 without idxs, whose
+    // address may be 0 where they are empty. routes: address and the counts of groups, members,
+    // group tiles, member tiles, or address 0. seed: the seeds' address, 0 without dropout.
     Call(int device_, int64_t stream_, int64_t m, int64_t k_, int64_t n_, int dtype_, int adapter,
          const Ints& a, const Ints& b, const Ints& da, const Ints& db, const Ints& ranks,
          const std::vector<double>& scale, int64_t table, int64_t gates, int gate_dtype,

@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(32 * kWarps) combine(const __grid_constant__ C
         }
         if (lane != 0) continue;
         const float dg = expert.scale * product;
-        if (p.idxs == nullptr) {
+        if (p.top_k < 0) {
             call.dg[std::int64_t(row) * p.num_experts + item.expert] = dg;
             continue;
         }

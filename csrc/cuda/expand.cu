@@ -175,7 +175,7 @@ Status dispatch(const Expand& call, cudaStream_t stream) {
     const std::int64_t tiles =
         p.routes.num_groups < 0 ? ceil_div(p.m, kRows) : p.routes.group_tiles;
     const Grid grid{tiles, ceil_div(call.columns, columns)};
-    const bool selective = p.idxs != nullptr || (p.dropout && !call.from_b);
+    const bool selective = p.top_k >= 0 || (p.dropout && !call.from_b);
     // Two columns a lane leave registers for the second set of sums: one kernel does for both.
     const auto kernel = call.narrow ? expand<T, 2, true>
                         : selective ? expand<T, kVector<T>, true>

@@ -65,14 +65,14 @@ struct Problem {
     const void* gates;         // null (ones), else the gate of (m, e), or with idxs of (m, slot),
     std::int64_t gate_row;     // is at m * gate_row + e * gate_col
     std::int64_t gate_col;     //
-    const std::int64_t* idxs;  // null, or [M, top_k]: the experts of a row
+    const std::int64_t* idxs;  // [M, top_k]: the experts of a row
     Routes routes;
     const std::uint64_t* seeds;  // one, or with segments perhaps one each; null without dropout
     std::int64_t m;
     std::int32_t num_experts;
     std::int32_t chunks;      // of the expert with the largest rank
     std::int32_t width;       // of a row of h
-    std::int32_t top_k;       // 0 without idxs
+    std::int32_t top_k;       // -1: no lists
     std::int32_t slot_width;  // with idxs, h of slot i is at i * slot_width
     std::int32_t dropout;     // 1: dropout_p > 0
     std::uint32_t threshold;  // an element is kept when its hash reaches it

@@ -77,7 +77,7 @@ __device__ inline Pair pair_at(const Problem& p, std::int32_t expert, std::int32
                                std::int32_t column) {
     if (row < 0) return {0.0f, -1};
     const float scale = expert_at(p, expert).scale;
-    if (p.idxs == nullptr) {
+    if (p.top_k < 0) {
         if (p.gates == nullptr) return {scale, column};
         return {scale * read(p.gates, p.gate, row * p.gate_row + expert * p.gate_col), column};
     }

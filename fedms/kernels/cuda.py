@@ -154,7 +154,7 @@ class _Call:
             0 if gates is None or gates.dim() == 1 else gates.stride(0),
             0 if gates is None else gates.stride(-1),
             0 if expert_idxs is None else expert_idxs.data_ptr(),
-            0 if expert_idxs is None else expert_idxs.shape[1], self.width,
+            -1 if expert_idxs is None else expert_idxs.shape[1], self.width,
             (0 if routes is None else routes.data_ptr(), *counts), dropout_p,
             0 if seed is None else seed.data_ptr(),
         )  # fmt: skip
@@ -256,7 +256,8 @@ def _forward(
     offsets: Tensor | None, experts: Tensor | None, scale: Sequence[float], dropout_p: float,
     seed: Tensor | None, save_h: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    whole = offsets is None  # expand then writes every row
+    # expand then writes every row
+    whole = offsets is None and bool(_width([len(a) for a in A], expert_idxs, experts))
     x, start = x.contiguous(), bias
     if base is not None:
         start = base.contiguous()
@@ -287,7 +288,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
     (m, n), k = dy.shape, A[0].shape[1]
     dy = dy.contiguous()
-    whole = offsets is None  # expand then writes every row
+    # expand then writes every row
+    whole = offsets is None and bool(_width([len(a) for a in A], expert_idxs, experts))
     dx_MK = dy.new_empty((m, k) if need_dx else (0,))
     if need_dx and not whole:
         dx_MK = dy.new_zeros((m, k)) if weight is None else dy @ weight

@@ -20,7 +20,7 @@ from fedms.kernels.dropout import as_seed
 from fedms.kernels.experts import counts
 from fedms.kernels.packing import check_memory, rows_are_matrix
 from fedms.kernels.reference import gated_lora_linear_reference
-from fedms.kernels.segments import Segments
+from fedms.kernels.segments import Segments, nobody
 
 # Looked up once: an attribute chain through torch.ops costs more than the autograd.Function's call.
 _TRACED: Mapping[tuple[str, str], Callable[..., Any]] = {
@@ -184,6 +184,12 @@ def gated_lora_linear(
         offsets, experts = segments.tensors
     if dropout_p > 0.0:
         seeds = as_seed(seed, x.device)
+    if expert_idxs is not None and not expert_idxs.shape[-1]:
+        # no pair exists: segments without experts say so, k = 0 means no lists to some kernels
+        offsets, experts = nobody(m)
+        if gates is not None:  # whose gradient is empty, but not missing
+            gates = gates.sum(-1, keepdim=True).expand(*x.shape[:-1], e)
+        expert_idxs = None
     routing = (gates, expert_idxs, offsets, experts, seeds)
     weight_NK, bias_N = (cast(Tensor, weight), bias) if base is None else (None, None)
     at_hand = _at_hand((x, weight_NK, bias_N, base, *routing, *lora_A, *lora_B))

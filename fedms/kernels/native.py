@@ -167,9 +167,11 @@ def _small_base(dy: Tensor, weight: Tensor | None) -> bool:
     return _count(dy) * weight.numel() <= _MAX_SMALL_BASE
 
 
-def _is_zero(B: Sequence[Tensor], scale: Sequence[float]) -> bool:
-    """True when the mixture is zero whatever x is: as before training, or with scales of 0."""
-    if not any(scale):
+def _is_zero(B: Sequence[Tensor], experts: Tensor | None, scale: Sequence[float]) -> bool:
+    """True when the mixture is zero whatever x is: as before training, with scales of 0, or where
+    no segment has experts.
+    """
+    if not any(scale) or (experts is not None and not experts.shape[1]):
         return True
     check_memory(B)
     return not any(b.any() for b in B)
@@ -202,7 +204,7 @@ def forward(
             threads = torch.get_num_threads()
             if not _C.forward_few(threads, y, weight, bias, x, A, B, gates, scale):  # type: ignore[union-attr]
                 return y, None
-        if _better_in_fp32(x) and not _is_zero(B, scale):
+        if _better_in_fp32(x) and not _is_zero(B, experts, scale):
             y, h = forward(
                 x.float(), weight.float(), None if bias is None else bias.float(), None, A, B,
                 gates, expert_idxs, offsets, experts, scale, dropout_p, seed, save_h,

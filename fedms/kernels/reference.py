@@ -10,6 +10,7 @@ Every backend is tested against this in float64. It is not fast and saves everyt
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -93,7 +94,8 @@ def _gate(
 ) -> Tensor | None:
     """The expert's gate as [rows, 1], a 0-dim tensor, or None for ones."""
     if expert_idxs is not None:
-        listed = expert_idxs.reshape(-1, expert_idxs.shape[-1]) == expert
+        *lead, k = expert_idxs.shape
+        listed = expert_idxs.reshape(math.prod(lead), k) == expert
         g_Mk = listed if gates is None else gates.reshape(listed.shape)
         return torch.where(listed, g_Mk, 0).sum(-1, keepdim=True)
     if gates is None:

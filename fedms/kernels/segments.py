@@ -126,6 +126,12 @@ def _runs(
     return tuple(runs)
 
 
+def nobody(m: int) -> tuple[Tensor, Tensor]:
+    """`Segments.tensors` that leave all of M rows to the base alone."""
+    offsets = torch.arange(2, device="cpu") * m
+    return offsets, offsets.new_empty((1, 0))
+
+
 def row_width(ranks: Sequence[int], experts: Tensor | None) -> int:
     """The most ranks that a row may use: with segments' `experts` [S, W], those of any W experts.
 

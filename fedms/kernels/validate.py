@@ -63,10 +63,10 @@ def check_base_result(x: Tensor, base: Any) -> None:
 
 def check_experts(
     x: Tensor, n: int, lora_A: Sequence[Tensor] | Tensor, lora_B: Sequence[Tensor] | Tensor
-) -> tuple[Sequence[Tensor], Sequence[Tensor], list[int]]:
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], list[int]]:
     """lora_A [r_e, K] and lora_B [N, r_e], or stacks of them, one floating dtype, x's device.
 
-    n: the base's width. Returns both as sequences of parts (fedms.kernels.experts) and r_e of every
+    n: the base's width. Returns both as tuples of parts (fedms.kernels.experts) and r_e of every
     expert.
     """
     if isinstance(lora_A, Tensor) and isinstance(lora_B, Tensor):
@@ -82,13 +82,14 @@ def check_experts(
             f"{type(lora_A).__name__} and {type(lora_B).__name__}"
         )
     try:
-        paired = len(lora_A) == len(lora_B)
+        # once: a sequence may make its items anew, and kernels read the addresses of those here
+        lora_A, lora_B = tuple(lora_A), tuple(lora_B)
     except TypeError:
         raise TypeError(
             "lora_A and lora_B must be sequences of Tensors, got "
             f"{type(lora_A).__name__} and {type(lora_B).__name__}"
         ) from None
-    if not paired:
+    if len(lora_A) != len(lora_B):
         raise ValueError(
             f"lora_B must have one entry for each of lora_A ({len(lora_A)}), got {len(lora_B)}"
         )

@@ -116,6 +116,19 @@ def test_an_expert_nobody_lists_is_never_read(module):
     assert got["dA2"].abs().max() == 0
 
 
+def test_the_op_itself_takes_lists_of_none(module):
+    """The public op asks no kernel then; empty lists are not missing ones."""
+    x, weight, A, B = torch.rand(5, 4), torch.rand(3, 4), [torch.rand(2, 4)], [torch.rand(3, 2)]
+    gates, idxs = torch.zeros(5, 0), torch.zeros(5, 0, dtype=torch.int64)
+    routing = (gates, idxs, None, None, [1.0], 0.0, None)
+    with cuda_host.installed(module, 1):
+        y, h = cuda._forward(x, weight, None, None, A, B, *routing, True)
+        grads = cuda._backward(y, weight, x, h, A, B, *routing, True, True, [True], [True])
+    assert torch.equal(y, F.linear(x, weight))
+    torch.testing.assert_close(grads[0], y @ weight)
+    assert not torch.cat([grads[2][0].flatten(), grads[3][0].flatten()]).any()
+
+
 def test_a_row_does_not_see_the_experts_of_its_neighbours(module):
     """Expert 1 is NaN and shares row tiles with expert 0: its rows alone may be NaN."""
     idxs = (torch.arange(40) % 2).unsqueeze(1)

@@ -14,7 +14,7 @@ import torch
 from lora_problem import Problem, errors, make_problem
 from torch.nn import functional as F
 
-from fedms.kernels import gated_lora_linear, native
+from fedms.kernels import Segments, gated_lora_linear, native
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the extension is not built")
 
@@ -96,7 +96,7 @@ def test_gradients_of_tiny_layers(shape, dtype, dropout_p, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("what", ["B", "scaling", "no expert"])
+@pytest.mark.parametrize("what", ["B", "scaling", "no expert", "no pair", "no rows"])
 def test_a_zero_mixture_leaves_the_bits_of_the_base(
     fast_bf16, dtype, grad, bias, what, monkeypatch
 ):
@@ -109,8 +109,12 @@ def test_a_zero_mixture_leaves_the_bits_of_the_base(
         b = torch.randn(n, dtype=dtype) if bias else None
         for m in (1, 2, 5, 16, 17, 33, 300):
             for x in (torch.randn(m, k, dtype=dtype), torch.randn(1, m, k, dtype=dtype)):
-                scaling = 0.0 if what == "scaling" else 2.0
-                y = gated_lora_linear(x, weight, A, B, bias=b, scaling=scaling, backend="native")
+                more = {"bias": b, "scaling": 0.0 if what == "scaling" else 2.0}
+                if what == "no pair":
+                    more["expert_idxs"] = torch.zeros(*x.shape[:-1], 0, dtype=torch.int64)
+                if what == "no rows":
+                    more["segments"] = Segments([0, m], [()])
+                y = gated_lora_linear(x, weight, A, B, backend="native", **more)
                 assert torch.equal(y, F.linear(x, weight, b)), (m, k, n)
 
 

@@ -170,6 +170,39 @@ def test_no_experts_equals_the_base_bit_for_bit(backend):
     assert torch.equal(everyone_out.run(backend)["y"], base)
 
 
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3), (0,)], ids=str)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_no_pairs_equal_the_base_and_train_nothing(dropout_p, lead, backend):
+    """k = 0: the base's own bits, its gradient for x and zeros for the rest."""
+    defined = reference.gated_lora_linear_reference
+    for op in (partial(gated_lora_linear, backend=backend), defined):
+        _assert_nothing_is_trained(lead, partial(op, dropout_p=dropout_p))
+
+
+def test_no_pairs_in_a_compiled_graph(backend):
+    @partial(torch.compile, backend="aot_eager", fullgraph=True)
+    def op(*args, **kwargs):
+        return gated_lora_linear(*args, **kwargs, backend=backend)
+
+    _assert_nothing_is_trained((2, 3), op)
+
+
+def _assert_nothing_is_trained(lead, op):
+    weight, idxs = torch.rand(24, 16), torch.zeros(*lead, 0, dtype=torch.int64)
+    x = torch.randn(*lead, 16, requires_grad=True)
+    A = [torch.randn(r, 16, requires_grad=True) for r in (3, 2)]
+    B = [torch.randn(24, r, requires_grad=True) for r in (3, 2)]
+    gates = torch.rand(idxs.shape, requires_grad=True)
+    base = F.linear(x, weight)
+    y = op(x, weight, A, B, gates=gates, expert_idxs=idxs)
+    assert torch.equal(y, base)
+    dx, *rest = torch.autograd.grad(y.sum(), [x, *A, *B, gates])
+    torch.testing.assert_close(dx, torch.autograd.grad(base.sum(), x)[0])
+    for grad, t in zip(rest, [*A, *B, gates], strict=True):
+        assert torch.equal(grad, torch.zeros_like(t))
+    assert torch.equal(op(x, weight, A, B, expert_idxs=idxs), base)
+
+
 @pytest.mark.parametrize(("k", "n"), [(0, 5), (5, 0), (0, 0)])
 def test_no_columns_equal_the_base(k, n, backend):
     x, weight = torch.randn(2, 3, k), torch.randn(n, k)

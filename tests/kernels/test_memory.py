@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -99,9 +100,16 @@ def test_the_imaginary_part_of_a_conjugate_in_decoding():
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["A", "B", "gates"])
 @pytest.mark.parametrize("when", ["forward", "backward"])
-def test_no_memory_at_all(when, name, backend):
-    """As FSDP leaves a weight between two uses: no null pointer is followed."""
-    given = {"A": torch.randn(2, 4), "B": torch.randn(5, 2), "gates": torch.rand(3, 1)}
+@pytest.mark.parametrize("offset", [0, 128])
+def test_no_memory_at_all(offset, when, name, backend):
+    """As FSDP leaves a weight between two uses, alone or as a part of a flat parameter, which then
+    points at its offset: neither is followed.
+    """
+    shapes = {"A": (2, 4), "B": (5, 2), "gates": (3, 1)}
+    given = {
+        name: torch.rand(offset + math.prod(shape))[offset:].view(shape)
+        for name, shape in shapes.items()
+    }
     x, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4)
 
     def call():

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
+from lora_problem import BACKENDS
+from torch.nn import functional as F
 
 from fedms.kernels import Segments, gated_lora_linear, native, plan
 
@@ -140,6 +144,29 @@ def test_numbers_of_numpy():
         assert torch.equal(gated_lora_linear(**GOOD, segments=segments, scaling=scaling), plain)
 
 
+class MadeOnDemand(Sequence):
+    """Matrices of a stack, each made anew wherever it is asked for."""
+
+    def __init__(self, stack):
+        self.stack = stack
+
+    def __len__(self):
+        return len(self.stack)
+
+    def __getitem__(self, i):
+        return self.stack[i].clone()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_kind_of_sequence(backend):
+    x, weight = torch.rand(40, 320), torch.rand(240, 320)
+    A, B = torch.rand(5, 4, 320), torch.rand(5, 240, 4)
+    want = gated_lora_linear(x, weight, list(A), list(B), backend=backend)
+    named = [dict(enumerate(stack)).values() for stack in (A, B)]
+    for parts in ((MadeOnDemand(A), MadeOnDemand(B)), named, (iter(A), iter(B))):
+        assert torch.equal(gated_lora_linear(x, weight, *parts, backend=backend), want)
+
+
 def test_native_refuses_what_it_cannot_run(monkeypatch):
     if native.available():
         double = [t.double() for t in (*A, *B)]
@@ -151,6 +178,20 @@ def test_native_refuses_what_it_cannot_run(monkeypatch):
         gated_lora_linear(**GOOD, backend="native")
     assert native.build_info()["cpu"] == "not loaded (no such file)"
     assert gated_lora_linear(**GOOD).shape == (2, 5, 3)  # the plan goes on without it
+
+
+@pytest.mark.skipif(not native.available(), reason="the extension is not built")
+def test_the_op_itself_takes_lists_of_none():
+    """The public op asks no kernel then; empty lists are not missing ones."""
+    x, A, B = torch.rand(5, 4), [torch.rand(2, 4)], [torch.rand(3, 2)]
+    idxs, gates = torch.zeros(5, 0, dtype=torch.int64), torch.zeros(5, 0)
+    routing = (gates, idxs, None, None, [1.0], 0.0, None)
+    y, h = torch.ops.fedms.native_forward(x, W + 1, None, None, A, B, *routing, True)
+    assert torch.equal(y, F.linear(x, W + 1))
+    needs = (True, True, [True], [True])
+    dx, _, dA, dB = torch.ops.fedms.native_backward(y, W + 1, x, h, A, B, *routing, *needs)
+    torch.testing.assert_close(dx, y @ (W + 1))
+    assert not torch.cat([dA[0].flatten(), dB[0].flatten()]).any()
 
 
 @pytest.mark.skipif(not native.available(), reason="the extension is not built")
