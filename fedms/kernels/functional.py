@@ -133,9 +133,12 @@ def gated_lora_linear(
     autocast x and the weight are cast to the autocast dtype and the adapters stay as they are.
     Transforms of torch.func (vmap, grad, jvp ...) and forward-mode differentiation know no kernel:
     under them the op is its definition, `gated_lora_linear_reference`.
-    Raises ValueError or TypeError that names the argument.
+    Raises ValueError or TypeError that names the argument; RuntimeError where a backend was not
+    built or a tensor's memory was freed. What expert_idxs hold is checked in eager mode on a CPU;
+    in a compiled graph there the C++ kernels raise IndexError, the stacked backend RuntimeError.
     """
-    if isinstance(x, Tensor) and _under_autocast(x):
+    validate.check_x(x)
+    if _under_autocast(x):
         x, weight, bias = _cast(x, weight, bias)
         with torch.autocast(x.device.type, enabled=False):
             return gated_lora_linear(
@@ -384,7 +387,11 @@ def _cast(
     dtype = torch.get_autocast_dtype(x.device.type)
     if x.dtype == torch.float64:  # autocast leaves it alone
         dtype = x.dtype
-    if not isinstance(weight, Tensor):
-        result = weight(x)
-        return x.to(dtype), lambda _: result, bias
-    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+    def as_layers_do(t: Any) -> Any:  # the checks say what others must be
+        return t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t
+
+    if isinstance(weight, Tensor):
+        return x.to(dtype), as_layers_do(weight), as_layers_do(bias)
+    result = weight(x)
+    return x.to(dtype), lambda _: result, bias

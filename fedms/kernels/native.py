@@ -221,7 +221,7 @@ def forward(
         y_from, y = base, torch.empty_like(base, memory_format=torch.contiguous_format)
     h = None
     if save_h:
-        h = torch.empty((_count(x), _h_width(A, expert_idxs, experts)), dtype=torch.float32)
+        h = x.new_empty((_count(x), _h_width(A, expert_idxs, experts)), dtype=torch.float32)
     _C.forward(  # type: ignore[union-attr]
         torch.get_num_threads(), y, y_from, x, A, B, gates, expert_idxs, offsets, experts, scale,
         dropout_p, seed, h,
@@ -267,7 +267,7 @@ def backward(
     dg = None
     if need_dg:
         columns = sum(counts(A)) if expert_idxs is None else expert_idxs.shape[1]
-        dg = torch.zeros((_count(dy), columns), dtype=torch.float32)
+        dg = dy.new_zeros((_count(dy), columns), dtype=torch.float32)
     dA, dB = _outputs(A, need_dA), _outputs(B, need_dB)
     gates32 = gates if gates is None or gates.dtype is torch.float32 else gates.float()
     _C.backward(  # type: ignore[union-attr]

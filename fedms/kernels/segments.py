@@ -41,6 +41,9 @@ class Segments:
     """offsets [S + 1] and experts [S, W], -1 where there is none; int64."""
 
     def __post_init__(self) -> None:
+        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):  # they may be used in training, too
+                return self.__post_init__()
         if isinstance(self.experts, Tensor):
             found = _checked_tensors(self.offsets, self.experts)
         else:
@@ -58,10 +61,7 @@ class Segments:
             object.__setattr__(self, "used", frozenset(e for ids in used for e in ids))
             width = max(map(len, experts), default=0)
             padded = [[*ids, *[-1] * (width - len(ids))] for ids in experts]
-            found = (
-                torch.tensor(offsets, dtype=torch.int64),
-                torch.tensor(padded, dtype=torch.int64).view(len(experts), width),
-            )
+            found = _on_cpu(offsets), _on_cpu(padded).view(len(experts), width)
         object.__setattr__(self, "tensors", found)
 
 
@@ -126,6 +126,11 @@ def _runs(
     return tuple(runs)
 
 
+def _on_cpu(values: Sequence[Any]) -> Tensor:
+    """int64, on the CPU whatever the default device is."""
+    return torch.tensor(values, dtype=torch.int64, device="cpu")
+
+
 def nobody(m: int) -> tuple[Tensor, Tensor]:
     """`Segments.tensors` that leave all of M rows to the base alone."""
     offsets = torch.arange(2, device="cpu") * m
@@ -158,7 +163,7 @@ def _checked_tensors(offsets: Sequence[int] | Tensor, experts: Tensor) -> tuple[
             f"{experts.dtype}"
         )
     if not isinstance(offsets, Tensor):
-        offsets = torch.tensor(offsets, dtype=torch.int64)
+        offsets = _on_cpu(offsets)
     if offsets.dtype != torch.int64 or offsets.shape != (experts.shape[0] + 1,):
         raise ValueError(
             f"segments.offsets must be int64 [{experts.shape[0] + 1}], one entry more than "

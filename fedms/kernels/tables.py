@@ -51,7 +51,8 @@ class TableStore:
                 if capturing:
                     self._captured[table.data_ptr()] = table
                 return table
-            table = make()
+            with torch.inference_mode(False):  # it may be used in training, too
+                table = make()
             if not capturing:
                 self._tables[key] = table
                 if len(self._tables) > self._limit:
@@ -64,9 +65,11 @@ class TableStore:
     ) -> Tensor:  # fmt: skip
         """A 1-D tensor of these values."""
         content = (dtype, tuple(values))
-        return self.get(
-            content, device, stream, capturing, lambda: torch.tensor(values, dtype=dtype).to(device)
-        )
+
+        def make() -> Tensor:
+            return torch.tensor(values, dtype=dtype, device="cpu").to(device)
+
+        return self.get(content, device, stream, capturing, make)
 
     def _on_another_stream(self, device: torch.device, content: Hashable) -> Tensor:
         """Its copy has ended: the host waited for it."""

@@ -16,10 +16,8 @@ from fedms.kernels.segments import Segments
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def check_base(x: Tensor, weight: Tensor | Callable, bias: Tensor | None) -> None:
-    """x [..., K] of 16, 32 or 64 bit floats, weight [N, K] or a callable, bias [N] beside a weight
-    only.
-    """
+def check_x(x: Tensor) -> None:
+    """x [..., K] of 16, 32 or 64 bit floats."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
     if x.dtype not in _FLOATS or x.layout is not torch.strided or x.dim() == 0:
@@ -27,6 +25,10 @@ def check_base(x: Tensor, weight: Tensor | Callable, bias: Tensor | None) -> Non
             "x must be floating point of 16, 32 or 64 bits with shape [..., K], and strided, got "
             f"{_seen(x)}"
         )
+
+
+def check_base(x: Tensor, weight: Tensor | Callable, bias: Tensor | None) -> None:
+    """weight [N, K] or a callable, bias [N] beside a weight only."""
     if not isinstance(weight, Tensor):
         if not callable(weight):
             raise TypeError(f"weight must be a Tensor or a callable, got {type(weight).__name__}")

@@ -137,6 +137,25 @@ def test_errors(change, error, message):
         gated_lora_linear(**{**GOOD, **change})
 
 
+def _never(x):
+    raise AssertionError("called before x was looked at")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": X.long()}, ValueError, r"x must be floating .*int64"),
+        ({"x": X.long(), "weight": _never}, ValueError, r"x must be floating .*int64"),
+        ({"weight": W.to(torch.int8)}, ValueError, r"weight must have x's dtype .*int8"),
+        ({"bias": torch.zeros(3, dtype=torch.int8)}, ValueError, r"bias must be \[3\] .*int8"),
+        ({"bias": [0.0] * 3}, TypeError, r"bias must be a Tensor, got list"),
+    ],
+)
+def test_autocast_hides_no_error(change, error, message):
+    with pytest.raises(error, match=message), torch.autocast("cpu", torch.bfloat16):
+        gated_lora_linear(**{**GOOD, **change})
+
+
 def test_numbers_of_numpy():
     plain = gated_lora_linear(**GOOD, segments=Segments([0, 4, 10], [1, (0, 1)]), scaling=2.0)
     segments = Segments(np.array([0, 4, 10]), [np.int64(1), np.array([0, 1])])
