@@ -59,6 +59,14 @@ def test_few_rows_without_gradients(isa, base, adapter, m, gates, any_width):
         assert native._C.set_isa(best)
 
 
+@pytest.mark.parametrize("strides", [(6, 2), (1, 7), (0, 1), (2,)], ids=str)
+def test_few_rows_with_gates_of_any_stride(strides, any_width):
+    problem = make_problem(5, 50, 19, (3, 2, 4))
+    gates = torch.rand(64).as_strided((5, 3)[-len(strides) :], strides)
+    y = forward(replace(problem.to(torch.float32), gates=gates))
+    assert error_of(y, replace(problem, gates=gates.double().contiguous())) < 1e-6
+
+
 def test_few_rows_by_two_threads(any_width):
     problem = make_problem(16, 700, 901, (8, 40))
     single = problem.to(torch.float32)

@@ -150,6 +150,24 @@ def test_expanded_gates_and_upstream(backend):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+STRIDED = {
+    "every other column": lambda *shape: torch.rand(*shape[:-1], 2 * shape[-1])[..., ::2],
+    "another order": lambda *shape: torch.rand(*reversed(shape)).permute(*range(len(shape))[::-1]),
+    "one row for all": lambda *shape: torch.rand(shape[-1]).expand(shape),
+}
+
+
+@pytest.mark.parametrize("strides", STRIDED)
+@pytest.mark.parametrize("what", ["layer", "token", "listed"])
+def test_gates_of_any_stride(what, strides, backend):
+    idxs = torch.randint(3, (37, 2)) if what == "listed" else None
+    problem = make_problem(ranks=(3, 2, 4), gates=what, expert_idxs=idxs)
+    gates = STRIDED[strides](*problem.gates.shape).requires_grad_()
+    got = replace(problem.to(torch.float32), gates=gates).run(backend)
+    exact = gates.detach().double().contiguous().requires_grad_()
+    assert_close(got, replace(problem, gates=exact).truth(), FP32)
+
+
 def test_non_contiguous_x_and_parameters(backend):
     problem = make_problem(40).to(torch.float32)
     tied = [a.detach().t().contiguous().t().requires_grad_() for a in problem.A]

@@ -214,11 +214,18 @@ def test_the_op_itself_takes_lists_of_none():
 
 
 @pytest.mark.skipif(not native.available(), reason="the extension is not built")
-def test_the_op_itself_refuses_indices_out_of_range():
+@pytest.mark.parametrize("bad", [2, -1])
+def test_the_op_itself_refuses_indices_out_of_range(bad):
     """A compiled graph skips the Python check."""
-    call = (X[0], W, None, None, A, B, None, IDXS[0] + 2, None, None, [1.0, 1.0], 0.0, None, False)
-    with pytest.raises(IndexError, match=r"expert_idxs must be in \[0, 2\), got 2"):
-        torch.ops.fedms.native_forward(*call)
+    idxs = IDXS[0].clone()
+    idxs[-1] = bad
+    routing = (None, idxs, None, None, [1.0, 1.0], 0.0, None)
+    message = rf"expert_idxs must be in \[0, 2\), got {bad}"
+    with pytest.raises(IndexError, match=message):
+        torch.ops.fedms.native_forward(X[0], W, None, None, A, B, *routing, False)
+    needs = (True, False, [True, True], [False, False])
+    with pytest.raises(IndexError, match=message):
+        torch.ops.fedms.native_backward(X[0, :, :3], W, X[0], None, A, B, *routing, *needs)
 
 
 def test_plan():
