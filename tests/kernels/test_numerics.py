@@ -175,6 +175,41 @@ def test_every_instruction_set(isa, dtype, dropout_p, ranks, m, monkeypatch):
 
 
 @needs_native
+@pytest.mark.parametrize("isa", ["generic", "x86-64-v3", "x86-64-v4"])
+def test_bf16_rounds_ties_to_even_and_keeps_every_nan(isa):
+    """Half of a last bit is added to 1 and to the number after it, in y, dA and dB. Then a NaN that
+    is all ones, which rounding would carry into the sign.
+    """
+    best = native._C.isa()
+    if not native._C.set_isa(isa):
+        pytest.skip(f"no {isa} here")
+    half = 2.0**-8
+    start = torch.tensor([1.0, 1 + 2 * half]).repeat(20).bfloat16()
+    even = torch.tensor([1.0, 1 + 4 * half]).repeat(20).bfloat16()
+    first = torch.zeros(40).bfloat16()
+    first[0] = 1.0
+
+    def run(gates):
+        x = torch.stack([start, torch.full_like(start, half)]).requires_grad_()
+        A, B = first.clone().view(1, 40).requires_grad_(), torch.ones(40, 1).bfloat16()
+        B.requires_grad_()
+        base = start.expand(2, 40)
+        y = gated_lora_linear(x, lambda _: base, [A], [B], gates=gates, backend="native")
+        return y, *torch.autograd.grad(y, [A, B, x], first.expand(2, 40))
+
+    try:
+        y, dA, dB, _ = run(torch.ones(2, 1))
+        assert torch.equal(y[1], even)
+        assert torch.equal(dA[0], even)
+        assert torch.equal(dB[:, 0], first)
+        nan = torch.full((2, 1), 0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+        for result in run(nan):
+            assert result.isnan().all()
+    finally:
+        assert native._C.set_isa(best)
+
+
+@needs_native
 def test_threads_follow_torch_and_agree():
     problem = make_problem(500, 64, 96, (8, 8))
     truth = problem.truth()
