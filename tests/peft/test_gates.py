@@ -205,9 +205,8 @@ def test_a_name_is_that_layer_alone_where_it_ends_anothers():
         torch.testing.assert_close([layer(x) for layer in (inner, outer)], ungated)
 
 
-@pytest.mark.parametrize(
-    ("form", "compiled"), [("listed", False), ("listed", True), ("names", True)]
-)
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("form", ["listed", "names"])
 def test_under_a_default_device(form, compiled, recorder):
     """Such as "meta", which transformers sets while it loads: indices stay where they are read."""
     model, x = _two_layers(), torch.randn(6, IN, dtype=DOUBLE)

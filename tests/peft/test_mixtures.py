@@ -106,6 +106,18 @@ def test_xlora_leaves_biases_ungated(uncommon, top_k):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("which", ["folders", "uncommon"])
+def test_xlora_that_picks_none(request, which):
+    """The base alone, and what biases add."""
+    with pytest.warns(UserWarning, match="top_k_lora"):
+        model = _xlora(request.getfixturevalue(which), top_k_lora=0).eval()
+    want = _step(model)
+    fedms.accelerate(model)
+    for ours, theirs in zip(_step(model), want, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    assert not fedms.stats(model).fallback
+
+
 @pytest.mark.skipif(not native.available(), reason="the extension is not built")
 def test_xlora_computes_what_is_picked(folders):
     """NaN in an adapter that no token picks reaches nothing; peft's zero times NaN does."""
