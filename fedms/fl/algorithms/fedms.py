@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from fedms.fl.algorithms.clusters import PATH, cluster_of, clustered
 from fedms.fl.algorithms.fedavg import global_expert
-from fedms.fl.algorithms.fedavg_ft import from_global
+from fedms.fl.algorithms.fedavg_ft import from_global, under_global_head
 from fedms.fl.algorithms.losses import NotTrueDivergence, balanced_nll
 from fedms.fl.algorithms.stage import Examples, Phase, Rounds, Stage, StageConfig, received_and_kept
 from fedms.fl.model.gate import (
@@ -39,7 +39,7 @@ from fedms.fl.model.gate import (
 from fedms.fl.model.slots import Path
 from fedms.fl.model.view import View
 from fedms.fl.settings import Count, Natural, NotNegative, Positive, Section, Share
-from fedms.fl.types import State, renamed, select
+from fedms.fl.types import select
 
 
 class Settings(Section):
@@ -254,13 +254,7 @@ class BuildGate:
         return Gate(gate_width(self.settings.gate_input, width), self.settings.bottleneck)
 
 
-def on_global(received: State, kept: State) -> State:
-    """The local expert is fresh and on top of the global one, whose head it takes."""
-    heads = select(received, ("global.head.*",))
-    return {**received, **renamed(heads, "global.", "local."), **kept}
-
-
-STARTS = {"global": from_global, "zero": received_and_kept, "residual": on_global}
+STARTS = {"global": from_global, "zero": received_and_kept, "residual": under_global_head}
 
 
 def stages(settings: Settings, rounds: Rounds) -> tuple[Stage, ...]:
