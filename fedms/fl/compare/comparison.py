@@ -55,9 +55,15 @@ class Comparison:
 
     def by_metric(self) -> dict[Metric, Comparison]:
         """The blocks of each metric apart, as numbers of two units have no mean."""
-        runs = [run for runs in self.blocks.values() for run in runs.values()]
-        metrics = dict.fromkeys(run.metric for run in runs)
-        return {each: Comparison(run for run in runs if run.metric == each) for each in metrics}
+        metrics = dict.fromkeys(
+            run.metric for runs in self.blocks.values() for run in runs.values()
+        )
+        return {each: self.where(lambda run, each=each: run.metric == each) for each in metrics}
+
+    def where(self, kept: Callable[[Result], bool]) -> Comparison:
+        """Of some of the runs."""
+        runs = (run for runs in self.blocks.values() for run in runs.values())
+        return Comparison(run for run in runs if kept(run))
 
     def common(self, setting: str) -> FullTable:
         """The largest full table of a setting: its methods over the same seeds."""

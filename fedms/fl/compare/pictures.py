@@ -95,13 +95,15 @@ def frontiers(comparison: Comparison, looks: Looks) -> Figure | None:
 
 def costs(comparison: Comparison, looks: Looks) -> Figure:
     """The mean of own and everyone's scores (own alone where there are no others) against bytes and
-    against seconds, each for the methods that have most blocks in common and for most methods.
+    against seconds, each for the methods that have most blocks in common and for most methods,
+    among the runs of which the cost is known.
     """
     wanted = [
-        (part, table, name, cost)
+        (known, table, name, cost)
         for part in comparison.by_metric().values()
-        for table in part.tables()
         for name, cost in _measured(part)
+        for known in [part.where(lambda run, cost=cost: cost(run) is not None)]
+        for table in known.tables()
     ]
     figure, grid = _grid(len(wanted), 7.2, 5.2)
     panels, shown = [], set()
@@ -111,15 +113,13 @@ def costs(comparison: Comparison, looks: Looks) -> Figure:
         both = all(run.scores.everyone is not None for found in runs.values() for run in found)
         marks = []
         for method, found in runs.items():
-            spent = [seconds for run in found if (seconds := cost(run)) is not None]
             scores = [balance(run.scores) if both else run.scores.own for run in found]
-            if len(spent) == len(found):
-                y = metric.factor * mean(score for score in scores if score is not None)
-                marks.append(_mark(axes, (mean(spent), y), looks[method], 9))
-                shown.add(method)
+            y = metric.factor * mean(score for score in scores if score is not None)
+            marks.append(_mark(axes, (mean(map(cost, found)), y), looks[method], 9))
+            shown.add(method)
         decorate(axes, f"{len(marks)} methods, {_counted(table)}", name)
         axes.set_ylabel(f"{'own + everyone, mean' if both else 'own data'} [{metric.unit}]")
-        panels.append((axes, _limited(axes, marks, metric, costs=True) if marks else []))
+        panels.append((axes, _limited(axes, marks, metric, costs=True)))
     _key(figure, looks, shown, panels)
     return figure
 

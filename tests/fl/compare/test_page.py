@@ -15,7 +15,7 @@ from fedms.fl.cli import main
 from fedms.fl.compare.comparison import Comparison
 from fedms.fl.compare.looks import STAND_OUT, beaten, looks_of
 from fedms.fl.compare.marks import Mark, number
-from fedms.fl.compare.pictures import draw
+from fedms.fl.compare.pictures import costs, draw
 from fedms.fl.compare.result import Point
 from fedms.fl.compare.tables import Table, difference_tables, rank_tables, setting_tables
 from fedms.fl.runs.plots import new_figure
@@ -148,6 +148,17 @@ def test_pictures_of_all_there_can_be(tmp_path):
     written = draw(Comparison(runs), tmp_path / "new")
     assert [path.name for path in written] == ["frontier.png", "cost.png", "ranks.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+
+
+def test_a_cost_is_shown_where_it_is_known():
+    runs = [
+        result(f"m{i}", 0.5, seed=seed, cpu_seconds=9.0 if seed and i < 6 else None)
+        for i in range(7)
+        for seed in range(3)
+    ]
+    comparison = Comparison(runs)
+    titles = [axes.get_title(loc="left") for axes in costs(comparison, looks_of(comparison)).axes]
+    assert titles == ["7 methods, 3 blocks", "6 methods, 2 blocks"]
 
 
 def test_one_run_of_a_name_that_no_font_has(tmp_path):
