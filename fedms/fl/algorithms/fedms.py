@@ -27,7 +27,7 @@ from fedms.fl.algorithms.clusters import PATH, cluster_of, clustered
 from fedms.fl.algorithms.fedavg import global_expert
 from fedms.fl.algorithms.fedavg_ft import from_global, under_global_head
 from fedms.fl.algorithms.losses import NotTrueDivergence, balanced_nll
-from fedms.fl.algorithms.stage import Examples, Phase, Rounds, Stage, StageConfig, received_and_kept
+from fedms.fl.algorithms.stage import Examples, Phase, Rounds, Stage, StageConfig
 from fedms.fl.model.gate import (
     Gate,
     gate_width,
@@ -60,7 +60,8 @@ class Settings(Section):
     share_adapter: bool = True
     """False: the gate adapter stays on its client (an ablation)."""
     local_from: Literal["global", "zero", "residual"] = "global"
-    """What a local expert starts from; "residual": from zero, on top of the frozen global one."""
+    """What a local expert starts from; "residual": from zero, on top of the frozen global one. A
+    trained head starts as the global one's."""
     local_loss: Literal["own", "mixture", "balanced", "not_true"] = "own"
     """What the local expert lowers: its own cross-entropy or the mixture's; its own with all
     classes alike; or its own, distilled from the global expert over the wrong classes. A layer
@@ -254,7 +255,7 @@ class BuildGate:
         return Gate(gate_width(self.settings.gate_input, width), self.settings.bottleneck)
 
 
-STARTS = {"global": from_global, "zero": received_and_kept, "residual": under_global_head}
+STARTS = {"global": from_global, "zero": under_global_head, "residual": under_global_head}
 
 
 def stages(settings: Settings, rounds: Rounds) -> tuple[Stage, ...]:

@@ -12,6 +12,7 @@ from fedms.fl.algorithms.fedms import overlap
 from fedms.fl.algorithms.losses import BalancedSoftmax, CrossEntropy, NotTrue
 from fedms.fl.client import received
 from fedms.fl.config import load_config
+from fedms.fl.engines.world import load_model
 from fedms.fl.types import ConfigError, select
 
 
@@ -127,6 +128,20 @@ def test_no_residual_within_a_layer():
         load_config(
             None, ["mofm.combine=layer", "mofm.gate_input=base", "mofm.local_from=residual"]
         )
+
+
+@pytest.mark.parametrize("start", ["global", "zero", "residual"])
+def test_a_newcomer_answers_by_the_head_that_it_was_sent(config, world, start):
+    """Not by a head of zeros; the expert under it is the global one, or fresh."""
+    settings = config("task.head=linear", f"mofm.local_from={start}")
+    model, stage = load_model(settings, world.federation), stages_of(settings)[1]
+    sent = {n: torch.randn_like(t) for n, t in received(model, stage, {}).items()}
+    sent = select(sent, ("global.*",))
+    begun = stage.start(received(model, stage, sent), {})
+    local = {name: t for name, t in begun.items() if name.startswith("local.")}
+    assert torch.equal(begun["local.head.weight"], sent["global.head.weight"])
+    fresh = [not t.any() for name, t in local.items() if name.endswith("lora_B")]
+    assert fresh == [start != "global"] * len(fresh)
 
 
 LAYER = ("mofm.combine=layer", "mofm.gate_input=base")
