@@ -113,9 +113,10 @@ def costs(comparison: Comparison, looks: Looks) -> Figure:
         both = all(run.scores.everyone is not None for found in runs.values() for run in found)
         marks = []
         for method, found in runs.items():
+            spent = mean(seconds for run in found if (seconds := cost(run)) is not None)
             scores = [balance(run.scores) if both else run.scores.own for run in found]
             y = metric.factor * mean(score for score in scores if score is not None)
-            marks.append(_mark(axes, (mean(map(cost, found)), y), looks[method], 9))
+            marks.append(_mark(axes, (spent, y), looks[method], 9))
             shown.add(method)
         decorate(axes, f"{len(marks)} methods, {_counted(table)}", name)
         axes.set_ylabel(f"{'own + everyone, mean' if both else 'own data'} [{metric.unit}]")
