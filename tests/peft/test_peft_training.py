@@ -161,7 +161,7 @@ def test_trainer_compiles_fused_dropout(tmp_path, routing):
     )  # fmt: skip
     torch._dynamo.reset()
     counters.clear()
-    profile = torch.profiler.profile()
+    profile = torch.profiler.profile(acc_events=True)
 
     class AfterCompiling(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
