@@ -76,27 +76,30 @@ def _measure(variant: str, settings: list[str]) -> dict[str, Any]:
         "stage2": rounds[3]["seconds"],
         "memory": rounds[-1]["peak_memory_mb"],
         "scores": [json.loads(line)["accuracy"] for line in clients],
+        "threads": torch.get_num_threads(),
     }
 
 
 def _print(runs: dict[str, list[dict[str, Any]]]) -> None:
+    plain = runs["all on"]
     print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads; "
-        f"medians of {len(runs['all on'])} interleaved runs.\n"
+        f"torch {torch.__version__}, {plain[0]['threads']} threads; "
+        f"medians of {len(plain)} interleaved runs.\n"
     )
     print(
         "| | stage 1, s a round | stage 2, s a round | peak memory, MB "
         "| largest difference in a client's accuracy |"
     )
     print("| --- | --- | --- | --- | --- |")
-    plain = runs["all on"][0]["scores"]
     for name, measured in runs.items():
         seconds = [
             statistics.median(run[stage] for run in measured) for stage in ("stage1", "stage2")
         ]
         memory = statistics.median(run["memory"] for run in measured)
         worst = max(
-            abs(a - b) for run in measured for a, b in zip(run["scores"], plain, strict=True)
+            abs(a - b)
+            for run in measured
+            for a, b in zip(run["scores"], plain[0]["scores"], strict=True)
         )
         print(f"| {name} | {seconds[0]:.1f} | {seconds[1]:.1f} | {memory:.0f} | {worst:.1e} |")
 
