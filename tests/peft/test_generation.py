@@ -7,26 +7,12 @@ import pickle
 
 import pytest
 import torch
+from generating import NAMES, NEW, PROMPTS, WIDTH, append_best, generate, padded
 from peft_models import small_llama, with_adapters
 from torch import nn
-from transformers import (
-    LlamaConfig,
-    MambaConfig,
-    MambaForCausalLM,
-    RwkvConfig,
-    RwkvForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
-    cache_utils,
-)
+from transformers import T5Config, T5ForConditionalGeneration, cache_utils
 
 import fedms
-
-NAMES = ["one", "two"]
-PROMPTS = [[5, 9, 2, 7], [11, 3], [8, 8, 30, 1, 6]]
-WIDTH = max(map(len, PROMPTS))
-NEW = 5
-EOS = LlamaConfig().eos_token_id
 
 # what `generate` is asked for, and rows a prompt
 MODES = {
@@ -59,30 +45,9 @@ def model():
     return _model()
 
 
-def _batch(prompts):
-    """Prompts padded on the left, as decoders take them."""
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def _generate(model, prompts, **asked):
-    """The new tokens, [rows, NEW]."""
-    batch = _batch(prompts)
-    options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "pad_token_id": 0, "do_sample": False}
-    rows = model.generate(**batch, **{**options, **asked})
-    return rows[:, batch["input_ids"].shape[1] :]
-
-
 def _in_layout(gates):
     """Gates of each prompt's tokens, padded on the left like the prompts: [3, WIDTH, E]."""
     return torch.stack([nn.functional.pad(g, (0, 0, WIDTH - len(g), 0)) for g in gates])
-
-
-def _append_best(ids, logits):
-    logits[..., EOS] = -torch.inf  # as min_new_tokens has it
-    return torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
 
 
 def _rollout(model, prompt, gates):
@@ -91,7 +56,7 @@ def _rollout(model, prompt, gates):
     for _ in range(NEW):
         more = gates[-1:].expand(ids.shape[1] - len(prompt), 2)
         with torch.no_grad(), fedms.gated(model, torch.cat([gates, more])[None]):
-            ids = _append_best(ids, model(input_ids=ids).logits)
+            ids = append_best(ids, model(input_ids=ids).logits)
     return ids[:, len(prompt) :]
 
 
@@ -102,17 +67,17 @@ def test_gates_by_sample(model, mode):
     want = []
     for prompt, own in zip(PROMPTS, gates, strict=True):
         with fedms.gated(model, own):
-            want.append(_generate(model, [prompt], **asked))
+            want.append(generate(model, [prompt], **asked))
     with fedms.gated(model, gates):
-        got = _generate(model, PROMPTS, **asked)
+        got = generate(model, PROMPTS, **asked)
     assert got.shape == (3 * rows, NEW)
     assert torch.equal(got, torch.cat(want))
     if mode == "greedy":  # the gates matter here
         with fedms.gated(model, gates.flip(0)):
-            assert not torch.equal(_generate(model, PROMPTS), got)
+            assert not torch.equal(generate(model, PROMPTS), got)
     fedms.set_gates(model, torch.zeros(2, 2))
     fedms.set_gates(model, gates)
-    assert torch.equal(_generate(copy.deepcopy(model), PROMPTS, **asked), got)
+    assert torch.equal(generate(copy.deepcopy(model), PROMPTS, **asked), got)
     fedms.set_gates(model, None)
     assert not model.get_base_model()._forward_pre_hooks
 
@@ -125,9 +90,9 @@ def test_gates_by_token(model, mode):
     want = []
     for prompt, own in zip(PROMPTS, gates, strict=True):
         with fedms.gated(model, own[None]):
-            want.append(_generate(model, [prompt], **asked))
+            want.append(generate(model, [prompt], **asked))
     with fedms.gated(model, _in_layout(gates)):
-        got = _generate(model, PROMPTS, **asked)
+        got = generate(model, PROMPTS, **asked)
     assert torch.equal(got, torch.cat(want))
     if "beams" not in mode:
         rolled = [_rollout(model, *one) for one in zip(PROMPTS, gates, strict=True)]
@@ -142,7 +107,7 @@ def test_assisted_generation(model, mode, by_token):
         gates = torch.randn(4, 2, generator=torch.Generator().manual_seed(1))
     want = _rollout(model, PROMPTS[0], gates)
     with fedms.gated(model, gates[None] if by_token else gates[:1]):
-        assert torch.equal(_generate(model, PROMPTS[:1], **ALONE[mode]), want)
+        assert torch.equal(generate(model, PROMPTS[:1], **ALONE[mode]), want)
 
 
 def test_listed_pairs_by_token(model):
@@ -150,7 +115,7 @@ def test_listed_pairs_by_token(model):
     idxs = torch.tensor([0, 1, 0, 1]).view(1, 4, 1)
     dense = torch.zeros(4, 2).scatter(1, idxs[0], gates[0])
     with fedms.gated(model, (gates, idxs)):
-        assert torch.equal(_generate(model, PROMPTS[:1]), _rollout(model, PROMPTS[0], dense))
+        assert torch.equal(generate(model, PROMPTS[:1]), _rollout(model, PROMPTS[0], dense))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -160,12 +125,12 @@ def test_an_adapter_a_sample(model, mode):
     want = []
     for prompt, own in zip(PROMPTS, names, strict=True):
         with fedms.mixed_adapters(model, [own]):
-            want.append(_generate(model, [prompt], **asked))
+            want.append(generate(model, [prompt], **asked))
     with fedms.mixed_adapters(model, names):
-        got = _generate(model, PROMPTS, **asked)
+        got = generate(model, PROMPTS, **asked)
     assert torch.equal(got, torch.cat(want))
     with fedms.gated(model, None, adapters=()):
-        assert torch.equal(got.view(3, -1, NEW)[1], _generate(model, PROMPTS[1:2], **asked))
+        assert torch.equal(got.view(3, -1, NEW)[1], generate(model, PROMPTS[1:2], **asked))
 
 
 @pytest.mark.parametrize(
@@ -177,18 +142,18 @@ def test_routed_model(model, mode, top_k):
     nn.init.normal_(routed.router.layers[0].weight, std=3.0)
     asked, rows = MODES.get(mode) or (ALONE[mode], 1)
     prompts = PROMPTS[:1] if mode in ALONE else PROMPTS
-    got = _generate(routed, prompts, **asked)
+    got = generate(routed, prompts, **asked)
     if "beams" not in mode:  # greedy, without a cache, one by one
         want = []
         for prompt in prompts:
             ids = torch.tensor([prompt])
             for _ in range(NEW):
                 with torch.no_grad():
-                    ids = _append_best(ids, routed(input_ids=ids, use_cache=False).logits)
+                    ids = append_best(ids, routed(input_ids=ids, use_cache=False).logits)
             want.append(ids[:, len(prompt) :])
         assert torch.equal(got, torch.cat(want).repeat_interleave(rows, 0))
     else:
-        alone = [_generate(routed, [prompt], **{**asked, "use_cache": False}) for prompt in prompts]
+        alone = [generate(routed, [prompt], **{**asked, "use_cache": False}) for prompt in prompts]
         assert torch.equal(got, torch.cat(alone))
     assert not vars(model.get_base_model()).keys() & {"forward", "_fedms_watch"}
 
@@ -201,12 +166,12 @@ def test_a_quantised_cache(model):
     router.layers[0].bias.data = torch.tensor([1.0, -1.0])
     gates = router(torch.zeros(32)).detach()
     with fedms.gated(model, gates):
-        want = _generate(model, PROMPTS, **asked)
+        want = generate(model, PROMPTS, **asked)
     for wide in (gates.expand(3, 2), gates.expand(3, WIDTH, 2)):
         with fedms.gated(model, wide):
-            assert torch.equal(_generate(model, PROMPTS, **asked), want)
+            assert torch.equal(generate(model, PROMPTS, **asked), want)
     routed = fedms.RoutedModel(model, router, NAMES).eval()
-    assert torch.equal(_generate(routed, PROMPTS, **asked), want)
+    assert torch.equal(generate(routed, PROMPTS, **asked), want)
 
 
 def test_a_routed_model_goes_on_from_its_own_cache_only(model):
@@ -223,79 +188,6 @@ def test_a_routed_model_goes_on_from_its_own_cache_only(model):
         other = model(input_ids=ids, use_cache=True)[name]
         with pytest.raises(ValueError, match="must be empty or come from a RoutedModel"):
             routed(input_ids=rest, **{name: other})
-
-
-@pytest.fixture(scope="module")
-def mamba():
-    """No layer of its cache knows how many tokens it has seen."""
-    torch.manual_seed(0)
-    config = MambaConfig(vocab_size=40, hidden_size=32, state_size=8, num_hidden_layers=2)
-    made = with_adapters(
-        MambaForCausalLM(config), *NAMES, target_modules=["in_proj", "x_proj"], lora_alpha=16
-    )
-    made.base_model.set_adapter(NAMES)
-    fedms.accelerate(made.eval())
-    return made
-
-
-@pytest.mark.parametrize("asked", [{}, {"num_beams": 2}, {"use_cache": False}], ids=str)
-def test_a_cache_that_counts_no_tokens(mamba, asked):
-    """Row-wise gates and names need no count; gates by token do, and say so."""
-    prompts = [PROMPTS[0], PROMPTS[0][::-1]]
-    gates = torch.tensor([[2.0, 0.0], [0.0, -2.0]])
-    want = []
-    for prompt, own in zip(prompts, gates, strict=True):
-        with fedms.gated(mamba, own):
-            want.append(_generate(mamba, [prompt], **asked))
-    with fedms.gated(mamba, gates):
-        assert torch.equal(_generate(mamba, prompts, **asked), torch.cat(want))
-    if not asked:  # peft's own names, which know nothing of beams
-        names = [NAMES[0], "__base__"]
-        want_named = _generate(mamba, prompts, adapter_names=names)
-        with fedms.mixed_adapters(mamba, names):
-            assert torch.equal(_generate(mamba, prompts), want_named)
-    with fedms.gated(mamba, gates[:, None].expand(2, len(PROMPTS[0]), 2)):
-        if "use_cache" in asked:
-            assert torch.equal(_generate(mamba, prompts, **asked), torch.cat(want))
-        else:
-            with pytest.raises(ValueError, match="cache does not say how many tokens it has seen"):
-                _generate(mamba, prompts, **asked)
-
-
-def test_a_state_that_is_no_cache():
-    """RWKV's is a list of tensors, which says no more of a column than a missing cache would."""
-    torch.manual_seed(0)
-    config = RwkvConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, context_length=32)
-    made = with_adapters(RwkvForCausalLM(config), *NAMES, target_modules=["receptance"])
-    made.base_model.set_adapter(NAMES)
-    fedms.accelerate(made.eval())
-    prompts = [PROMPTS[0], PROMPTS[0][::-1]]
-    with fedms.gated(made, torch.ones(2, 2)):
-        want = _generate(made, prompts)
-    assert torch.equal(_generate(made, prompts), want)
-    with (
-        fedms.gated(made, torch.ones(2, len(PROMPTS[0]), 2)),
-        pytest.raises(ValueError, match="cache does not say how many tokens it has seen"),
-    ):
-        _generate(made, prompts)
-
-
-def test_a_routed_model_whose_cache_counts_no_tokens(mamba):
-    routed = fedms.RoutedModel(mamba, fedms.Router(32, 2), NAMES).eval()
-    nn.init.normal_(routed.router.layers[0].weight, std=3.0)
-    prompts = [PROMPTS[0], PROMPTS[0][::-1]]
-    want = torch.tensor(prompts)
-    for _ in range(NEW):
-        with torch.no_grad():
-            want = _append_best(want, routed(input_ids=want, use_cache=False).logits)
-    assert torch.equal(_generate(routed, prompts), want[:, len(PROMPTS[0]) :])
-    beams = {"num_beams": 3}
-    whole = _generate(routed, prompts, use_cache=False, **beams)
-    assert torch.equal(_generate(routed, prompts, **beams), whole)
-    other = mamba(input_ids=torch.tensor(prompts), use_cache=True)
-    name, cache = next((k, v) for k, v in other.items() if hasattr(v, "get_seq_length"))
-    with pytest.raises(ValueError, match="must be empty or come from a RoutedModel"):
-        routed(input_ids=torch.tensor(prompts), **{name: cache})
 
 
 def test_an_encoder_and_its_decoder():
@@ -324,7 +216,7 @@ def test_an_encoder_and_its_decoder():
 
 
 def test_no_guess_outside_generate_or_about_other_rows(model):
-    batch = _batch(PROMPTS)
+    batch = padded(PROMPTS)
     doubled = {name: value.repeat_interleave(2, 0) for name, value in batch.items()}
     with fedms.gated(model, torch.ones(3, 2)):
         with pytest.raises(ValueError, match=r"one row a sample \[6, E\]"):
@@ -335,11 +227,11 @@ def test_no_guess_outside_generate_or_about_other_rows(model):
         with pytest.raises(ValueError, match="gates must be"):
             model(input_ids=batch["input_ids"][:, :2])
         with pytest.raises(ValueError, match="guidance_scale"):
-            _generate(model, PROMPTS, guidance_scale=1.5)
+            generate(model, PROMPTS, guidance_scale=1.5)
     with fedms.mixed_adapters(model, NAMES), pytest.raises(ValueError, match="got 2"):
-        _generate(model, PROMPTS)
+        generate(model, PROMPTS)
     with fedms.gated(model, torch.ones(3, 2)):
-        _generate(model, PROMPTS, guidance_scale=1.5)
+        generate(model, PROMPTS, guidance_scale=1.5)
     model(**doubled)
 
 
@@ -369,7 +261,7 @@ def test_a_generate_that_failed_says_nothing_about_another_model(model):
     fedms.set_gates(model, torch.rand(len(PROMPTS), 2))
     try:
         with pytest.raises(KeyboardInterrupt):
-            _generate(model, PROMPTS)
+            generate(model, PROMPTS)
         with fedms.gated(encoder, gates):
             assert torch.equal(encoder(x), want)
     finally:
