@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 import tomli_w
 from pydantic import Field, Strict, ValidationError, model_validator
 
-from fedms.fl.algorithms import ALGORITHMS, StageConfig, stages_of
+from fedms.fl.algorithms import ALGORITHMS, Stage, StageConfig, stages_of
 from fedms.fl.algorithms.centralised import Settings as CentralisedConfig
 from fedms.fl.algorithms.ditto import Settings as DittoConfig
 from fedms.fl.algorithms.fedavg_prior import Settings as FedAvgPriorConfig
@@ -124,14 +124,19 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _has_rounds_as_its_methods_need_them(self) -> Self:
-        for method in (self.method, *self.rivals):
-            stages_of(self, method)
+        self._stages()
         return self
+
+    def _stages(self) -> dict[str, tuple[Stage, ...]]:
+        """Of the method and its rivals, by name."""
+        return {method: stages_of(self, method) for method in (self.method, *self.rivals)}
 
     @model_validator(mode="after")
     def _has_the_heads_that_are_trained(self) -> Self:
-        for method in (self.method, *self.rivals):
-            if self.task.kind == "causal_lm" and any(s.heads for s in stages_of(self, method)):
+        if self.task.kind != "causal_lm":
+            return self
+        for method, stages in self._stages().items():
+            if any(stage.heads for stage in stages):
                 raise ValueError(
                     f'{method} trains a head of its own, and task.kind = "causal_lm" has none to '
                     "train: its head is the model's output embedding"
@@ -140,16 +145,19 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _has_heads_to_fit(self) -> Self:
-        methods, linear = (self.method, *self.rivals), self.task.head == "linear"
-        stages = [s for method in methods for s in stages_of(self, method) if s.phases]
+        linear = self.task.head == "linear"
         for name, settings in (("stage1", self.stage1), ("stage2", self.stage2)):
+            if not (settings.head_steps or settings.head_lr):
+                continue
+            methods = self._stages()
             trained = [
                 bool(stage.heads_of(phase, linear))
+                for stages in methods.values()
                 for stage in stages
                 for phase in stage.phases
                 if stage.name == name
             ]
-            if trained and not any(trained) and (settings.head_steps or settings.head_lr):
+            if trained and not any(trained):
                 raise ValueError(
                     f"{name}.head_steps and {name}.head_lr are for heads that are trained, and "
                     f"{', '.join(methods)} train none in {name}: leave them at 0"
@@ -161,8 +169,7 @@ class Config(Section):
     def _has_the_examples_that_are_asked_for(self) -> Self:
         sal, data = self.sal, self.data
         queue = sal.enabled and sal.trigger == "capability_queue"
-        for method in (self.method, *self.rivals):
-            stages = stages_of(self, method)
+        for method, stages in self._stages().items():
             gated = any(p.examples == "gate" for stage in stages for p in stage.phases)
             if gated and not data.gate:
                 raise ValueError(
@@ -188,8 +195,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _has_budgets_where_they_can_be(self) -> Self:
-        for method in (self.method, *self.rivals):
-            if self.sal.scope == "client" and not all(s.budgets for s in stages_of(self, method)):
+        if self.sal.scope == "global":
+            return self
+        for method, stages in self._stages().items():
+            if not all(stage.budgets for stage in stages):
                 raise ValueError(
                     f'{method} needs every block of every client; sal.scope = "client" gives some '
                     'clients fewer: set it to "global"'
